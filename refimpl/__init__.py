@@ -1,0 +1,8 @@
+"""Baichuan2 in NumPy: the model as a reference to read and to check a device against."""
+
+from refimpl.errors import InputError
+from refimpl.model import Model, load
+from refimpl.trace import Trace
+
+__all__ = ["InputError", "Model", "Trace", "load"]
+__version__ = "0.1.0"

@@ -1,0 +1,65 @@
+"""Keys and values of the tokens so far, so that each new token costs one column of attention and not all of it."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from refimpl.errors import InputError
+
+
+class KVCache:
+    """Room for `capacity` tokens of `batch` sequences, filled in place and handed out as views.
+
+    `length` tokens are in it; `mask` (batch, capacity) says which of them are padding. The arrays (batch, K, capacity,
+    D) are made when the first keys arrive, in their number format; the operating system gives memory to what is
+    written only.
+    """
+
+    def __init__(self, layers: int, capacity: int, batch: int = 1):
+        self.layers, self.capacity, self.batch = layers, capacity, batch
+        self.length = 0
+        self.mask = np.zeros((batch, capacity), np.int64)
+        self._pairs: list[tuple[np.ndarray, np.ndarray] | None] = [None] * layers
+
+    def __call__(self, layer: int, key: np.ndarray, value: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Takes the new keys and values (B, K, T, D) of a layer; returns views of all of them, (B, K, S, D)."""
+        batch, heads, tokens, dim = key.shape
+        pair = self._pairs[layer]
+        if pair is None:
+            shape = (batch, heads, self.capacity, dim)
+            pair = self._pairs[layer] = np.empty(shape, key.dtype), np.empty(shape, value.dtype)
+        if pair[0].dtype != key.dtype:
+            raise InputError(f"the cache holds {pair[0].dtype}, but this call computes in {key.dtype}; use one dtype")
+        stop = self.length + tokens
+        for array, new in zip(pair, (key, value), strict=True):
+            array[:, :, self.length : stop] = new
+        return pair[0][:, :, :stop], pair[1][:, :, :stop]
+
+    def __getitem__(self, layer: int) -> tuple[np.ndarray, np.ndarray]:
+        """Views of a layer's keys and values, (B, K, length, D) each."""
+        pair = self._pairs[layer]
+        if pair is None:
+            raise InputError(f"layer {layer} of the cache is empty; run the model with it first")
+        return pair[0][:, :, : self.length], pair[1][:, :, : self.length]
+
+    def extend_mask(self, mask: np.ndarray | None, tokens: int) -> np.ndarray:
+        """Checks that `tokens` more fit, notes which of them are padding, and returns the mask of all (B, S).
+
+        `mask` (B, S) covers the cache and the new tokens, as in transformers; None keeps what was said of the past
+        and takes all new tokens for real ones. Nothing counts as stored until `advance`.
+        """
+        stop = self.length + tokens
+        if stop > self.capacity:
+            raise InputError(
+                f"{self.length} tokens in the cache and {tokens} new ones exceed its capacity of {self.capacity}; "
+                "ask for a larger one with new_cache(capacity=...) or feed fewer"
+            )
+        if mask is None:
+            self.mask[:, self.length : stop] = 1
+        else:
+            self.mask[:, :stop] = mask
+        return self.mask[:, :stop]
+
+    def advance(self, tokens: int) -> None:
+        """The last `tokens` that were taken are now part of the past."""
+        self.length += tokens

@@ -1,0 +1,194 @@
+"""What a checkpoint is: one frozen `Config`, read from Hugging Face's own `config.json` keys.
+
+The five families are facts, not subclasses: each is a row of `FAMILIES`, and everything they differ in is a field.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from refimpl.errors import InputError, at_most
+
+
+@dataclass(frozen=True)
+class Config:
+    """Sizes and facts of one model. The names are Hugging Face's; what its `config.json` does not say comes last.
+
+    The defaults are Baichuan2-7B. `max_position_embeddings` is the longest context in tokens (Baichuan 13B calls it
+    `model_max_length`). A size of 0 means "follows from the others" and is filled in.
+    """
+
+    family: str = "Baichuan2-7B"
+    vocab_size: int = 125696
+    hidden_size: int = 4096
+    intermediate_size: int = 11008
+    num_hidden_layers: int = 32
+    num_attention_heads: int = 32
+    num_key_value_heads: int = 0  # as many as attention heads
+    max_position_embeddings: int = 4096
+    rms_norm_eps: float = 1e-6
+    rope_theta: float | None = 10000.0  # None: ALiBi
+    tie_word_embeddings: bool = False
+    z_loss_weight: float = 0.0
+    pad_token_id: int | None = 0
+    bos_token_id: int | None = 1
+    eos_token_id: int | None = 2
+    torch_dtype: str = "float32"
+    # Facts of the official code that no key of config.json states.
+    qkv_packed: bool = True  # one matrix W_pack instead of q_proj, k_proj, v_proj
+    qkv_bias: bool = False
+    norm_head: bool = True  # the rows of lm_head are scaled to length 1
+    rope_upcast: bool = True  # 16-bit models rotate in float32, not in their own dtype
+    fused_attention: bool = True  # 16-bit models keep scores and probs in float32 (scaled_dot_product_attention)
+
+    def __post_init__(self):
+        if not self.num_key_value_heads:
+            object.__setattr__(self, "num_key_value_heads", self.num_attention_heads)
+        for name in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+                     "num_key_value_heads", "vocab_size", "max_position_embeddings"):  # fmt: skip
+            size = getattr(self, name)
+            if type(size) is not int or not 1 <= size <= 1 << 24:
+                raise InputError(f"{name} is {size!r}, expected a whole number from 1 to {1 << 24}; mend config.json")
+        if not 0 <= self.rms_norm_eps < 1:
+            raise InputError(f"rms_norm_eps is {self.rms_norm_eps!r}, expected a small positive number; mend config.json")
+        if self.rope_theta is not None and not 0 < self.rope_theta < math.inf:
+            raise InputError(f"rope_theta is {self.rope_theta!r}, expected a positive number; mend config.json")
+        if self.hidden_size % self.num_attention_heads:
+            raise InputError(
+                f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads {self.num_attention_heads}"
+            )
+        if self.rope_theta and self.head_dim % 2:
+            raise InputError(f"the head dimension is {self.head_dim}, but RoPE rotates pairs and needs an even one")
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise InputError(
+                f"num_attention_heads {self.num_attention_heads} is not a multiple of "
+                f"num_key_value_heads {self.num_key_value_heads}"
+            )
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_attention_heads
+
+    @property
+    def qkv_modules(self) -> tuple[str, ...]:
+        return ("W_pack",) if self.qkv_packed else ("q_proj", "k_proj", "v_proj")
+
+
+# What the official code does without a key in config.json that says so (Source: each repository's modeling file).
+FAMILIES: dict[str, dict[str, Any]] = {
+    "Baichuan-7B": dict(norm_head=False, rope_upcast=False, fused_attention=False),
+    "Baichuan-13B": dict(norm_head=False, rope_theta=None, fused_attention=False),
+    "Baichuan2-7B": dict(),
+    "Baichuan2-13B": dict(rope_theta=None, fused_attention=False),
+    "Qwen2-7B": dict(norm_head=False, qkv_packed=False, qkv_bias=True, rope_upcast=False, fused_attention=False),
+}
+
+# Keys that say nothing about the arithmetic of inference. Any key that is neither here nor a field is refused.
+_NEUTRAL = {
+    "architectures", "auto_map", "model_type", "tokenizer_class", "transformers_version", "dtype", "torch_dtype",
+    "use_cache", "initializer_range", "gradient_checkpointing", "attention_dropout", "model_max_length",
+    "max_window_layers", "user_token_id", "assistant_token_id", "name_or_path", "return_dict", "is_decoder",
+    "output_attentions", "output_hidden_states", "chunk_size_feed_forward", "id2label", "label2id", "problem_type",
+    "max_new_tokens", "do_sample", "temperature", "top_k", "top_p", "repetition_penalty", "max_length", "pad_token",
+    "unk_token_id", "finetuning_task", "is_encoder_decoder", "pruned_heads",
+}  # fmt: skip
+
+# Keys that would change the numbers: understood only with these values, `None` standing for "not there".
+_ONLY: dict[str, tuple] = {
+    "hidden_act": ("silu", None),
+    "rope_scaling": (None,),
+    "use_sliding_window": (False, None),
+    "attention_bias": (False, None),
+    "mlp_bias": (False, None),
+    "quantization_config": (None,),
+}
+
+
+def read_config(folder: Path) -> Config:
+    """The Config of the checkpoint in `folder`. Raises InputError if it is not one that is understood."""
+    path = Path(folder) / "config.json"
+    keys = read_json(path)
+    try:
+        return config_from_keys(keys)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
+
+
+def config_from_keys(keys: Mapping[str, Any]) -> Config:
+    """A Config from the keys of a Hugging Face `config.json`.
+
+    Raises InputError for an unknown model type, for a missing size and for any key that may change the numbers and
+    is not understood.
+
+    >>> config_from_keys({"model_type": "llama"})
+    Traceback (most recent call last):
+    refimpl.errors.InputError: model_type is 'llama', expected 'baichuan' or 'qwen2'
+    """
+    keys = dict(keys)
+    family = _family(keys)
+    for name in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size"):
+        if name not in keys:
+            raise InputError(f"the key {name} is missing; a {family} cannot be built without it")
+    rope = keys.pop("rope_parameters", None)  # where transformers 5 keeps what used to be rope_theta
+    if rope is not None:
+        if not isinstance(rope, dict) or set(rope) - {"rope_theta", "rope_type"} or rope.get("rope_type") != "default":
+            raise InputError(f"rope_parameters is {rope!r}, which is not understood; expected the type 'default'")
+        keys["rope_theta"] = rope.get("rope_theta", keys.get("rope_theta"))
+    for key, allowed in _ONLY.items():
+        value = keys.pop(key, None)
+        if value not in allowed:
+            raise InputError(f"{key} is {value!r}, expected {allowed[0]!r}; this would change the numbers")
+    keys.pop("sliding_window", None)  # without use_sliding_window it does nothing
+    if any(kind != "full_attention" for kind in keys.pop("layer_types", None) or ()):
+        raise InputError("layer_types has layers without full attention; this would change the numbers")
+
+    dtype = keys.get("torch_dtype") or keys.get("dtype") or "float32"
+    context = keys.get("max_position_embeddings", keys.get("model_max_length", 4096))
+    known = {field.name for field in fields(Config)}
+    unknown = [k for k in keys if k not in known and k not in _NEUTRAL and not k.startswith("_")]
+    if unknown:
+        raise InputError(f"unknown keys {at_most(unknown)}: they may change the numbers; remove those that do not")
+    values = {k: v for k, v in keys.items() if k in known and k not in ("torch_dtype", "family")}
+    values.update(max_position_embeddings=context, torch_dtype=str(dtype))
+    if family.startswith("Baichuan"):
+        values.pop("rope_theta", None)  # hard-coded in the official code, whatever config.json says
+    elif not isinstance(values.setdefault("rope_theta", 10000.0), int | float):
+        raise InputError(f"rope_theta is {values['rope_theta']!r}, expected a number")
+    return Config(family=family, **{**values, **FAMILIES[family]})
+
+
+def _family(keys: Mapping[str, Any]) -> str:
+    """Which of the five it is. The official configs do not say, so this reads what they differ in.
+
+    13B (ALiBi) has no `max_position_embeddings`. Generation 2 is told by its vocabulary (125696 against 64000) and,
+    where a model is cut down to another vocabulary, by `tokenizer_class`, which only the second generation writes.
+    """
+    kind = keys.get("model_type")
+    if kind == "qwen2":
+        return "Qwen2-7B"
+    if kind != "baichuan":
+        raise InputError(f"model_type is {kind!r}, expected 'baichuan' or 'qwen2'")
+    vocabulary = {125696: True, 64000: False}
+    second = vocabulary.get(keys.get("vocab_size", 0), "tokenizer_class" in keys)
+    size = "7B" if "max_position_embeddings" in keys else "13B"
+    return f"Baichuan{'2' if second else ''}-{size}"
+
+
+def read_json(path: Path, limit: int = 64 << 20) -> dict[str, Any]:
+    """The object in a small untrusted JSON file. Raises InputError if it is missing, too big or not an object."""
+    try:
+        if path.stat().st_size > limit:
+            raise InputError(f"{path} has {path.stat().st_size} bytes, expected at most {limit}; it is not what it says")
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}; expected a Hugging Face style folder") from None
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path} is not JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise InputError(f"{path} holds a {type(value).__name__}, expected an object")
+    return value

@@ -1,0 +1,109 @@
+"""The Baichuan2 decoder, written once.
+
+This file is the model: NumPy computes it, the 16-bit emulation rounds it, and the ONNX graphs that run on a phone are
+this same code, run on symbols. It is written in `+ - * reshape transpose` on tensors and the functions of an `ops`
+(`kernels/ops.py` says what each one means); it never asks which one it runs on.
+
+Every tensor passes through `tap(name, x)` under its PyTorch name, and goes on as what the tap returns: so a run can be
+recorded, fed, quantized or broken from outside. Likewise `cache(layer, key, value)` takes the new keys and values and
+returns all that attention may see. Without a cache that is the new ones themselves.
+
+B batch · T tokens · S keys (past + T) · C hidden · F intermediate · H heads · K key/value heads · D head dim · V vocabulary
+
+Source: the official `modeling_baichuan.py` of Baichuan2-7B (RoPE) and -13B (ALiBi), and Qwen2 in transformers.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from refimpl.config import Config
+from refimpl.trace import Tap, silent
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """The forward of one model over one kind of tensors. `weights` maps a parameter's name to what `ops` reads."""
+
+    config: Config
+    weights: Any
+    ops: Any
+    tap: Tap = silent
+    cache: Any = lambda layer, key, value: (key, value)
+
+    def __call__(self, ids, cos, sin, mask):
+        """Logits (B, T, V) of token ids (B, T). `cos`, `sin`, `mask`: see `layer`."""
+        x = self.embed(ids)                                                                  # (B, T, C)
+        for i in range(self.config.num_hidden_layers):
+            x = self.layer(i, x, cos, sin, mask)                                             # (B, T, C)
+        return self.head(x)                                                                  # (B, T, V)
+
+    def embed(self, ids):
+        return self.tap("model.embed_tokens", self.ops.take(self.weights["model.embed_tokens.weight"], ids))
+
+    def layer(self, i, x, cos, sin, mask):
+        """Layer `i` on the residual stream (B, T, C): attention and MLP, each on a normed copy, each added back.
+
+        `cos`, `sin`: (B, 1, T, D/2) for the tokens' positions, or None for ALiBi.
+        `mask`: (B, 1 or H, T, S), added to the scores: 0 or ALiBi's bias where a token may look, very low elsewhere.
+        """
+        at = f"model.layers.{i}"
+        x = x + self.attention(i, self.rms_norm(f"{at}.input_layernorm", x), cos, sin, mask)  # (B, T, C)
+        x = self.tap(f"{at}.attention_residual", x)
+        x = x + self.mlp(f"{at}.mlp", self.rms_norm(f"{at}.post_attention_layernorm", x))    # (B, T, C)
+        return self.tap(at, x)
+
+    def head(self, x):
+        """Logits. NormHead (Baichuan2) divides each row of lm_head by its length: done once, when weights are read."""
+        return self.linear("lm_head", self.rms_norm("model.norm", x))                        # (B, T, V)
+
+    def attention(self, i, x, cos, sin, mask):
+        ops, config, at = self.ops, self.config, f"model.layers.{i}.self_attn"
+        B, T, _ = x.shape
+        H, K, D = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+
+        qkv = [self.linear(f"{at}.{module}", x) for module in config.qkv_modules]
+        q, k, v = ops.split(qkv[0], (H * D, K * D, K * D)) if config.qkv_packed else qkv
+        q = q.reshape(B, T, H, D).transpose(0, 2, 1, 3)                                      # (B, H, T, D)
+        k = k.reshape(B, T, K, D).transpose(0, 2, 1, 3)                                      # (B, K, T, D)
+        v = v.reshape(B, T, K, D).transpose(0, 2, 1, 3)                                      # (B, K, T, D)
+        if cos is not None:
+            q, k = self.rope(q, cos, sin), self.rope(k, cos, sin)
+        q = self.tap(f"{at}.query", q)
+        k, v = self.cache(i, self.tap(f"{at}.key", k), self.tap(f"{at}.value", v))           # (B, K, S, D)
+        S = k.shape[2]
+
+        # H/K query heads share one key head: they are so many more rows of the same product.
+        if config.fused_attention:
+            q, k, v = ops.upcast(q), ops.upcast(k), ops.upcast(v)
+        scores = ops.matmul(q.reshape(B, K, H // K * T, D), k.transpose(0, 1, 3, 2))         # (B, K, H/K*T, S)
+        scores = ops.type_as(ops.upcast(scores) * D**-0.5, q).reshape(B, H, T, S)
+        scores = self.tap(f"{at}.scores", scores)                                            # (B, H, T, S)
+        probs = self.tap(f"{at}.probs", ops.type_as(ops.softmax(ops.upcast(scores) + mask), v))  # (B, H, T, S)
+        context = ops.matmul(probs.reshape(B, K, H // K * T, S), v).reshape(B, H, T, D)      # (B, H, T, D)
+        context = ops.type_as(context, x).transpose(0, 2, 1, 3).reshape(B, T, H * D)         # (B, T, H*D)
+        return self.linear(f"{at}.o_proj", self.tap(f"{at}.context", context))               # (B, T, C)
+
+    def rope(self, x, cos, sin):
+        """Turns each pair (element i of the first half, element i of the second half) by the angle of its position."""
+        ops = self.ops
+        a, b = ops.split(ops.upcast(x), (self.config.head_dim // 2,) * 2)                    # (B, *, T, D/2) each
+        if not self.config.rope_upcast:
+            a, b, cos, sin = (ops.type_as(half, x) for half in (a, b, cos, sin))
+        a, b = ops.type_as(a * cos - b * sin, x), ops.type_as(b * cos + a * sin, x)
+        return ops.concat((a, b))                                                            # (B, *, T, D)
+
+    def mlp(self, at, x):
+        """SwiGLU: the gate, through SiLU, decides how much of each intermediate feature goes on."""
+        gate = self.ops.upcast(self.linear(f"{at}.gate_proj", x))                            # (B, T, F)
+        gate = self.tap(f"{at}.act_fn", self.ops.type_as(gate * self.ops.sigmoid(gate), x))  # (B, T, F)
+        product = self.tap(f"{at}.product", gate * self.linear(f"{at}.up_proj", x))          # (B, T, F)
+        return self.linear(f"{at}.down_proj", product)                                       # (B, T, C)
+
+    def rms_norm(self, name, x):
+        """x over the root of its mean square, times a gain. 16-bit models do the first part in float32."""
+        wide = self.ops.upcast(x)
+        wide = wide * self.ops.rsqrt(self.ops.mean(wide * wide) + self.config.rms_norm_eps)  # (B, T, C)
+        return self.tap(name, self.ops.parameter(self.weights[f"{name}.weight"]) * self.ops.type_as(wide, x))
+
+    def linear(self, name, x):
+        return self.tap(name, self.ops.linear(x, self.weights[f"{name}.weight"], self.weights.get(f"{name}.bias")))

@@ -1,0 +1,162 @@
+"""`load` a checkpoint, and what can be done with the `Model` that it gives."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from kernels.ops import DTYPES, NumPyOps
+from refimpl.cache import KVCache
+from refimpl.config import Config, read_config, read_json
+from refimpl.decoder import Decoder
+from refimpl.errors import InputError, at_most
+from refimpl.positions import attention_bias, rope_tables, token_positions
+from refimpl.trace import Tap, Trace, feeding, recording, silent
+from refimpl.weights import Weights, read_checkpoint, resolve
+
+if TYPE_CHECKING:
+    from refimpl.tokenizer import Tokenizer
+
+EMBEDDED = Path(__file__).parent / "embedded"
+
+
+def load(path: str | Path | None = None) -> Model:
+    """The model in a Hugging Face style folder; without a path, the small trained Baichuan2 of this package.
+
+    Weights are mapped, not read: a 15 GB checkpoint opens at once and takes the memory of what is used.
+    Raises InputError, in one line, for whatever is missing, damaged or not understood.
+    """
+    folder = EMBEDDED if path is None else Path(path)
+    if not folder.is_dir():
+        raise InputError(f"{folder} is not a folder; expected one with config.json and model.safetensors")
+    config = read_config(folder)
+    return Model(config, resolve(config, read_checkpoint(folder)), folder)
+
+
+class Model:
+    """A config and weights, and the one forward over them. Immutable; `quantize` gives another model."""
+
+    def __init__(self, config: Config, weights: Weights, folder: Path | None = None):
+        self.config, self.weights, self.folder = config, weights, folder
+
+    def __repr__(self) -> str:
+        c = self.config
+        return f"Model({c.family}, {c.num_hidden_layers} layers, hidden {c.hidden_size}, vocabulary {c.vocab_size})"
+
+    def __call__(self, ids, dtype: str = "float32", attention_mask=None, cache: KVCache | None = None) -> np.ndarray:
+        """Logits (B, T, V) of token ids: a list, an array (T,) or (B, T), or a text.
+
+        `dtype`: "float32"; "float64", the oracle, positions included; "bfloat16" or "float16", which round after
+        each operation as PyTorch does. `attention_mask` (B, past + T): 0 for padding, which may stand on the left.
+        With a `cache`, `ids` continue what is in it, in pieces of any size.
+
+        Raises InputError for ids outside the vocabulary, nothing to do, or more tokens than the context holds.
+        """
+        return self.forward(ids, dtype, attention_mask, cache, silent)
+
+    def trace(
+        self, ids, dtype: str = "float32", attention_mask=None, feed: Mapping | None = None, taps: str | None = None
+    ) -> Trace:
+        """Every tensor of one forward, in computing order: name (see `refimpl.names`) -> array.
+
+        `taps`: a glob on names, to keep some of them. `feed`: a trace whose values replace the computed ones as soon
+        as they have been computed and recorded, so that each recorded tensor shows its own error and none that it
+        inherited.
+        """
+        trace = Trace(meta={"family": self.config.family, "dtype": dtype, "engine": "refimpl"})
+        self.forward(ids, dtype, attention_mask, None, recording(trace, taps, then=feeding(feed or {})))
+        if taps is not None and not trace:
+            from refimpl.names import taps as known
+
+            raise InputError(f"no tensor is called {taps!r}; names are such as {at_most(list(known(self.config)), 3)}")
+        return trace
+
+    def forward(self, ids, dtype: str, attention_mask, cache: KVCache | None, tap: Tap) -> np.ndarray:
+        """The forward behind `__call__` and `trace`, with any tap."""
+        ids, ops = self.token_ids(ids), self.ops(dtype)
+        batch, tokens = ids.shape
+        past = cache.length if cache else 0
+        if past + tokens > self.config.max_position_embeddings:
+            raise InputError(
+                f"{past + tokens} tokens exceed the context of {self.config.max_position_embeddings}; use fewer"
+            )
+        if attention_mask is not None:
+            attention_mask = np.asarray(attention_mask)
+            if attention_mask.shape != (batch, past + tokens) or attention_mask.dtype.kind not in "iub":
+                raise InputError(
+                    f"attention_mask is {attention_mask.dtype} {attention_mask.shape}, expected integers of shape "
+                    f"{(batch, past + tokens)}: it covers the cache and the new tokens"
+                )
+        if cache is None:
+            mask = np.ones(ids.shape, np.int64) if attention_mask is None else attention_mask.astype(np.int64)
+        elif (cache.batch, cache.layers) != (batch, self.config.num_hidden_layers):
+            raise InputError(f"the cache is for {cache.batch} sequences of {cache.layers} layers; make one of this model")
+        else:
+            mask = cache.extend_mask(attention_mask, tokens)
+
+        cos, sin = self.position_tables(token_positions(mask)[:, past:], ops.wide)
+        bias = attention_bias(self.config, mask, tokens, ops.wide)
+        parts = dict(config=self.config, weights=self.weights, ops=ops, tap=tap)
+        logits = Decoder(**parts, **({} if cache is None else {"cache": cache}))(ids, cos, sin, bias)
+        if cache is not None:
+            cache.advance(tokens)
+        return logits
+
+    def ops(self, dtype: str) -> NumPyOps:
+        """The operations at a number format. Raises InputError for one that is not known."""
+        if dtype not in DTYPES:
+            raise InputError(f"dtype is {dtype!r}, expected one of {', '.join(DTYPES)}")
+        return NumPyOps(DTYPES[dtype])
+
+    def position_tables(self, positions: np.ndarray, dtype) -> tuple[np.ndarray, np.ndarray] | tuple[None, None]:
+        """cos and sin for positions (B, T), (B, 1, T, D/2) each; none for ALiBi, which works on the scores."""
+        if self.config.rope_theta is None:
+            return None, None
+        return rope_tables(positions, self.config.head_dim, self.config.rope_theta, dtype)
+
+    def new_cache(self, batch: int = 1, capacity: int | None = None) -> KVCache:
+        """An empty cache for `batch` sequences of up to `capacity` tokens (the model's context if not given)."""
+        return KVCache(self.config.num_hidden_layers, capacity or self.config.max_position_embeddings, batch)
+
+    def token_ids(self, ids) -> np.ndarray:
+        """Token ids (B, T) int64 from a text, a list, or an array (T,) or (B, T), checked against the vocabulary."""
+        if isinstance(ids, str):
+            ids = self.tokenizer.encode(ids)
+        try:
+            array = np.asarray(ids)
+        except ValueError:
+            raise InputError("the ids are rows of different lengths; pad them on the left and pass attention_mask") from None
+        if array.size == 0:
+            raise InputError("the prompt is empty; expected at least one token")
+        if array.ndim not in (1, 2) or array.dtype.kind not in "iu":
+            raise InputError(f"the ids are {array.dtype} of shape {array.shape}, expected integers (T,) or (B, T)")
+        wrong = array[(array < 0) | (array >= self.config.vocab_size)]
+        if wrong.size:
+            raise InputError(f"token id {wrong[0]} is outside the vocabulary of {self.config.vocab_size}")
+        return array.astype(np.int64).reshape(-1, array.shape[-1])
+
+    def generate(self, ids, **options) -> Iterator:
+        """Token ids one by one, up to and including the end-of-sequence id: see `refimpl.generation.generate`."""
+        from refimpl.generation import generate
+
+        return generate(self, ids, **options)
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The folder's tokenizer. Raises InputError if it has none."""
+        from refimpl.tokenizer import load_tokenizer
+
+        tokenizer = load_tokenizer(self.folder, self.config) if self.folder else None
+        if tokenizer is None:
+            raise InputError(f"{self.folder} has no tokenizer; pass token ids instead of text")
+        return tokenizer
+
+    @cached_property
+    def generation_config(self) -> dict[str, Any]:
+        """The keys of the folder's generation_config.json, if there is one."""
+        path = self.folder / "generation_config.json" if self.folder else None
+        return read_json(path) if path and path.exists() else {}

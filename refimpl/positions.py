@@ -1,0 +1,70 @@
+"""How a token knows where it is: RoPE's tables, ALiBi's slopes, and the mask that both pass through.
+
+All of it is input to the decoder, so prefill, decoding, padding and a phone's static cache are the same code there.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from refimpl.config import Config
+
+
+def rope_tables(positions: np.ndarray, head_dim: int, theta: float, dtype) -> tuple[np.ndarray, np.ndarray]:
+    """cos and sin of each pair's angle: positions (B, T) -> two arrays (B, 1, T, D/2) of `dtype`.
+
+    Pair i turns by position * theta^(-2i/D). Frequencies and angles are computed in `dtype`: the official float32
+    tables carry the error of a float32 angle (1e-4 at position 4000), and the float64 oracle does not.
+
+    Source: `RotaryEmbedding` in the official modeling_baichuan.py (7B), whose tables hold each column twice.
+    """
+    exponents = np.arange(0, head_dim, 2, dtype=dtype) / np.asarray(head_dim, dtype)
+    frequencies = 1.0 / np.power(np.asarray(theta, dtype), exponents)                           # (D/2,)
+    angles = positions.astype(dtype)[:, None, :, None] * frequencies                            # (B, 1, T, D/2)
+    return np.cos(angles), np.sin(angles)
+
+
+def alibi_slopes(heads: int) -> np.ndarray:
+    """How steeply each head forgets: (H,) float64, a geometric series from 2^(-8/H) to 2^-8.
+
+    If H is not a power of two: the series of the largest power of two below H, then every second term of the next.
+
+    Source: Press, Smith, Lewis, "Train Short, Test Long" (2022); `_get_interleave` in modeling_baichuan.py (13B).
+    """
+    power = 2 ** math.floor(math.log2(heads))
+    start = 2.0 ** (-8.0 / power)
+    slopes = [start**k for k in range(1, power + 1)]
+    between = math.sqrt(start)  # the series of 2 * power
+    slopes += [between**k for k in range(1, 2 * (heads - power), 2)]
+    return np.array(slopes)
+
+
+def token_positions(mask: np.ndarray) -> np.ndarray:
+    """The position of each token (B, S) under an attention mask (B, S): how many before it are not padding."""
+    return np.maximum(np.cumsum(mask > 0, axis=1) - 1, 0)
+
+
+def attention_bias(config: Config, mask: np.ndarray, tokens: int, dtype) -> np.ndarray:
+    """What is added to the scores of the last `tokens` positions: (B or 1, H or 1, T, S) of `dtype`.
+
+    0, or ALiBi's slope * (key - query), where a query may look: at keys that are not later than it, not padding, and
+    of the same value in `mask` (B, S). The values are 0 for padding and 1 for tokens; others keep packed sequences
+    apart, as the official 13B code has it. Elsewhere the bias is so low that softmax gives exactly 0.
+
+    The lowest value is finite, because a row of padding looks at nothing, and softmax of nothing but -inf is NaN.
+    The official 13B code adds slope * key, the same after softmax, but rounds it to the model's 16-bit format, so
+    that at key 2000 steep heads lose their locality (bfloat16 has steps of 8 there). We keep the bias in `dtype`.
+    """
+    size = mask.shape[1]
+    queries, keys = np.arange(size - tokens, size)[:, None], np.arange(size)[None, :]           # (T, 1), (1, S)
+    allowed = (mask[:, None, :] == mask[:, -tokens:, None]) & (mask[:, None, :] > 0)            # (B, T, S)
+    allowed = (allowed & (keys <= queries))[:, None]                                            # (B, 1, T, S)
+    if config.rope_theta is None:
+        distance = (keys - queries).astype(dtype)                                               # (T, S)
+        bias = alibi_slopes(config.num_attention_heads).astype(dtype)[:, None, None] * distance  # (H, T, S)
+    else:
+        bias = np.zeros((1, 1, 1), dtype)
+    lowest = np.asarray(np.finfo(dtype).min / 2, dtype)
+    return np.where(allowed, bias, lowest)

@@ -1,0 +1,74 @@
+"""A trace: the tensors of one run in computing order, and the sinks that a tap may drain into.
+
+Everything that computes the model (NumPy, PyTorch with hooks, ONNX Runtime, a phone) ends in a `Trace`, and
+comparing knows nothing else.
+
+A tap is a function `tap(name, x) -> x` that the forward calls on each tensor and whose return value it goes on
+with. So one mechanism records a run, replaces its values, quantizes them or breaks them on purpose:
+
+>>> trace = Trace()
+>>> tap = recording(trace, then=feeding({"b": 5.0}))
+>>> tap("a", 1.0) + tap("b", 2.0)       # "b" goes on as 5.0, and what was computed, 2.0, is on record
+6.0
+>>> dict(trace)
+{'a': 1.0, 'b': 2.0}
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from refimpl.errors import InputError
+
+Tap = Callable[[str, Any], Any]
+
+
+class Trace(dict):
+    """An ordered mapping name -> array, in computing order, with `meta`: a JSON-like dict of where it came from."""
+
+    def __init__(self, tensors: Mapping | Iterable = (), meta: dict | None = None):
+        super().__init__(tensors)
+        self.meta: dict = dict(meta or {})
+
+    def __repr__(self) -> str:
+        total = sum(getattr(array, "nbytes", 0) for array in self.values())
+        return f"Trace({len(self)} tensors, {total / 1e6:.1f} MB, {self.meta})"
+
+
+def silent(name: str, x):
+    """The tap that nobody listens to."""
+    return x
+
+
+def feeding(values: Mapping, then: Tap = silent) -> Tap:
+    """Replaces each tensor that `values` names by the value there, so that errors are not inherited.
+
+    Raises InputError when the shapes differ: a trace of another prompt cannot be fed.
+    """
+
+    def tap(name, x):
+        if name not in values:
+            return then(name, x)
+        value = values[name]
+        shape, expected = getattr(value, "shape", ()), getattr(x, "shape", ())
+        if shape != expected:
+            raise InputError(f"the fed {name} has shape {shape}, this run's is {expected}; feed a trace of the same ids")
+        return then(name, value.astype(x.dtype) if hasattr(x, "astype") else value)
+
+    return tap
+
+
+def recording(trace: dict, pattern: str | None = None, then: Tap = silent) -> Tap:
+    """Writes each tensor into `trace` as it was computed, and passes it on to `then`.
+
+    `pattern` is a glob on names (`*.self_attn.*`); `None` records everything.
+    """
+
+    def tap(name, x):
+        if pattern is None or fnmatch.fnmatchcase(name, pattern):
+            trace[name] = x
+        return then(name, x)
+
+    return tap

@@ -1,0 +1,193 @@
+"""Parameters on disk, memory-mapped, checked against the config, and resolved into what the decoder reads.
+
+`read_checkpoint` maps a folder's safetensors files. `resolve` turns the tensors into `Weights`: it is the one place
+that knows how checkpoints differ (NormHead, tied heads, buffers that are not parameters).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from refimpl.config import Config, read_json
+from refimpl.errors import InputError, at_most
+
+# The names of number formats in a safetensors header.
+SAFETENSORS_DTYPES = {
+    "F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16,
+    "I64": np.int64, "I32": np.int32, "I16": np.int16, "I8": np.int8, "U8": np.uint8, "BOOL": np.bool_,
+}  # fmt: skip
+# A converted copy up to this many elements is kept: it makes small models fast and is nothing beside a large one.
+KEEP_ELEMENTS = 1 << 20
+
+
+@dataclass(frozen=True, eq=False)
+class Weight:
+    """A parameter as stored: `array` is mapped from disk, and only what is read is touched."""
+
+    array: np.ndarray
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.array.shape
+
+    @property
+    def dtype(self) -> np.dtype:
+        return self.array.dtype
+
+    def read(self, dtype: np.dtype, rows: slice | np.ndarray = slice(None)) -> np.ndarray:
+        """The values of these rows in `dtype`: a view where nothing is to be converted."""
+        if self.array.size > KEEP_ELEMENTS:
+            return self._convert(self.array[rows], dtype)
+        if dtype not in self._kept:
+            self._kept[dtype] = self._convert(self.array, dtype)
+        return self._kept[dtype][rows]
+
+    def _convert(self, values: np.ndarray, dtype: np.dtype) -> np.ndarray:
+        return values.astype(dtype, copy=False)
+
+    @cached_property
+    def _kept(self) -> dict:
+        return {}
+
+
+class NormHead(Weight):
+    """The head of Baichuan2: each row divided by its Euclidean length, in the format that is computed in.
+
+    Source: `NormHead` in the official modeling_baichuan.py, `nn.functional.normalize(weight)`, whose length is
+    rounded to the weight's format and kept from falling below 1e-12: a row of zeros stays zero. (In float16 the
+    official code makes such a row NaN, because 1e-12 is zero there; here it stays zero.)
+    """
+
+    def _convert(self, values, dtype):
+        values = super()._convert(values, dtype)
+        wide = values if dtype == np.float64 else values.astype(np.float32)
+        length = np.sqrt((wide * wide).sum(-1, keepdims=True)).astype(dtype).astype(wide.dtype)
+        return (wide / np.maximum(length, 1e-12)).astype(dtype, copy=False)
+
+
+class Weights(Mapping[str, Any]):
+    """Parameter name -> what `ops` reads. Immutable; `replace` makes another with some entries changed."""
+
+    def __init__(self, entries: Mapping[str, Any]):
+        self._entries = dict(entries)
+
+    def __getitem__(self, name: str) -> Any:
+        return self._entries[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def replace(self, entries: Mapping[str, Any]) -> Weights:
+        return Weights({**self._entries, **entries})
+
+
+def expected_shapes(config: Config) -> dict[str, tuple[int, ...]]:
+    """The name and shape of every parameter that a checkpoint of this config must hold."""
+    hidden, inter = config.hidden_size, config.intermediate_size
+    q, kv = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+    qkv = {"W_pack": q + 2 * kv} if config.qkv_packed else {"q_proj": q, "k_proj": kv, "v_proj": kv}
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (config.vocab_size, hidden)}
+    for i in range(config.num_hidden_layers):
+        at = f"model.layers.{i}"
+        for module, rows in qkv.items():
+            shapes[f"{at}.self_attn.{module}.weight"] = (rows, hidden)
+            if config.qkv_bias:
+                shapes[f"{at}.self_attn.{module}.bias"] = (rows,)
+        shapes[f"{at}.self_attn.o_proj.weight"] = (hidden, q)
+        shapes[f"{at}.mlp.gate_proj.weight"] = shapes[f"{at}.mlp.up_proj.weight"] = (inter, hidden)
+        shapes[f"{at}.mlp.down_proj.weight"] = (hidden, inter)
+        shapes[f"{at}.input_layernorm.weight"] = shapes[f"{at}.post_attention_layernorm.weight"] = (hidden,)
+    shapes["model.norm.weight"] = (hidden,)
+    if not config.tie_word_embeddings:
+        shapes["lm_head.weight"] = (config.vocab_size, hidden)
+    return shapes
+
+
+def resolve(config: Config, tensors: Mapping[str, np.ndarray]) -> Weights:
+    """What the decoder reads, from a checkpoint's tensors.
+
+    Raises InputError for missing, unknown and wrongly shaped tensors, and for formats that are not floating point.
+    """
+    # v1 saved RoPE's frequencies; the official code reads them back into a buffer that it computed just the same.
+    tensors = {name: array for name, array in tensors.items() if not name.endswith(".rotary_emb.inv_freq")}
+    if config.tie_word_embeddings:
+        tensors.pop("lm_head.weight", None)
+    shapes = expected_shapes(config)
+    missing, unknown = [n for n in shapes if n not in tensors], [n for n in tensors if n not in shapes]
+    if missing or unknown:
+        said = [f"{what} {at_most(names, 3)}" for what, names in (("lacks", missing), ("has unknown", unknown)) if names]
+        raise InputError(f"the checkpoint {' and '.join(said)}; config.json describes a {config.family}")
+    for name, shape in shapes.items():
+        if tensors[name].shape != shape:
+            raise InputError(f"{name} has shape {tensors[name].shape}, config.json ({config.family}) says {shape}")
+        if tensors[name].dtype not in (np.float64, np.float32, np.float16, ml_dtypes.bfloat16):
+            raise InputError(f"{name} is {tensors[name].dtype}, expected float32, float16 or bfloat16")
+    entries = {name: Weight(tensors[name]) for name in shapes}
+    head = entries["model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"]
+    return Weights({**entries, "lm_head.weight": NormHead(head.array) if config.norm_head else head})
+
+
+def read_checkpoint(folder: Path) -> dict[str, np.ndarray]:
+    """All tensors of a folder's `model.safetensors`, or of the shards that its index names, mapped and unread."""
+    folder = Path(folder)
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if single.exists():
+        return map_safetensors(single)
+    if not index.exists():
+        raise InputError(f"{folder} holds neither model.safetensors nor model.safetensors.index.json; expected weights")
+    places = read_json(index).get("weight_map")
+    if not isinstance(places, dict) or not places:
+        raise InputError(f"{index} has no weight_map, which says the file of each tensor; download it again")
+    shards: dict[str, dict[str, np.ndarray]] = {}
+    tensors = {}
+    for name, file in places.items():
+        if not isinstance(file, str) or Path(file).name != file:
+            raise InputError(f"{index} places {name} in {file!r}, expected the name of a file beside it")
+        if file not in shards:
+            if not (folder / file).exists():
+                raise InputError(f"the shard {folder / file} is not there, but {index.name} names it; download it again")
+            shards[file] = map_safetensors(folder / file)
+        if name not in shards[file]:
+            raise InputError(f"{folder / file} lacks {name}, which {index.name} places there; download both again")
+        tensors[name] = shards[file][name]
+    return tensors
+
+
+def map_safetensors(path: Path) -> dict[str, np.ndarray]:
+    """The tensors of one safetensors file as read-only arrays mapped from disk; opening reads the header alone.
+
+    The safetensors library validates the file (lengths that lie, overlaps, holes, truncation); it would copy the
+    tensors, so their places are then read from the header that it has accepted.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="numpy"):
+            pass
+        with open(path, "rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(length))
+    except (SafetensorError, OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{path} is not a valid safetensors file: {error}; download it again") from None
+    header.pop("__metadata__", None)
+    data = np.memmap(path, np.uint8, "r", offset=0)[8 + length :]
+    tensors = {}
+    for name, entry in header.items():
+        if entry["dtype"] not in SAFETENSORS_DTYPES:
+            raise InputError(f"{name} in {path} has the format {entry['dtype']}, which is not known here")
+        start, stop = entry["data_offsets"]
+        dtype = np.dtype(SAFETENSORS_DTYPES[entry["dtype"]])
+        # `frombuffer` cannot take an empty buffer or a misaligned one; a view of the bytes can be both.
+        tensors[name] = data[start:stop].view(np.ndarray).view(dtype).reshape(entry["shape"])
+    return tensors
