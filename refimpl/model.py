@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -144,6 +144,12 @@ class Model:
         from refimpl.generation import generate
 
         return generate(self, ids, **options)
+
+    def quantize(self, scheme: str = "int4", block_size: int = 32, keep: Sequence[str] = ()) -> Model:
+        """This model with its matrices in 4-bit blocks (see `refimpl.quantize`); `keep`: globs on module names."""
+        from refimpl.quantize import quantize_weights
+
+        return Model(self.config, quantize_weights(self.weights, scheme, block_size, keep), self.folder)
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
