@@ -1,0 +1,145 @@
+"""Choosing the next token: transformers' logits processors in NumPy, and the loop that calls the model.
+
+The order is transformers': repetition penalty, temperature, top-k, top-p, then softmax and a draw. Each processor maps
+scores (B, V) to scores; a token that is out gets -inf.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from refimpl.errors import InputError
+
+if TYPE_CHECKING:
+    from refimpl.model import Model
+
+
+def penalize_repetition(scores: np.ndarray, history: np.ndarray, penalty: float) -> np.ndarray:
+    """Scores of the ids in `history` (B, N) divided by `penalty` if positive and multiplied if negative, once each.
+
+    Source: Keskar et al., "CTRL" (2019), section 4.1; `RepetitionPenaltyLogitsProcessor` in transformers.
+    """
+    seen = np.take_along_axis(scores, history, -1)
+    out = scores.copy()
+    np.put_along_axis(out, history, np.where(seen < 0, seen * penalty, seen / penalty), -1)
+    return out
+
+
+def keep_top_k(scores: np.ndarray, k: int) -> np.ndarray:
+    """Only scores that are not below the k-th largest of their row stay; ties with it stay too."""
+    k = min(k, scores.shape[-1])
+    threshold = np.partition(scores, -k, axis=-1)[..., -k, None]
+    return np.where(scores < threshold, -np.inf, scores)
+
+
+def keep_top_p(scores: np.ndarray, p: float) -> np.ndarray:
+    """The likeliest tokens whose probabilities reach `p` together stay, and at least one.
+
+    As in transformers: sorted upwards, tokens go while their running sum is at most 1 - p.
+    """
+    order = np.argsort(scores, axis=-1, kind="stable")
+    running = np.cumsum(softmax(np.take_along_axis(scores, order, -1)), axis=-1)
+    out = running <= 1 - p
+    out[..., -1] = False
+    drop = np.empty_like(out)
+    np.put_along_axis(drop, order, out, -1)
+    return np.where(drop, -np.inf, scores)
+
+
+def process(scores, history, repetition_penalty=1.0, temperature=1.0, top_k=0, top_p=1.0) -> np.ndarray:
+    """The scores (B, V) from which a token is drawn, after all processors in transformers' order."""
+    scores = scores.astype(np.float32, copy=False)  # transformers' processors work in float32 too
+    if repetition_penalty != 1.0:
+        scores = penalize_repetition(scores, history, repetition_penalty)
+    if temperature != 1.0:
+        scores = scores / np.float32(temperature)
+    if top_k:
+        scores = keep_top_k(scores, top_k)
+    if top_p < 1.0:
+        scores = keep_top_p(scores, top_p)
+    return scores
+
+
+def softmax(scores: np.ndarray) -> np.ndarray:
+    e = np.exp(scores - scores.max(-1, keepdims=True))
+    return e / e.sum(-1, keepdims=True)
+
+
+def generate(
+    model: Model,
+    ids,
+    max_new_tokens: int | None = None,
+    do_sample: bool = False,
+    temperature: float | None = None,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    repetition_penalty: float | None = None,
+    seed: int | None = None,
+    dtype: str = "float32",
+    attention_mask=None,
+) -> Iterator[Any]:
+    """Yields token ids as they are found, up to and including the end-of-sequence id.
+
+    For one prompt (a text, a list, an array (T,)) each is an int; for a batch (B, T), padded on the left and masked,
+    each is an array (B,), in which a sequence that has ended goes on with the padding id. What is not given comes from
+    the folder's generation_config.json. Without `do_sample` the likeliest token is taken, after the repetition
+    penalty; with it, `seed` makes the draws repeatable (NumPy's PCG64, so not the tokens that torch would draw).
+
+    Raises InputError for options out of range and for a prompt that leaves no room in the context.
+    """
+    defaults = model.generation_config
+
+    def option(name, value, fallback, valid, expected):
+        value = defaults.get(name, fallback) if value is None else value
+        if isinstance(value, bool) or not isinstance(value, int | float) or not valid(value):
+            raise InputError(f"{name} is {value!r}, expected {expected}")
+        return value
+
+    single = isinstance(ids, str) or np.ndim(ids) == 1
+    ids = model.token_ids(ids)
+    batch, tokens = ids.shape
+    context = model.config.max_position_embeddings
+    room = context - tokens
+    if room < 1:
+        raise InputError(f"the prompt of {tokens} tokens leaves no room in the context of {context}; shorten it")
+    wanted = option("max_new_tokens", max_new_tokens, room, lambda n: n == int(n) >= 1, "a whole number from 1")
+    wanted = min(int(wanted), room)
+    settings = {
+        "repetition_penalty": option("repetition_penalty", repetition_penalty, 1.0, lambda x: x > 0, "a positive number"),
+    }
+    if do_sample:
+        settings["temperature"] = option("temperature", temperature, 1.0, lambda x: x > 0, "a positive number")
+        settings["top_k"] = option("top_k", top_k, 0, lambda k: k == int(k) >= 0, "a whole number, 0 for no limit")
+        settings["top_p"] = option("top_p", top_p, 1.0, lambda p: 0 < p <= 1, "a number above 0 and up to 1")
+    ends = np.atleast_1d(defaults.get("eos_token_id", model.config.eos_token_id) or []).astype(np.int64)
+    padding = defaults.get("pad_token_id", model.config.pad_token_id) or 0
+
+    def steps():
+        nonlocal ids, attention_mask
+        rng = np.random.default_rng(seed)
+        cache = model.new_cache(batch, tokens + wanted)
+        ended = np.zeros(batch, bool)
+        history, new = ids, ids
+        for _ in range(wanted):
+            logits = model(new, dtype, attention_mask, cache)[:, -1].astype(np.float32)
+            scores = process(logits, history, **settings)
+            chosen = _draw(softmax(scores.astype(np.float64)), rng) if do_sample else scores.argmax(-1)
+            chosen = np.where(ended, padding, chosen)
+            yield int(chosen[0]) if single else chosen
+            ended |= np.isin(chosen, ends)
+            if ended.all():
+                return
+            new = chosen[:, None]
+            history = np.concatenate([history, new], axis=1)
+            attention_mask = None  # the cache remembers what is padding
+
+    return steps()
+
+
+def _draw(probs: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """One index of each row of probs (B, V), by where a uniform number falls in the running sum."""
+    running = np.cumsum(probs, axis=-1)
+    return (running < rng.random((len(probs), 1)) * running[:, -1:]).sum(-1)

@@ -1,0 +1,81 @@
+"""What tests of several packages stand on: the recorded goldens where they are, and small random checkpoints."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+import refimpl
+from refimpl.config import FAMILIES, config_from_keys
+from refimpl.weights import expected_shapes
+
+SHARED = Path(__file__).parents[2] / "shared"
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder of recorded goldens and tiny checkpoints that lies beside a developer's checkout."""
+    if not (SHARED / "golden").is_dir():
+        pytest.skip("the recorded goldens are not beside this checkout")
+    return SHARED
+
+
+def config_keys(family: str, **changes) -> dict:
+    """A small `config.json` of a family, with the keys by which the official ones are told apart."""
+    keys = {
+        "model_type": "baichuan", "vocab_size": 96, "hidden_size": 64, "intermediate_size": 128,
+        "num_hidden_layers": 2, "num_attention_heads": 4, "rms_norm_eps": 1e-6, "hidden_act": "silu",
+        "max_position_embeddings": 64, "torch_dtype": "float32",
+    }  # fmt: skip
+    if family.startswith("Baichuan2"):
+        keys["tokenizer_class"] = "BaichuanTokenizer"
+    if family.endswith("13B"):
+        keys["model_max_length"] = keys.pop("max_position_embeddings")
+    if family == "Qwen2-7B":
+        keys.update(model_type="qwen2", num_key_value_heads=2, rope_theta=1e6)
+    return {**keys, **changes}
+
+
+def write_checkpoint(folder: Path, family: str, seed: int = 0, dtype=np.float32, **changes) -> Path:
+    """A random checkpoint of a family in `folder`: weights of the size that keeps a residual stream alive."""
+    keys = config_keys(family, **changes)
+    config = config_from_keys(keys)
+    rng = np.random.default_rng(seed)
+
+    def values(name, shape):
+        if name.endswith("norm.weight"):
+            return 1 + 0.1 * rng.standard_normal(shape)
+        return rng.standard_normal(shape) * (1.15 / np.sqrt(shape[-1]) if len(shape) == 2 else 0.1)
+
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(keys))
+    tensors = {name: values(name, shape).astype(dtype) for name, shape in expected_shapes(config).items()}
+    save_file(tensors, folder / "model.safetensors")
+    return folder
+
+
+@pytest.fixture(params=FAMILIES)
+def family(request) -> str:
+    """Each of the five families in turn."""
+    return request.param
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory):
+    """family -> the folder of a small random checkpoint of it, made once a session."""
+    made: dict[str, Path] = {}
+
+    def folder(family: str) -> Path:
+        if family not in made:
+            made[family] = write_checkpoint(tmp_path_factory.mktemp(family), family)
+        return made[family]
+
+    return folder
+
+
+@pytest.fixture
+def tiny_model(tiny_folder):
+    """family -> a small random model of it."""
+    return lambda family: refimpl.load(tiny_folder(family))
