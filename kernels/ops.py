@@ -85,6 +85,19 @@ class NumPyOps:
         """a @ b over the last two axes, rounded to the format of `a`."""
         return np.matmul(self.upcast(a), self.upcast(b)).astype(a.dtype, copy=False)
 
+    def weighted_sum(self, probs: np.ndarray, value: np.ndarray) -> np.ndarray:
+        """probs (..., R, S) @ value (..., S, D) in the format of `value`: the end of attention.
+
+        Wide probs over a 16-bit value are those of a fused attention. PyTorch's CPU kernel multiplies the numerators
+        exp(score - max), rounded to 16 bits, and divides by their unrounded sum afterwards; the row's largest prob is
+        one over that sum. (Source: flash attention in PyTorch's aten/src/ATen/native/cpu/FlashAttentionKernel.cpp.)
+        """
+        if probs.dtype == value.dtype:
+            return self.matmul(probs, value)
+        top = probs.max(-1, keepdims=True)
+        numerators = (probs / top).astype(value.dtype)
+        return (np.matmul(self.upcast(numerators), self.upcast(value)) * top).astype(value.dtype)
+
     def mean(self, x: np.ndarray) -> np.ndarray:
         """Over the last axis, which stays as 1."""
         return x.mean(-1, keepdims=True)

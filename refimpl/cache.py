@@ -7,6 +7,11 @@ import numpy as np
 from refimpl.errors import InputError
 
 
+def no_cache(layer: int, key: np.ndarray, value: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """What stands in for a cache when there is no past: attention may see the new keys and values."""
+    return key, value
+
+
 class KVCache:
     """Room for `capacity` tokens of `batch` sequences, filled in place and handed out as views.
 

@@ -53,16 +53,20 @@ class Config:
                      "num_key_value_heads", "vocab_size", "max_position_embeddings"):  # fmt: skip
             size = getattr(self, name)
             if type(size) is not int or not 1 <= size <= 1 << 24:
-                raise InputError(f"{name} is {size!r}, expected a whole number from 1 to {1 << 24}; mend config.json")
-        if not 0 <= self.rms_norm_eps < 1:
-            raise InputError(f"rms_norm_eps is {self.rms_norm_eps!r}, expected a small positive number; mend config.json")
-        if self.rope_theta is not None and not 0 < self.rope_theta < math.inf:
-            raise InputError(f"rope_theta is {self.rope_theta!r}, expected a positive number; mend config.json")
+                raise InputError(f"{name} is {size!r}, expected a whole number from 1 to {1 << 24}")
+        for name, limit in (("rms_norm_eps", 1.0), ("rope_theta", math.inf), ("z_loss_weight", math.inf)):
+            number = getattr(self, name)
+            if number is None and name == "rope_theta":
+                continue
+            if isinstance(number, bool) or not isinstance(number, int | float) or not 0 <= number < limit:
+                raise InputError(f"{name} is {number!r}, expected a number from 0 to {limit}")
+        if not isinstance(self.tie_word_embeddings, bool):
+            raise InputError(f"tie_word_embeddings is {self.tie_word_embeddings!r}, expected true or false")
         if self.hidden_size % self.num_attention_heads:
             raise InputError(
                 f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads {self.num_attention_heads}"
             )
-        if self.rope_theta and self.head_dim % 2:
+        if self.rope_theta is not None and self.head_dim % 2:
             raise InputError(f"the head dimension is {self.head_dim}, but RoPE rotates pairs and needs an even one")
         if self.num_attention_heads % self.num_key_value_heads:
             raise InputError(
@@ -157,8 +161,6 @@ def config_from_keys(keys: Mapping[str, Any]) -> Config:
     values.update(max_position_embeddings=context, torch_dtype=str(dtype))
     if family.startswith("Baichuan"):
         values.pop("rope_theta", None)  # hard-coded in the official code, whatever config.json says
-    elif not isinstance(values.setdefault("rope_theta", 10000.0), int | float):
-        raise InputError(f"rope_theta is {values['rope_theta']!r}, expected a number")
     return Config(family=family, **{**values, **FAMILIES[family]})
 
 
@@ -183,7 +185,7 @@ def read_json(path: Path, limit: int = 64 << 20) -> dict[str, Any]:
     """The object in a small untrusted JSON file. Raises InputError if it is missing, too big or not an object."""
     try:
         if path.stat().st_size > limit:
-            raise InputError(f"{path} has {path.stat().st_size} bytes, expected at most {limit}; it is not what it says")
+            raise InputError(f"{path} has {path.stat().st_size} bytes, expected at most {limit}; is it JSON?")
         value = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror}; expected a Hugging Face style folder") from None

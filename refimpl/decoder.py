@@ -1,14 +1,14 @@
 """The Baichuan2 decoder, written once.
 
-This file is the model: NumPy computes it, the 16-bit emulation rounds it, and the ONNX graphs that run on a phone are
-this same code, run on symbols. It is written in `+ - * reshape transpose` on tensors and the functions of an `ops`
-(`kernels/ops.py` says what each one means); it never asks which one it runs on.
+This file is the model: NumPy computes it, the 16-bit emulation rounds it, and the ONNX graphs that run on a phone
+are this same code, run on symbols. It is written in `+ - * reshape transpose` on tensors and the functions of an
+`ops` (`kernels/ops.py` says what each one means); it never asks which one it runs on.
 
-Every tensor passes through `tap(name, x)` under its PyTorch name, and goes on as what the tap returns: so a run can be
-recorded, fed, quantized or broken from outside. Likewise `cache(layer, key, value)` takes the new keys and values and
-returns all that attention may see. Without a cache that is the new ones themselves.
+Every tensor passes through `tap(name, x)` under its PyTorch name, and goes on as what the tap returns: so a run can
+be recorded, fed, quantized or broken from outside. Likewise `cache(layer, key, value)` takes the new keys and
+values and returns all that attention may see.
 
-B batch · T tokens · S keys (past + T) · C hidden · F intermediate · H heads · K key/value heads · D head dim · V vocabulary
+B batch · T tokens · S keys (past + T) · C hidden · F intermediate · H heads · K key/value heads · D head dim · V words
 
 Source: the official `modeling_baichuan.py` of Baichuan2-7B (RoPE) and -13B (ALiBi), and Qwen2 in transformers.
 """
@@ -16,6 +16,7 @@ Source: the official `modeling_baichuan.py` of Baichuan2-7B (RoPE) and -13B (ALi
 from dataclasses import dataclass
 from typing import Any
 
+from refimpl.cache import no_cache
 from refimpl.config import Config
 from refimpl.trace import Tap, silent
 
@@ -28,7 +29,7 @@ class Decoder:
     weights: Any
     ops: Any
     tap: Tap = silent
-    cache: Any = lambda layer, key, value: (key, value)
+    cache: Any = no_cache
 
     def __call__(self, ids, cos, sin, mask):
         """Logits (B, T, V) of token ids (B, T). `cos`, `sin`, `mask`: see `layer`."""
@@ -44,7 +45,7 @@ class Decoder:
         """Layer `i` on the residual stream (B, T, C): attention and MLP, each on a normed copy, each added back.
 
         `cos`, `sin`: (B, 1, T, D/2) for the tokens' positions, or None for ALiBi.
-        `mask`: (B, 1 or H, T, S), added to the scores: 0 or ALiBi's bias where a token may look, very low elsewhere.
+        `mask`: (B, 1 or H, T, S), added to the scores: 0 or ALiBi's bias where a token may look, else very low.
         """
         at = f"model.layers.{i}"
         x = x + self.attention(i, self.rms_norm(f"{at}.input_layernorm", x), cos, sin, mask)  # (B, T, C)
@@ -53,7 +54,7 @@ class Decoder:
         return self.tap(at, x)
 
     def head(self, x):
-        """Logits. NormHead (Baichuan2) divides each row of lm_head by its length: done once, when weights are read."""
+        """Logits. NormHead (Baichuan2) divides each row of lm_head by its length, when the weights are read."""
         return self.linear("lm_head", self.rms_norm("model.norm", x))                        # (B, T, V)
 
     def attention(self, i, x, cos, sin, mask):
@@ -72,19 +73,20 @@ class Decoder:
         k, v = self.cache(i, self.tap(f"{at}.key", k), self.tap(f"{at}.value", v))           # (B, K, S, D)
         S = k.shape[2]
 
-        # H/K query heads share one key head: they are so many more rows of the same product.
         if config.fused_attention:
-            q, k, v = ops.upcast(q), ops.upcast(k), ops.upcast(v)
+            q, k = ops.upcast(q), ops.upcast(k)
+        # H/K query heads share one key head: they are so many more rows of the same product.
         scores = ops.matmul(q.reshape(B, K, H // K * T, D), k.transpose(0, 1, 3, 2))         # (B, K, H/K*T, S)
         scores = ops.type_as(ops.upcast(scores) * D**-0.5, q).reshape(B, H, T, S)
         scores = self.tap(f"{at}.scores", scores)                                            # (B, H, T, S)
-        probs = self.tap(f"{at}.probs", ops.type_as(ops.softmax(ops.upcast(scores) + mask), v))  # (B, H, T, S)
-        context = ops.matmul(probs.reshape(B, K, H // K * T, S), v).reshape(B, H, T, D)      # (B, H, T, D)
-        context = ops.type_as(context, x).transpose(0, 2, 1, 3).reshape(B, T, H * D)         # (B, T, H*D)
+        probs = ops.type_as(ops.softmax(ops.upcast(scores) + mask), q)
+        probs = self.tap(f"{at}.probs", probs)                                               # (B, H, T, S)
+        context = ops.weighted_sum(probs.reshape(B, K, H // K * T, S), v)                    # (B, K, H/K*T, D)
+        context = context.reshape(B, H, T, D).transpose(0, 2, 1, 3).reshape(B, T, H * D)     # (B, T, H*D)
         return self.linear(f"{at}.o_proj", self.tap(f"{at}.context", context))               # (B, T, C)
 
     def rope(self, x, cos, sin):
-        """Turns each pair (element i of the first half, element i of the second half) by the angle of its position."""
+        """Turns each pair (element i of the first half and i of the second) by the angle of its position."""
         ops = self.ops
         a, b = ops.split(ops.upcast(x), (self.config.head_dim // 2,) * 2)                    # (B, *, T, D/2) each
         if not self.config.rope_upcast:

@@ -64,6 +64,7 @@ def process(scores, history, repetition_penalty=1.0, temperature=1.0, top_k=0, t
 
 
 def softmax(scores: np.ndarray) -> np.ndarray:
+    """Probabilities over the last axis; a score of -inf gets exactly 0."""
     e = np.exp(scores - scores.max(-1, keepdims=True))
     return e / e.sum(-1, keepdims=True)
 
@@ -107,11 +108,11 @@ def generate(
         raise InputError(f"the prompt of {tokens} tokens leaves no room in the context of {context}; shorten it")
     wanted = option("max_new_tokens", max_new_tokens, room, lambda n: n == int(n) >= 1, "a whole number from 1")
     wanted = min(int(wanted), room)
-    settings = {
-        "repetition_penalty": option("repetition_penalty", repetition_penalty, 1.0, lambda x: x > 0, "a positive number"),
-    }
+    positive = lambda x: 0 < x < float("inf")
+    penalty = option("repetition_penalty", repetition_penalty, 1.0, positive, "a positive number")
+    settings = {"repetition_penalty": penalty}
     if do_sample:
-        settings["temperature"] = option("temperature", temperature, 1.0, lambda x: x > 0, "a positive number")
+        settings["temperature"] = option("temperature", temperature, 1.0, positive, "a positive number")
         settings["top_k"] = option("top_k", top_k, 0, lambda k: k == int(k) >= 0, "a whole number, 0 for no limit")
         settings["top_p"] = option("top_p", top_p, 1.0, lambda p: 0 < p <= 1, "a number above 0 and up to 1")
     ends = np.atleast_1d(defaults.get("eos_token_id", model.config.eos_token_id) or []).astype(np.int64)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from kernels.ops import DTYPES, NumPyOps
-from refimpl.cache import KVCache
+from refimpl.cache import KVCache, no_cache
 from refimpl.config import Config, read_config, read_json
 from refimpl.decoder import Decoder
 from refimpl.errors import InputError, at_most
@@ -92,16 +92,16 @@ class Model:
                     f"{(batch, past + tokens)}: it covers the cache and the new tokens"
                 )
         if cache is None:
-            mask = np.ones(ids.shape, np.int64) if attention_mask is None else attention_mask.astype(np.int64)
+            mask = np.ones_like(ids) if attention_mask is None else attention_mask.astype(np.int64)
         elif (cache.batch, cache.layers) != (batch, self.config.num_hidden_layers):
-            raise InputError(f"the cache is for {cache.batch} sequences of {cache.layers} layers; make one of this model")
+            said = f"{cache.batch} sequences of {cache.layers} layers"
+            raise InputError(f"the cache is for {said}, not for this call; make one with new_cache({batch})")
         else:
             mask = cache.extend_mask(attention_mask, tokens)
 
         cos, sin = self.position_tables(token_positions(mask)[:, past:], ops.wide)
         bias = attention_bias(self.config, mask, tokens, ops.wide)
-        parts = dict(config=self.config, weights=self.weights, ops=ops, tap=tap)
-        logits = Decoder(**parts, **({} if cache is None else {"cache": cache}))(ids, cos, sin, bias)
+        logits = Decoder(self.config, self.weights, ops, tap, cache or no_cache)(ids, cos, sin, bias)
         if cache is not None:
             cache.advance(tokens)
         return logits
@@ -129,7 +129,7 @@ class Model:
         try:
             array = np.asarray(ids)
         except ValueError:
-            raise InputError("the ids are rows of different lengths; pad them on the left and pass attention_mask") from None
+            raise InputError("the rows of ids differ in length; pad them on the left and pass attention_mask") from None
         if array.size == 0:
             raise InputError("the prompt is empty; expected at least one token")
         if array.ndim not in (1, 2) or array.dtype.kind not in "iu":

@@ -9,7 +9,7 @@ heads · D head dim · V vocabulary.
 >>> from refimpl.config import Config
 >>> config = Config(family="Baichuan2-7B", vocab_size=64, hidden_size=32, num_hidden_layers=1, num_attention_heads=4)
 >>> for name, tap in taps(config).items():
-...     print(f"{name:46} {tap.shape}")                                 # doctest: +ELLIPSIS
+...     print(f"{name:46} {tap.shape}")
 model.embed_tokens                             B T C
 model.layers.0.input_layernorm                 B T C
 model.layers.0.self_attn.W_pack                B T H*D+2*K*D
@@ -61,7 +61,7 @@ ATTENTION = (
     Tap(f"{_ATTN}.probs", "B H T S", "softmax of scores + mask", ""),
     Tap(f"{_ATTN}.context", "B T H*D", "probs times value, heads side by side", f"input {_ATTN}.o_proj"),
     Tap(f"{_ATTN}.o_proj", "B T C", "what attention adds to the residual stream"),
-    Tap(f"{_LAYER}.attention_residual", "B T C", "the stream after attention", f"input {_LAYER}.post_attention_layernorm"),
+    Tap(f"{_LAYER}.attention_residual", "B T C", "the stream after it", f"input {_LAYER}.post_attention_layernorm"),
 )
 MLP = (
     Tap(f"{_LAYER}.post_attention_layernorm", "B T C", "RMSNorm before the MLP"),

@@ -54,7 +54,7 @@ def feeding(values: Mapping, then: Tap = silent) -> Tap:
         value = values[name]
         shape, expected = getattr(value, "shape", ()), getattr(x, "shape", ())
         if shape != expected:
-            raise InputError(f"the fed {name} has shape {shape}, this run's is {expected}; feed a trace of the same ids")
+            raise InputError(f"the fed {name} has shape {shape}, this run's {expected}; feed a trace of the same ids")
         return then(name, value.astype(x.dtype) if hasattr(x, "astype") else value)
 
     return tap

@@ -126,7 +126,7 @@ def resolve(config: Config, tensors: Mapping[str, np.ndarray]) -> Weights:
     shapes = expected_shapes(config)
     missing, unknown = [n for n in shapes if n not in tensors], [n for n in tensors if n not in shapes]
     if missing or unknown:
-        said = [f"{what} {at_most(names, 3)}" for what, names in (("lacks", missing), ("has unknown", unknown)) if names]
+        said = [f"lacks {at_most(missing, 3)}"] * bool(missing) + [f"has unknown {at_most(unknown, 3)}"] * bool(unknown)
         raise InputError(f"the checkpoint {' and '.join(said)}; config.json describes a {config.family}")
     for name, shape in shapes.items():
         if tensors[name].shape != shape:
@@ -156,7 +156,7 @@ def read_checkpoint(folder: Path) -> dict[str, np.ndarray]:
             raise InputError(f"{index} places {name} in {file!r}, expected the name of a file beside it")
         if file not in shards:
             if not (folder / file).exists():
-                raise InputError(f"the shard {folder / file} is not there, but {index.name} names it; download it again")
+                raise InputError(f"the shard {folder / file} is missing, but {index.name} names it; download it again")
             shards[file] = map_safetensors(folder / file)
         if name not in shards[file]:
             raise InputError(f"{folder / file} lacks {name}, which {index.name} places there; download both again")

@@ -1,0 +1,297 @@
+"""The command `refimpl`: one verb for each job.
+
+Exit code 0: done, or the numbers agree. 1: they differ. 2: bad usage or bad input, told in one line.
+
+The command line stands above all packages, so this file alone in refimpl imports golden and export, where used.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from refimpl.errors import InputError
+
+if TYPE_CHECKING:
+    from golden.compare import Report
+
+    from refimpl.model import Model
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs one verb and returns its exit code."""
+    try:
+        arguments = _parser().parse_args(argv)
+        return arguments.run(arguments)
+    except InputError as error:
+        print(f"refimpl: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("refimpl: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def demo(arguments) -> int:
+    """Do the whole job on the embedded model and tell the story on one screen."""
+    from export.demo import run
+
+    return 0 if run(Path(arguments.out)) else 1
+
+
+def info(arguments) -> int:
+    """Say what a checkpoint is."""
+    from refimpl.info import describe
+
+    facts = describe(_load(arguments))
+    if arguments.json:
+        print(json.dumps(facts, ensure_ascii=False))
+    else:
+        for name, value in facts.items():
+            print(f"{name:16} {value}")
+    return 0
+
+
+def generate(arguments) -> int:
+    """Continue a text."""
+    return _say(arguments, _ids(arguments, _load(arguments)), skip_special_tokens=False)
+
+
+def chat(arguments) -> int:
+    """Answer a message."""
+    model = _load(arguments)
+    messages = [{"role": "system", "content": arguments.system}] if arguments.system else []
+    ids = model.tokenizer.chat([*messages, {"role": "user", "content": arguments.message}], arguments.max_new_tokens)
+    return _say(arguments, ids, skip_special_tokens=True)
+
+
+def trace(arguments) -> int:
+    """Show or save every tensor of one forward."""
+    import numpy as np
+    from golden.bundle import write_trace
+
+    model = _load(arguments)
+    recorded = model.trace(_ids(arguments, model), arguments.dtype, taps=arguments.taps)
+    if arguments.out:
+        write_trace(Path(arguments.out), recorded)
+        print(f"{len(recorded)} tensors are in {arguments.out}")
+        return 0
+    rows = []
+    for name, array in recorded.items():
+        wide = array.astype(np.float64)
+        rms = float(np.sqrt(np.mean(wide * wide)))
+        rows.append({"name": name, "shape": list(array.shape), "dtype": str(array.dtype), "rms": rms,
+                     "min": float(wide.min()), "max": float(wide.max())})  # fmt: skip
+    if arguments.json:
+        print(json.dumps(rows))
+    else:
+        for row in rows:
+            shape = " ".join(map(str, row["shape"]))
+            print(f"{row['name']:46} {shape:16} {row['dtype']:9} rms {row['rms']:<9.4g} "
+                  f"min {row['min']:<9.4g} max {row['max']:.4g}")  # fmt: skip
+    return 0
+
+
+def golden_make(arguments) -> int:
+    """Record every tensor of the PyTorch model (extra: torch)."""
+    from golden.pytorch import make
+
+    folder = _folder(arguments)
+    prompts = _prompts(arguments)
+    make(folder, Path(arguments.out), prompts, dtypes=tuple(arguments.dtype.split(",")), taps=arguments.taps,
+         trust_remote_code=arguments.trust_remote_code, implementation=arguments.implementation)  # fmt: skip
+    print(f"the golden of {folder} is in {arguments.out}")
+    return 0
+
+
+def golden_check(arguments) -> int:
+    """Compare this implementation with a golden from PyTorch."""
+    from golden import check
+
+    return _report(arguments, check(_load(arguments), Path(arguments.golden), arguments.dtype))
+
+
+def golden_show(arguments) -> int:
+    """Say what a golden holds."""
+    from golden import read
+
+    print(read(Path(arguments.golden)).describe())
+    return 0
+
+
+def export(arguments) -> int:
+    """Emit the model as ONNX, part by part, with golden inputs and outputs."""
+    from export import emit
+
+    model = _load(arguments)
+    if arguments.int4:
+        model = model.quantize("int4", block_size=arguments.int4, keep=arguments.keep)
+    parts = emit(model, tokens=_integers(arguments.tokens), context=arguments.context, parts=arguments.parts)
+    parts.save(Path(arguments.out), overwrite=arguments.force)
+    print(f"{len(parts)} graphs are in {arguments.out}; refimpl verify {arguments.out} runs them")
+    return 0
+
+
+def verify(arguments) -> int:
+    """Run exported parts and compare every output with the oracle."""
+    from export import verify
+
+    return _report(arguments, verify(Path(arguments.folder), engine=arguments.engine))
+
+
+def _say(arguments, ids, skip_special_tokens: bool) -> int:
+    """Generates and prints pieces of text as they come."""
+    model = arguments.loaded
+    new = model.generate(
+        ids, max_new_tokens=arguments.max_new_tokens, do_sample=arguments.sample, temperature=arguments.temperature,
+        top_k=arguments.top_k, top_p=arguments.top_p, repetition_penalty=arguments.repetition_penalty,
+        seed=arguments.seed, dtype=arguments.dtype,
+    )  # fmt: skip
+    if arguments.json:
+        found = list(new)
+        text = model.tokenizer.decode(found, skip_special_tokens)
+        print(json.dumps({"ids": found, "text": text}, ensure_ascii=False))
+        return 0
+    for piece in model.tokenizer.stream(new, skip_special_tokens=skip_special_tokens):
+        print(piece, end="", flush=True)
+    print()
+    return 0
+
+
+def _load(arguments) -> Model:
+    from refimpl.model import load
+
+    arguments.loaded = load(arguments.model)
+    return arguments.loaded
+
+
+def _folder(arguments) -> Path:
+    from refimpl.model import EMBEDDED
+
+    return Path(arguments.model) if arguments.model else EMBEDDED
+
+
+def _integers(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(number) for number in text.split(","))
+    except ValueError:
+        raise InputError(f"{text!r} is not a list of whole numbers such as 128,1") from None
+
+
+def _ids(arguments, model: Model):
+    """The prompt's token ids, from text (in which `\\n` stands for a new line) or from --ids."""
+    if arguments.ids:
+        return list(_integers(arguments.ids))
+    if not arguments.prompt:
+        raise InputError("the prompt is empty; give a text, or token ids with --ids")
+    return model.tokenizer.encode(_unescape(arguments.prompt))
+
+
+def _prompts(arguments) -> list:
+    prompts: list[Any] = [_unescape(text) for text in arguments.prompt]
+    return prompts + [list(_integers(ids)) for ids in arguments.ids]
+
+
+def _unescape(text: str) -> str:
+    return text.replace("\\n", "\n")
+
+
+def _report(arguments, report: Report) -> int:
+    print(report.to_json() if arguments.json else report)
+    return 0 if report else 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="refimpl", description="The numerical oracle for Baichuan2.")
+    verbs = parser.add_subparsers(metavar="VERB", required=True)
+
+    def verb(run, example: str, *parents, under=verbs) -> argparse.ArgumentParser:
+        """A verb that calls `run`, whose docstring is its help."""
+        name = run.__name__.removeprefix("golden_")
+        sub = under.add_parser(name, help=run.__doc__, description=run.__doc__, epilog=f"example: {example}",
+                               parents=parents, formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+        sub.set_defaults(run=run)
+        return sub
+
+    def options(*rows: tuple[str, dict]) -> argparse.ArgumentParser:
+        """Options that several verbs share."""
+        shared = argparse.ArgumentParser(add_help=False)
+        for flags, keywords in rows:
+            shared.add_argument(*flags.split(), **keywords)
+        return shared
+
+    model = options(("model", dict(nargs="?", metavar="MODEL", help="a checkpoint (default: the embedded model)")))
+    machine = options(("--json", dict(action="store_true", help="print JSON instead of text")))
+    dtype = options(("--dtype", dict(default="float32", help="float64, float32 (default), bfloat16 or float16")))
+    prompt = options(
+        ("--prompt -p", dict(default="", help=r"a text; \n stands for a new line")),
+        ("--ids", dict(help="token ids instead, such as 5,17,9")),
+    )
+    sampling = options(
+        ("--max-new-tokens", dict(type=int, metavar="N")),
+        ("--sample", dict(action="store_true", help="draw tokens instead of taking the likeliest")),
+        ("--seed", dict(type=int, help="makes the draws repeatable")),
+        ("--temperature", dict(type=float)),
+        ("--top-k", dict(type=int)),
+        ("--top-p", dict(type=float)),
+        ("--repetition-penalty", dict(type=float)),
+    )
+
+    sub = verb(demo, "refimpl demo")
+    sub.add_argument("--out", default="refimpl-demo", help="where graphs and reports go (default: refimpl-demo)")
+
+    verb(info, "refimpl info weights/Baichuan2-7B-Chat", model, machine)
+
+    example = r"refimpl generate -p '登鹳雀楼->王之涣\n夜雨寄北->' --max-new-tokens 8"
+    verb(generate, example, model, prompt, sampling, dtype, machine)
+
+    sub = verb(chat, "refimpl chat -m 《静夜思》的作者是谁？", model, sampling, dtype, machine)
+    sub.add_argument("--message", "-m", required=True)
+    sub.add_argument("--system", help="a system message")
+
+    sub = verb(trace, "refimpl trace -p 床前明月光 --taps '*.self_attn.*'", model, prompt, dtype, machine)
+    sub.add_argument("--taps", metavar="PATTERN", help="only tensors whose name matches this glob")
+    sub.add_argument("--out", metavar="DIR", help="write the tensors there instead of printing a table")
+
+    of_golden = verbs.add_parser("golden", help="Make, check and show goldens from PyTorch.")
+    goldens = of_golden.add_subparsers(metavar="VERB", required=True)
+
+    example = "refimpl golden make weights/B2-13B --out b2-13b.golden --prompt 你好 --trust-remote-code"
+    sub = verb(golden_make, example, model, under=goldens)
+    sub.add_argument("--out", required=True, metavar="DIR")
+    sub.add_argument("--prompt", "-p", action="append", default=[], help="a text to run; may be given several times")
+    sub.add_argument("--ids", action="append", default=[], help="token ids to run, such as 5,17,9")
+    sub.add_argument("--dtype", default="float32,float64", help="formats to record (default: float32,float64)")
+    sub.add_argument("--taps", metavar="PATTERN", help="only tensors whose name matches this glob")
+    kinds = ("auto", "remote", "transformers")
+    why = "the folder's own code, or transformers' classes (default: the latter where they fit)"
+    sub.add_argument("--implementation", choices=kinds, default="auto", help=why)
+    sub.add_argument("--trust-remote-code", action="store_true", help="execute the folder's own modeling code")
+
+    sub = verb(golden_check, "refimpl golden check weights/B2-13B b2-13b.golden", model, machine, under=goldens)
+    sub.add_argument("golden", metavar="GOLDEN")
+    sub.add_argument("--dtype", help="check this format only")
+
+    sub = verb(golden_show, "refimpl golden show b2-13b.golden", under=goldens)
+    sub.add_argument("golden", metavar="GOLDEN")
+
+    example = "refimpl export weights/B2-7B --out build/b2-7b --tokens 128,1 --context 4096 --parts 5"
+    sub = verb(export, example, model)
+    sub.add_argument("--out", required=True, metavar="DIR")
+    sub.add_argument("--tokens", default="128,1", help="tokens per call of each graph (default: 128,1)")
+    sub.add_argument("--context", type=int, help="tokens that the static cache holds (default: the model's context)")
+    sub.add_argument("--parts", type=int, default=2, help="how many graphs the model is split into (default: 2)")
+    sub.add_argument("--int4", type=int, metavar="BLOCK", help="quantize matrices to 4-bit blocks of this size first")
+    sub.add_argument("--keep", action="append", default=[], metavar="PATTERN", help="modules that stay as they are")
+    sub.add_argument("--force", action="store_true", help="replace an earlier export in DIR")
+
+    sub = verb(verify, "refimpl verify build/b2-7b", machine)
+    sub.add_argument("folder", metavar="DIR")
+    sub.add_argument("--engine", choices=("auto", "onnxruntime", "reference"), default="auto")
+    return parser
