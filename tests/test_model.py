@@ -1,5 +1,6 @@
 """The model against a second opinion, and every way of feeding it against every other."""
 
+import itertools
 import json
 import subprocess
 import sys
@@ -64,7 +65,7 @@ def test_a_prompt_in_pieces_is_the_prompt_at_once(family, tiny_model, cuts):
     model = tiny_model(family)
     cache = model.new_cache()
     edges = [0, *sorted(cuts), len(IDS)]
-    pieces = [model(IDS[a:b], "float64", cache=cache) for a, b in zip(edges, edges[1:], strict=False)]
+    pieces = [model(IDS[a:b], "float64", cache=cache) for a, b in itertools.pairwise(edges)]
     whole = model(IDS, "float64")
     assert np.abs(np.concatenate(pieces, axis=1) - whole).max() < 1e-12 * np.abs(whole).max()
 
