@@ -1,0 +1,115 @@
+"""Choosing tokens: each processor alone, draws, ends and limits. (The recorded sequences are in test_recorded.py.)"""
+
+import numpy as np
+import pytest
+
+from refimpl import InputError
+from refimpl.generation import keep_top_k, keep_top_p, penalize_repetition, process
+from refimpl.loss import cross_entropy, loss, perplexity
+
+IDS = [5, 17, 9]
+
+
+def test_a_penalty_counts_once_and_moves_down():
+    scores = np.array([[2.0, -2.0, 1.0, 3.0]])
+    out = penalize_repetition(scores, np.array([[0, 1, 1, 0]]), 2.0)
+    assert out.tolist() == [[1.0, -4.0, 1.0, 3.0]]
+
+
+def test_top_k_keeps_ties():
+    assert keep_top_k(np.array([[1.0, 3.0, 2.0, 3.0, 2.0]]), 3).tolist() == [[-np.inf, 3.0, 2.0, 3.0, 2.0]]
+
+
+def test_top_p_keeps_the_likeliest_that_reach_it():
+    scores = np.log(np.array([[0.5, 0.2, 0.2, 0.1]]))
+    assert np.isinf(keep_top_p(scores, 0.6)).sum() == 2
+    assert np.isinf(keep_top_p(scores, 1e-9)).sum() == 3
+
+
+def test_the_order_of_processors_matters_and_is_transformers():
+    """Temperature comes before top-p: a hot distribution keeps more tokens."""
+    scores = np.array([[3.0, 2.0, 1.0, 0.0]])
+    assert np.isinf(process(scores, np.zeros((1, 0), int), temperature=10.0, top_p=0.8)).sum() == 0
+    assert np.isinf(process(scores, np.zeros((1, 0), int), top_p=0.8)).sum() == 2
+
+
+def test_greedy_is_the_likeliest_of_a_full_forward(family, tiny_model):
+    model = tiny_model(family)
+    found = list(model.generate(IDS, max_new_tokens=8, dtype="float64"))
+    ids = list(IDS)
+    for token in found:
+        assert token == int(model(ids, "float64")[0, -1].argmax())
+        ids.append(token)
+
+
+def test_a_seed_repeats_and_another_does_not(tiny_model):
+    model = tiny_model("Baichuan2-7B")
+    draw = lambda seed: list(model.generate(IDS, max_new_tokens=12, do_sample=True, temperature=3.0, seed=seed))
+    assert draw(1) == draw(1) != draw(2)
+
+
+def test_draws_follow_the_probabilities(tiny_model):
+    model = tiny_model("Baichuan2-7B")
+    scores = model(IDS, "float64")[0, -1]
+    probs = np.exp(scores - scores.max()) / np.exp(scores - scores.max()).sum()
+    rows = np.repeat([IDS], 400, axis=0)
+    drawn = np.concatenate(list(model.generate(rows, max_new_tokens=1, do_sample=True, seed=0)))
+    likeliest = int(probs.argmax())
+    expected, spread = 400 * probs[likeliest], 4 * np.sqrt(400 * probs[likeliest])
+    assert abs((drawn == likeliest).sum() - expected) < spread
+
+
+def test_it_stops_at_the_end_of_sequence(tiny_model):
+    model = tiny_model("Baichuan2-7B")
+    free = list(model.generate(IDS, max_new_tokens=6))
+    model.generation_config = {"eos_token_id": [free[2], 95]}
+    stop = free.index(free[2]) + 1
+    assert list(model.generate(IDS, max_new_tokens=6)) == free[:stop]
+    both = list(model.generate([IDS, IDS[::-1]], max_new_tokens=6))
+    assert [int(step[0]) for step in both] == free[:stop] + [0] * (len(both) - stop)
+
+
+def test_it_stops_at_the_end_of_the_context(tiny_model):
+    assert len(list(tiny_model("Baichuan-13B").generate([5] * 60))) <= 4
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_new_tokens": 0}, "max_new_tokens is 0"),
+        ({"repetition_penalty": 0}, "repetition_penalty is 0"),
+        ({"do_sample": True, "temperature": -1.0}, "temperature is -1.0"),
+        ({"do_sample": True, "temperature": float("nan")}, "temperature is nan"),
+        ({"do_sample": True, "top_p": 0.0}, "top_p is 0.0"),
+        ({"do_sample": True, "top_k": 1.5}, "top_k is 1.5"),
+        ({"do_sample": True, "top_k": "5"}, "top_k is '5'"),
+    ],
+)
+def test_options_out_of_range(tiny_model, options, message):
+    with pytest.raises(InputError, match=message):
+        tiny_model("Baichuan2-7B").generate(IDS, **options)
+
+
+def test_a_prompt_that_fills_the_context(tiny_model):
+    with pytest.raises(InputError, match="leaves no room in the context of 64"):
+        tiny_model("Baichuan2-7B").generate([5] * 64)
+
+
+def test_loss_is_what_its_words_say(tiny_model):
+    model = tiny_model("Baichuan2-7B")
+    ids = np.array([[5, 17, 9, 3]])
+    logits = model(ids, "float64")[0]
+    logp = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    labels = np.array([[-100, -100, 9, 3]])
+    expected = -(logp[1, 9] + logp[2, 3]) / 2
+    assert loss(model, ids, labels, "float64") == pytest.approx(expected, rel=1e-12)
+    z = 0.5 * np.mean(logits[:-1].max(-1) ** 2)
+    assert loss(model, ids, labels, "float64", z_loss_weight=0.5) == pytest.approx(expected + z, rel=1e-12)
+    everything = -(logp[0, 17] + logp[1, 9] + logp[2, 3]) / 3
+    assert perplexity(model, ids[0], "float64") == pytest.approx(np.exp(everything), rel=1e-12)
+    assert cross_entropy(logits[:1], np.array([-100])).tolist() == [0.0]
+
+
+def test_a_loss_of_nothing(tiny_model):
+    with pytest.raises(InputError, match="no label counts"):
+        loss(tiny_model("Baichuan2-7B"), [5], [5])
