@@ -1,0 +1,63 @@
+"""What a change of the weights costs: how far its next-token distributions are from the reference's.
+
+The words are llama.cpp's: KL divergence of the reference's distribution from the changed model's (in nats, for each
+token), same top 1 (how often both find the same token likeliest), and perplexity of both.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from refimpl.errors import InputError
+from refimpl.loss import cross_entropy
+from refimpl.model import Model
+
+
+@dataclass(frozen=True)
+class Quality:
+    """`model` against `reference` over the same tokens. KL in nats; `same_top` a share from 0 to 1."""
+
+    tokens: int
+    perplexity: float
+    reference_perplexity: float
+    kl_mean: float
+    kl_max: float
+    same_top: float
+
+    def __str__(self) -> str:
+        return (
+            f"perplexity {self.perplexity:.2f} (reference {self.reference_perplexity:.2f}), "
+            f"KL {self.kl_mean:.4f} nats (max {self.kl_max:.2f}), same top-1 {self.same_top:.1%}, {self.tokens} tokens"
+        )
+
+
+def quality(model: Model, reference: Model, ids, window: int | None = None, dtype: str = "float32") -> Quality:
+    """Judges `model` by `reference` on a text (or its ids), window by window, so that logits never pile up.
+
+    Windows do not overlap and are as long as the context unless `window` says less; the first token of each is not
+    predicted. Raises InputError if there is nothing to predict.
+    """
+    ids = reference.token_ids(ids)[0]
+    window = min(window or reference.config.max_position_embeddings, len(ids))
+    if window < 2:
+        raise InputError("a text of fewer than two tokens has nothing to predict")
+    kls, losses, same = [], [], []
+    for start in range(0, len(ids) - 1, window):
+        piece = ids[start : start + window]
+        a, b = (m(piece, dtype)[0, :-1].astype(np.float64) for m in (model, reference))
+        logp_a, logp_b = _log_softmax(a), _log_softmax(b)
+        kls.append((np.exp(logp_b) * (logp_b - logp_a)).sum(-1))
+        losses.append([cross_entropy(x, piece[1:]) for x in (a, b)])
+        same.append(a.argmax(-1) == b.argmax(-1))
+    kl, agree, loss = np.concatenate(kls), np.concatenate(same), np.concatenate(losses, axis=1).mean(1)
+    return Quality(
+        tokens=len(kl), perplexity=float(np.exp(loss[0])), reference_perplexity=float(np.exp(loss[1])),
+        kl_mean=float(kl.mean()), kl_max=float(kl.max()), same_top=float(agree.mean()),
+    )  # fmt: skip
+
+
+def _log_softmax(logits: np.ndarray) -> np.ndarray:
+    shifted = logits - logits.max(-1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
