@@ -1,0 +1,283 @@
+"""A golden on disk: a folder with the tensors of a few prompts in a few number formats, and where they come from.
+
+    tensors.safetensors     {case}/{dtype}/{name} -> tensor                p0/float64/model.layers.0.self_attn.W_pack
+    manifest.json           the prompts, each tensor's shape, sha256, origin and tolerance, and the provenance
+
+A case is one prompt; a name is a tap's (`refimpl.names`). `origin` says how PyTorch showed the tensor: "observed", or
+"derived" from observed ones and how. A trace on disk (`write_trace`) is the same with a name for a key and no cases.
+
+Both files are untrusted: what is not as it should be raises an InputError and nothing else. Names never become paths.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import save_file
+
+from golden.tolerance import FORMATS, Tolerance
+from refimpl.config import Config, read_json
+from refimpl.errors import InputError, at_most
+from refimpl.trace import Trace
+from refimpl.weights import map_safetensors
+
+GOLDEN, TRACE = "refimpl golden 1", "refimpl trace 1"
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,199}")
+
+
+@dataclass(frozen=True, eq=False)
+class Case:
+    """One prompt: `ids` (B, T) int64, `attention_mask` (B, T) int64 or None, and the text, if it was one."""
+
+    ids: np.ndarray
+    attention_mask: np.ndarray | None = None
+    text: str | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Golden:
+    """What a folder holds: `cases`, name -> Case; `dtypes`, those recorded; `config` and `provenance` of the model."""
+
+    folder: Path
+    cases: dict[str, Case]
+    dtypes: tuple[str, ...]
+    config: Config
+    provenance: dict[str, Any]
+    entries: dict[str, dict[str, Any]] = field(repr=False)
+
+    def trace(self, case: str, dtype: str) -> Trace:
+        """The tensors of a case in a format, mapped and unread, in computing order.
+
+        `meta` has what `golden.compare` judges by: the tolerances, the config and the dtype. Raises InputError if
+        there is no such case or format.
+        """
+        if case not in self.cases or dtype not in self.dtypes:
+            held = f"{at_most(self.cases)} in {at_most(self.dtypes)}"
+            raise InputError(f"{self.folder} has no {case} in {dtype}, it has {held}; record it with golden make")
+        prefix = f"{case}/{dtype}/"
+        names = [key.removeprefix(prefix) for key in self.entries if key.startswith(prefix)]
+        stated = {name: self.entries[prefix + name] for name in names}
+        meta = {
+            "engine": "pytorch", "family": self.config.family, "dtype": dtype, "config": asdict(self.config),
+            "origin": {name: entry["origin"] for name, entry in stated.items()},
+            "tolerance": {name: entry["tolerance"] for name, entry in stated.items()},
+        }  # fmt: skip
+        return Trace(((name, self._tensors[prefix + name]) for name in names), meta)
+
+    def describe(self) -> str:
+        """What is in it, for a person: a few lines."""
+        size = sum(array.nbytes for array in self._tensors.values())
+        origins = [entry["origin"].split(":")[0] for entry in self.entries.values()]
+        lines = [
+            f"{self.folder}: {self.config.family}, {self.config.num_hidden_layers} layers, "
+            f"hidden {self.config.hidden_size}, vocabulary {self.config.vocab_size}",
+            f"{len(self.entries)} tensors, {size / 1e6:.1f} MB: {origins.count('observed')} observed in PyTorch, "
+            f"{origins.count('derived')} derived from them",
+        ]
+        for name, case in self.cases.items():
+            batch, tokens = case.ids.shape
+            said = f" {case.text!r:.60}" if case.text else ""
+            lines.append(f"  {name}: {batch} x {tokens} tokens in {', '.join(self.dtypes)}{said}")
+        lines += [f"  {key}: {_brief(value)}" for key, value in self.provenance.items()]
+        return "\n".join(lines)
+
+    @cached_property
+    def _tensors(self) -> dict[str, np.ndarray]:
+        return map_safetensors(self.folder / "tensors.safetensors")
+
+
+def write(
+    folder: str | Path,
+    config: Config,
+    cases: Mapping[str, Case],
+    traces: Mapping[tuple[str, str], Trace],
+    provenance: Mapping[str, Any],
+    tolerances: Mapping[str, Mapping[str, Tolerance]],
+) -> None:
+    """Stores the traces of (case, dtype) in a new folder, all or nothing.
+
+    `tolerances`: dtype -> tensor name -> Tolerance. A trace's `meta["origin"]` says for each name how it was seen.
+    Raises InputError if the folder is there already, or a name is not made of letters, digits, `_`, `.` and `-`.
+    """
+    tensors = {f"{case}/{dtype}/{name}": x for (case, dtype), trace in traces.items() for name, x in trace.items()}
+    extra = {
+        f"{case}/{dtype}/{name}": {"origin": trace.meta["origin"][name], "tolerance": asdict(tolerances[dtype][name])}
+        for (case, dtype), trace in traces.items()
+        for name in trace
+    }
+    manifest = {
+        "config": asdict(config),
+        "dtypes": list(dict.fromkeys(dtype for _, dtype in traces)),
+        "cases": {
+            name: {
+                "text": case.text,
+                "ids": case.ids.tolist(),
+                "attention_mask": None if case.attention_mask is None else case.attention_mask.tolist(),
+            }
+            for name, case in cases.items()
+        },
+        "provenance": dict(provenance),
+    }
+    _write(Path(folder), GOLDEN, manifest, tensors, extra)
+
+
+def read(folder: str | Path, verify: bool = True) -> Golden:
+    """The golden in a folder. `verify` reads all of it once, to compare its sha256 with the manifest's.
+
+    Raises InputError for a folder that is missing, truncated, changed or not a golden.
+    """
+    folder = Path(folder)
+    manifest, _ = _read(folder, GOLDEN, verify)
+    entries = manifest["tensors"]
+    try:
+        config = Config(**manifest["config"])
+        cases = {name: _case(name, stored, config) for name, stored in manifest["cases"].items()}
+        dtypes = tuple(manifest["dtypes"])
+        if not dtypes or not set(dtypes) <= set(FORMATS) - {"int4"}:
+            raise InputError(f"the number formats are {dtypes!r:.60}, expected some of {', '.join(FORMATS)}")
+        if not cases or not entries or not isinstance(manifest["provenance"], dict):
+            raise InputError("it has no cases, no tensors or no provenance")
+        for key, entry in entries.items():
+            case, dtype, name = key.split("/")
+            if case not in cases or dtype not in dtypes:
+                raise InputError(f"{key} belongs to no case and format that the manifest lists")
+            _check_tolerance(name, entry["tolerance"])
+            if not isinstance(entry["origin"], str):
+                raise InputError(f"the origin of {key} is not a text")
+    except InputError as error:
+        raise InputError(f"{folder / 'manifest.json'}: {error}; record the golden again") from None
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        what = f"{type(error).__name__}: {error}"
+        raise InputError(f"{folder / 'manifest.json'} is not a golden's ({what}); record the golden again") from None
+    return Golden(folder, cases, dtypes, config, manifest["provenance"], entries)
+
+
+def write_trace(folder: str | Path, trace: Trace) -> None:
+    """Stores one trace in a new folder, all or nothing. Raises InputError if the folder is there already."""
+    _write(Path(folder), TRACE, {"meta": trace.meta}, trace, {})
+
+
+def read_trace(folder: str | Path, verify: bool = True) -> Trace:
+    """The trace that `write_trace` stored, mapped and unread; `verify` and errors as in `read`."""
+    manifest, tensors = _read(Path(folder), TRACE, verify)
+    try:
+        meta = dict(manifest["meta"])
+        if "config" in meta:
+            Config(**meta["config"])
+        for name, stored in meta.get("tolerance", {}).items():
+            _check_tolerance(name, stored)
+    except (InputError, KeyError, TypeError, ValueError, AttributeError) as error:
+        raise InputError(f"{folder}/manifest.json is not a trace's: {error}; write the trace again") from None
+    return Trace(tensors, meta)
+
+
+def sha256(path: str | Path) -> str:
+    """The hex digest of a file, read piece by piece."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while piece := file.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def _digest(array: np.ndarray) -> str:
+    """The hex sha256 of an array's bytes in C order."""
+    return hashlib.sha256(array.reshape(-1).view(np.uint8).data).hexdigest()
+
+
+def _write(folder: Path, kind: str, manifest: Mapping, tensors: Mapping[str, Any], extra: Mapping) -> None:
+    """Both files under a temporary name beside `folder`, which is then renamed: a half-written one never appears."""
+    folder = folder.absolute()
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise InputError(f"{folder} is there already; choose another place or delete it")
+    for key in tensors:
+        if not all(_NAME.fullmatch(part) for part in key.split("/")):
+            raise InputError(f"{key!r} is no name for a tensor; expected letters, digits, '_', '.' and '-'")
+    arrays = {key: np.asarray(array, order="C") for key, array in tensors.items()}
+    entries = {
+        key: {
+            "dtype": str(array.dtype),
+            "shape": list(array.shape),
+            "sha256": _digest(array),
+            **extra.get(key, {}),
+        }
+        for key, array in arrays.items()
+    }
+    partial = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
+    try:
+        partial.mkdir(parents=True)
+        save_file(arrays, partial / "tensors.safetensors")
+        content = {"format": kind, **manifest, "tensors": entries, "sha256": sha256(partial / "tensors.safetensors")}
+        text = json.dumps(content, ensure_ascii=False, allow_nan=False, indent=1)
+        (partial / "manifest.json").write_text(text + "\n", encoding="utf-8")
+        partial.rename(folder)
+    except OSError as error:
+        raise InputError(f"cannot write {folder}: {error.strerror or error}") from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _read(folder: Path, kind: str, verify: bool) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """The manifest, of a known kind, and the tensors, which are those that the manifest lists."""
+    path, tensors_path = folder / "manifest.json", folder / "tensors.safetensors"
+    if not path.is_file():
+        raise InputError(f"{folder} holds no manifest.json; expected the folder of a '{kind}'")
+    manifest = read_json(path)
+    if manifest.get("format") != kind:
+        raise InputError(f"{path} is of format {manifest.get('format')!r:.60}, expected {kind!r}")
+    entries = manifest.get("tensors")
+    if not isinstance(entries, dict) or not all(isinstance(entry, dict) for entry in entries.values()):
+        raise InputError(f"{path} lists no tensors; it is damaged, record it again")
+    if not tensors_path.is_file():
+        raise InputError(f"{tensors_path} is not there; a golden is two files, copy both")
+    tensors = map_safetensors(tensors_path)
+    if tensors.keys() != entries.keys():
+        odd = at_most(sorted(tensors.keys() ^ entries.keys()), 3)
+        raise InputError(f"{path} and tensors.safetensors disagree on {odd}; copy both files again")
+    for key, entry in entries.items():
+        array = tensors[key]
+        if [str(array.dtype), list(array.shape)] != [entry.get("dtype"), entry.get("shape")]:
+            said = f"{entry.get('dtype')} {entry.get('shape')}"
+            raise InputError(f"{key} in {folder} is {array.dtype} {list(array.shape)}, its manifest says {said!s:.60}")
+    if verify and sha256(tensors_path) != manifest.get("sha256"):
+        changed = [k for k, x in tensors.items() if _digest(x) != entries[k].get("sha256")]
+        which = f"these tensors changed: {at_most(changed, 3)}" if changed else "no tensor changed, but the file did"
+        raise InputError(f"{tensors_path} has another sha256 than its manifest says; {which}; copy the golden again")
+    return manifest, {key: tensors[key] for key in entries}
+
+
+def _check_tolerance(name: str, stored: Mapping[str, Any]) -> None:
+    tolerance = Tolerance(**stored)
+    relative = tolerance.relative
+    if type(relative) not in (int, float) or not 0 <= relative <= 1 or not isinstance(tolerance.reason, str):
+        raise InputError(f"the tolerance of {name} is {relative!r:.60}, expected a number from 0 to 1 and a reason")
+
+
+def _case(name: str, stored: Mapping[str, Any], config: Config) -> Case:
+    if not _NAME.fullmatch(name):
+        raise InputError(f"{name!r:.60} is no name for a case")
+    ids, mask, text = np.array(stored["ids"]), stored["attention_mask"], stored["text"]
+    if ids.ndim != 2 or not ids.size or ids.dtype.kind != "i" or ids.min() < 0 or ids.max() >= config.vocab_size:
+        raise InputError(f"the ids of {name} are not rows of numbers from 0 to {config.vocab_size - 1}")
+    if mask is not None:
+        mask = np.array(mask)
+        if mask.shape != ids.shape or mask.dtype.kind != "i":
+            raise InputError(f"the attention_mask of {name} does not fit its ids {ids.shape}")
+    if not isinstance(text, str | None):
+        raise InputError(f"the text of {name} is a {type(text).__name__}")
+    return Case(ids, mask, text)
+
+
+def _brief(value: Any) -> str:
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    return text if text.isprintable() else repr(text)

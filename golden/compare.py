@@ -1,0 +1,271 @@
+"""How far apart two runs are, tensor by tensor, worst first, and whether that is within what rounding explains.
+
+>>> reference = {"x": np.array([1.0, 2.0, 4.0]), "y": np.zeros(2)}
+>>> report = compare({"x": np.array([1.0, 2.5, 4.0])}, reference, Tolerance(0.2, "for the example"))
+>>> bool(report)
+False
+>>> print(report)
+differs: 1 of 2 tensors beyond tolerance or missing, first y in computing order; worst y, missing
+      tensor   needed  allowed  max_abs     rmse      SQNR     cosine  worst at
+FAIL  y             –  2.0e-01        –        –         –          –  missing
+ok    x       1.2e-01  2.0e-01  5.0e-01  2.9e-01     19 dB  0.9956382  (1): 2.5, reference 2
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from golden.tolerance import Tolerance, stated
+from refimpl.errors import InputError, at_most
+from refimpl.trace import Trace
+
+CHUNK = 1 << 16  # elements that are widened to float64 at a time
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How far one tensor is from the reference b. Everything is computed in float64.
+
+    - `max_abs`: max|a - b|; `scale`: max|b|; `max_rel`: max_abs / scale, the tensor's relative error
+    - `rmse`: sqrt(mean((a - b)^2)); `sqnr`: 10 log10(sum(b^2) / sum((a - b)^2)) in dB; `cosine` of the angle between
+      a and b as vectors
+    - `index`: where |a - b| is largest, `value` in a and `reference` in b there; `ulp`: their distance in units of the
+      last place of the reference's value, in the coarser of both formats
+    - `allowed` and `needed`: relative tolerances; needed is max_rel, or infinite where there is a `problem`
+    - `problem`: "" or why the numbers cannot be compared: missing, other shape, NaN or infinity on one side
+
+    Elements where both sides are NaN, or the same infinity, agree and are left out of the figures.
+    """
+
+    name: str
+    allowed: float
+    reason: str
+    problem: str = ""
+    shape: tuple[int, ...] = ()
+    max_abs: float = math.nan
+    scale: float = math.nan
+    rmse: float = math.nan
+    sqnr: float = math.nan
+    cosine: float = math.nan
+    ulp: float = math.nan
+    index: tuple[int, ...] = ()
+    value: float = math.nan
+    reference: float = math.nan
+
+    @property
+    def max_rel(self) -> float:
+        if self.max_abs == 0:
+            return 0.0
+        return self.max_abs / self.scale if self.scale else math.inf
+
+    @property
+    def needed(self) -> float:
+        return math.inf if self.problem else self.max_rel
+
+    @property
+    def excess(self) -> float:
+        """Needed over allowed: above 1 fails."""
+        if self.needed == 0:
+            return 0.0
+        return self.needed / self.allowed if self.allowed else math.inf
+
+    def __bool__(self) -> bool:
+        return self.excess <= 1
+
+
+@dataclass(frozen=True)
+class Report:
+    """A verdict, and what it rests on. True if every tensor of the reference is there and within tolerance.
+
+    `tensors`: a Difference for each tensor of the reference, in its order; `extra`: names that only the judged side
+    has, which no verdict depends on; `note`: why there is nothing to compare.
+    """
+
+    tensors: tuple[Difference, ...]
+    extra: tuple[str, ...] = ()
+    note: str = ""
+
+    def __bool__(self) -> bool:
+        return bool(self.tensors) and not self.note and all(self.tensors)
+
+    @cached_property
+    def worst(self) -> list[Difference]:
+        """The tensors, largest needed / allowed first, then in computing order."""
+        return sorted(self.tensors, key=lambda tensor: -tensor.excess)
+
+    @property
+    def failures(self) -> list[Difference]:
+        """The tensors that are beyond tolerance, in computing order: the first one is where it went wrong."""
+        return [tensor for tensor in self.tensors if not tensor]
+
+    @property
+    def missing(self) -> list[str]:
+        return [tensor.name for tensor in self.tensors if tensor.problem == "missing"]
+
+    @property
+    def summary(self) -> str:
+        """The verdict in one line."""
+        extra = f"; not in the reference: {at_most(self.extra, 3)}" if self.extra else ""
+        if self.note or not self.tensors:
+            return f"differs: {self.note or 'nothing was compared'}{extra}"
+        first, count = self.worst[0], len(self.tensors)
+        by = f"worst {first.name}, " + (first.problem or f"needs {first.needed:.1e} of {first.allowed:.1e} allowed")
+        if self:
+            return f"agrees: {count} tensors within tolerance; {by}{extra}"
+        begin = f"first {self.failures[0].name} in computing order"
+        return f"differs: {len(self.failures)} of {count} tensors beyond tolerance or missing, {begin}; {by}{extra}"
+
+    def table(self, limit: int = 20) -> str:
+        """The worst tensors, a line each."""
+        shown = self.worst[:limit]
+        width = max([len(tensor.name) for tensor in shown] + [6])
+        head = f"{'tensor':{width}}   needed  allowed  max_abs     rmse      SQNR     cosine  worst at"
+        lines = [f"      {head}"] + [_line(tensor, width) for tensor in shown]
+        rest = self.worst[limit:]
+        if rest:
+            failing = sum(not tensor for tensor in rest)
+            lines.append(f"      and {len(rest)} more, {failing or 'none'} of them beyond tolerance")
+        return "\n".join(lines)
+
+    def __str__(self) -> str:
+        return f"{self.summary}\n{self.table()}" if self.tensors else self.summary
+
+    def to_json(self) -> str:
+        """The whole report as JSON, worst first; NaN and infinity, such as what a missing tensor needs, are null."""
+        tensors = [{**asdict(t), "needed": t.needed, "max_rel": t.max_rel, "ok": bool(t)} for t in self.worst]
+        content = {"agrees": bool(self), "summary": self.summary, "missing": self.missing, "extra": self.extra}
+        return json.dumps(_finite({**content, "tensors": tensors}), ensure_ascii=False, allow_nan=False)
+
+    def within(self, prefix: str) -> Report:
+        """The same report with `prefix` before every name, to be joined with others."""
+        tensors = tuple(replace(tensor, name=prefix + tensor.name) for tensor in self.tensors)
+        note = f"{prefix.rstrip('/')}: {self.note}" if self.note else ""
+        return Report(tensors, tuple(prefix + name for name in self.extra), note)
+
+    def __add__(self, other: Report) -> Report:
+        note = "; ".join(note for note in (self.note, other.note) if note)
+        return Report(self.tensors + other.tensors, self.extra + other.extra, note)
+
+
+def compare(
+    a: Mapping[str, Any], b: Mapping[str, Any], tolerance: Tolerance | Mapping[str, Tolerance] | None = None
+) -> Report:
+    """Judges `a` by the reference `b`: mappings (a Trace, say) of names to arrays of any number format.
+
+    `tolerance`: one for all tensors or one for each; by default what the traces say about themselves
+    (`golden.tolerance.stated`). A name that `a` lacks, another shape, nothing in common, and NaN or infinity on one
+    side only are failures and no exceptions. Memory does not grow with the tensors.
+
+    Raises InputError for what is not numbers, and for a name that `tolerance` leaves out.
+    """
+    a, b = _trace(a), _trace(b)
+    allowed = stated(a, b) if tolerance is None else tolerance
+    tensors = []
+    for name, reference in b.items():
+        if isinstance(allowed, Mapping) and name not in allowed:
+            raise InputError(f"there is no tolerance for {name}; expected one for each tensor of the reference")
+        limit = allowed[name] if isinstance(allowed, Mapping) else allowed
+        tensors.append(_difference(Difference(name, limit.relative, limit.reason), a.get(name), reference))
+    note = ""
+    if not b:
+        note = "the reference is empty"
+    elif not a.keys() & b.keys():
+        note = f"nothing in common: the reference has {at_most(b, 3)}, what is judged has {at_most(a, 3) or 'nothing'}"
+    return Report(tuple(tensors), tuple(name for name in a if name not in b), note)
+
+
+def _trace(side: Mapping[str, Any]) -> Trace:
+    """`side` with its values as arrays of numbers, mapped ones still mapped."""
+    trace = Trace(((name, np.asarray(x)) for name, x in side.items()), getattr(side, "meta", None))
+    for name, array in trace.items():
+        # NumPy sees the formats of ml_dtypes as plain bytes, kind "V"
+        if array.dtype.kind not in "fiub" and not hasattr(ml_dtypes, array.dtype.name):
+            raise InputError(f"{name} is an array of {array.dtype}, expected real numbers")
+    return trace
+
+
+def _difference(of: Difference, a: np.ndarray | None, b: np.ndarray) -> Difference:
+    """`of` with its figures filled in, from one pass over both arrays."""
+    if a is None:
+        return replace(of, problem="missing", shape=b.shape)
+    if a.shape != b.shape:
+        return replace(of, problem=f"shape {a.shape}, reference {b.shape}", shape=b.shape)
+    largest, at, scale, clash, start, left_out = -1.0, 0, 0.0, -1, 0, 0
+    errors = squares_a = squares_b = products = 0.0
+    with np.errstate(over="ignore", invalid="ignore"):  # squares of huge values may be infinite
+        for x, y in _chunks(a, b):
+            error = np.abs(x - y)
+            worst = int(error.argmax())  # the first NaN, if there is one
+            if not math.isfinite(error[worst]):
+                scale = max(scale, float(np.abs(y[np.isfinite(y)]).max(initial=0.0)))
+                finite = np.isfinite(x) & np.isfinite(y)
+                odd = ~finite & (x != y) & ~(np.isnan(x) & np.isnan(y))
+                if clash < 0 and odd.any():
+                    clash = start + int(odd.argmax())
+                x, y = np.where(finite, x, 0.0), np.where(finite, y, 0.0)
+                error, left_out = np.abs(x - y), left_out + int((~finite).sum())
+                worst = int(error.argmax())
+            if error[worst] > largest:
+                largest, at = float(error[worst]), start + worst
+            scale = max(scale, float(np.abs(y).max()))
+            errors, products = errors + float(error @ error), products + float(x @ y)
+            squares_a, squares_b = squares_a + float(x @ x), squares_b + float(y @ y)
+            start += len(x)
+    if not b.size:
+        return replace(of, shape=b.shape, max_abs=0.0, scale=0.0)
+    index = tuple(int(i) for i in np.unravel_index(clash if clash >= 0 else at, b.shape))
+    value, reference = float(a[index]), float(b[index])
+    return replace(
+        of, shape=b.shape, max_abs=largest, scale=scale, index=index, value=value, reference=reference,
+        problem="NaN or infinity on one side" if clash >= 0 else "",
+        rmse=math.sqrt(errors / max(b.size - left_out, 1)),
+        sqnr=math.inf if not errors else 10 * math.log10(squares_b / errors) if squares_b else -math.inf,
+        cosine=products / math.sqrt(squares_a) / math.sqrt(squares_b) if squares_a and squares_b else math.nan,
+        ulp=abs(value - reference) / max(_last_place(reference, side.dtype) for side in (a, b)),
+    )  # fmt: skip
+
+
+def _chunks(a: np.ndarray, b: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Both arrays in C order as float64, a piece at a time, whatever their strides and formats."""
+    pieces = np.nditer(
+        [a, b], flags=["external_loop", "buffered", "zerosize_ok"], op_flags=[["readonly"], ["readonly"]], order="C",
+        op_dtypes=[np.float64, np.float64], casting="unsafe", buffersize=CHUNK,
+    )  # fmt: skip
+    for x, y in pieces:
+        if x.size:
+            yield x, y
+
+
+def _last_place(value: float, dtype: np.dtype) -> float:
+    """The distance from |value| to the next number of the format; 1 for whole numbers."""
+    if dtype.kind in "iub" or not math.isfinite(value):
+        return 1.0
+    info = ml_dtypes.finfo(dtype)
+    smallest = float(info.smallest_subnormal)
+    return max(math.ldexp(1.0, math.frexp(value)[1] - 1 - info.nmant), smallest) if value else smallest
+
+
+def _line(tensor: Difference, width: int) -> str:
+    start = f"{'ok' if tensor else 'FAIL':4}  {tensor.name:{width}}"
+    if not math.isfinite(tensor.max_abs):
+        return f"{start}        –  {tensor.allowed:7.1e}        –        –         –          –  {tensor.problem}"
+    where = f"{tensor.index}: {tensor.value:.6g}, reference {tensor.reference:.6g}".replace(",)", ")")
+    figures = f"{tensor.needed:7.1e}  {tensor.allowed:7.1e}  {tensor.max_abs:7.1e}  {tensor.rmse:7.1e}"
+    return f"{start}  {figures}  {tensor.sqnr:5.0f} dB  {tensor.cosine:9.7f}  {where}"
+
+
+def _finite(value: Any) -> Any:
+    """`value` with None in the place of NaN and infinity, which JSON does not know."""
+    if isinstance(value, dict):
+        return {key: _finite(x) for key, x in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(x) for x in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,170 @@
+"""How far two correct runs of the same model may be apart: a bound per tensor, from how computers round.
+
+A bound is a rule of (config, number format, tap), never a number picked by hand:
+
+    allowed = SAFETY * unit * sqrt(n_1 + n_2 + ... + n_k)         relative to the largest value of the tensor
+
+- `unit` is the format's unit roundoff (`FORMATS`): 2^-53 for float64, 2^-24 for float32, 2^-8 for bfloat16.
+- n is what one operation contributes. The error of a sum of n products is, with high probability, below
+  sqrt(n) * unit of its terms (Higham and Mary), so a matrix product counts its length. 16-bit formats sum in float32
+  and round the result, so there each tensor counts 2: its rounding and that of the weights or of a step on the way.
+- Roundings are independent, so variances add up over all operations 1..k up to the tensor, which is what it inherits.
+- A position of S tokens is a float: the angle of RoPE and the bias of ALiBi are known to 2 * S * unit at worst. That is
+  no random error; it counts as the n for which SAFETY * sqrt(n) = 2 * S.
+- SAFETY = 8: both sides round (x 1.4), and a layer may amplify a relative error (x 5 has been measured, in a SwiGLU
+  that multiplies two outliers).
+
+A correct float32 run needs 0.05 of its bound, at worst 0.3; a dropped NormHead, swapped RoPE halves or a mask off by
+one exceed it a thousandfold (`tests/test_compare.py` measures both). float64's bound is about 1e-13: implementations
+agree that closely if they compute the tables of positions in float64 too. In bfloat16 a bound on a whole network is
+wide, and a mild bug may hide in it; judge 16 bits `fed` with the reference's tensors, one operation at a time.
+
+int4 rounds weights alone, to 15 steps over a block: `unit` is the rms error in terms of the block's largest weight,
+and each matrix product counts 1, an error that 20 dB of SQNR (normal weights) stay well within. Over a whole network
+that bounds little, which is a fact about 4 bits; judge such a model `fed`, too. No bound is above LARGEST.
+
+Source: Higham and Mary, "A New Approach to Probabilistic Rounding Error Analysis", SIAM J. Sci. Comput. 41 (2019).
+
+>>> bound = tolerances(Config(), "float32", tokens=128)
+>>> print(bound["model.layers.0.self_attn.W_pack"])
+4.3e-05 (8 * 2^-24 * sqrt(8194): float32 rounding)
+>>> print(bound["lm_head"])
+5.3e-04 (8 * 2^-24 * sqrt(1229250): float32 rounding)
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from refimpl.config import Config
+from refimpl.errors import InputError
+from refimpl.names import taps
+
+SAFETY = 8
+LARGEST = 0.5  # a tolerance of 1 would accept a tensor of zeros
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """|a - b| may be at most `relative` times the largest |b| of the tensor; `reason` says why."""
+
+    relative: float
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.relative:.1e} ({self.reason})"
+
+
+@dataclass(frozen=True)
+class Format:
+    """How a number format rounds: `unit`, and its text; whether sums are rounded at each term (else once, at the end).
+
+    `positions` is the unit of the tables of positions, which 16-bit models keep in float32.
+    """
+
+    unit: float
+    text: str
+    sums: bool = False
+    positions: float = 2.0**-24
+
+
+FORMATS = {
+    "float64": Format(2.0**-53, "2^-53", sums=True, positions=2.0**-53),
+    "float32": Format(2.0**-24, "2^-24", sums=True),
+    "float16": Format(2.0**-11, "2^-11"),
+    "bfloat16": Format(2.0**-8, "2^-8"),
+    "int4": Format(1 / (14 * math.sqrt(3)), "1/(14 sqrt 3)"),
+}
+_PRODUCTS = {"W_pack", "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head"}
+
+
+def tolerances(config: Config, dtype: str, tokens: int, fed: bool = False) -> dict[str, Tolerance]:
+    """The Tolerance of every tap of a model that computes in `dtype` over up to `tokens` tokens.
+
+    `fed`: the run goes on with the reference's tensors instead of its own, so each one shows its own error alone.
+    Raises InputError for a format that is not in `FORMATS`.
+    """
+    if dtype not in FORMATS:
+        raise InputError(f"there is no rounding rule for {dtype!r}, expected one of {', '.join(FORMATS)}")
+    variance, rules = 0.0, {}
+    for name in taps(config):
+        own = _variance(name.rsplit(".", 1)[-1], config, dtype, tokens)
+        variance = own if fed else variance + own
+        rules[name] = _rule(dtype, variance)
+    return rules
+
+
+def stated(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, Tolerance]:
+    """What two traces themselves say about how far `a` may be from the reference `b`, for every tensor of `b`.
+
+    The first of these that there is: the tolerance stored with `b` if it is a golden and `a` is of the same format
+    or a finer one; the rule for the config in either one's `meta`; the rule for the deepest of the five families.
+    The format is the coarser one of the two. Whole numbers must be equal.
+    """
+    of_a, of_b = getattr(a, "meta", {}), getattr(b, "meta", {})
+    stored, keys = of_b.get("tolerance", {}), of_b.get("config") or of_a.get("config")
+    tokens = max((np.shape(x)[1] for x in b.values() if np.ndim(x) == 3), default=0)
+    config, tokens = (Config(**keys), tokens) if keys else (_DEEPEST, _DEEPEST.max_position_embeddings)
+    rules: dict[str, dict[str, Tolerance]] = {}
+    found = {}
+    for name in b:
+        own = _coarser(of_b.get("dtype"), b[name].dtype)
+        dtype = _coarser(own, of_a.get("dtype"), a[name].dtype) if name in a else own
+        if dtype not in FORMATS:
+            found[name] = Tolerance(0.0, f"{dtype} is exact")
+        elif name in stored and dtype == own:
+            found[name] = Tolerance(**stored[name])
+        else:
+            rule = rules.setdefault(dtype, tolerances(config, dtype, tokens))
+            found[name] = rule.get(name) or max(rule.values(), key=lambda tolerance: tolerance.relative)
+            if not keys:
+                reason = f"no config is known; {dtype} rounding in Baichuan2-13B over {tokens} tokens"
+                found[name] = Tolerance(rule["lm_head"].relative, reason)
+    return found
+
+
+_DEEPEST = Config(
+    family="Baichuan2-13B", hidden_size=5120, intermediate_size=13696, num_hidden_layers=40, num_attention_heads=40,
+    rope_theta=None,
+)  # fmt: skip
+
+
+def _coarser(*dtypes: np.dtype | str | None) -> str:
+    """The format with the largest unit."""
+    names = [str(dtype) for dtype in dtypes if dtype is not None]
+    return max(names, key=lambda name: FORMATS[name].unit if name in FORMATS else 0)
+
+
+def _rule(dtype: str, variance: float) -> Tolerance:
+    form = FORMATS[dtype]
+    relative = SAFETY * form.unit * math.sqrt(variance)
+    reason = f"{SAFETY} * {form.text} * sqrt({variance:.0f}): {dtype} rounding"
+    return Tolerance(min(relative, LARGEST), reason if relative < LARGEST else f"{reason}, cut at {LARGEST}")
+
+
+def _variance(module: str, config: Config, dtype: str, tokens: int) -> float:
+    """n of one tap: the length of its sum, and what its positions are worth."""
+    if dtype == "int4":
+        return float(module in _PRODUCTS)
+    where = ("query", "key") if config.rope_theta else ("probs",)
+    positions = _positions(dtype, tokens) if module in where else 0.0
+    if not FORMATS[dtype].sums:
+        return 2 + positions
+    hidden, inter = config.hidden_size, config.intermediate_size
+    length = {
+        "input_layernorm": hidden, "W_pack": hidden, "q_proj": hidden, "k_proj": hidden, "v_proj": hidden,
+        "scores": config.head_dim, "probs": tokens, "context": tokens, "o_proj": hidden,
+        "post_attention_layernorm": hidden, "gate_proj": hidden, "up_proj": hidden, "down_proj": inter,
+        "norm": hidden, "lm_head": hidden * (2 if config.norm_head else 1),
+    }  # fmt: skip
+    return length.get(module, 2) + positions
+
+
+def _positions(dtype: str, tokens: int) -> float:
+    form = FORMATS[dtype]
+    return (2 * tokens / SAFETY * form.positions / form.unit) ** 2
