@@ -7,6 +7,7 @@ token), same top 1 (how often both find the same token likeliest), and perplexit
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
@@ -61,3 +62,19 @@ def quality(model: Model, reference: Model, ids, window: int | None = None, dtyp
 def _log_softmax(logits: np.ndarray) -> np.ndarray:
     shifted = logits - logits.max(-1, keepdims=True)
     return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
+
+
+def read_documents(path: Path, model: Model) -> list[int]:
+    """The ids of a text file whose documents are separated by blank lines, each followed by the end-of-sequence id.
+
+    That is how Baichuan's training data, and the embedded model's, are laid out. Raises InputError for a file that
+    cannot be read.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"cannot read {path} as UTF-8 text: {error}") from None
+    ids: list[int] = []
+    for document in text.strip().split("\n\n"):
+        ids += [*model.tokenizer.encode(document.strip("\n") + "\n"), model.tokenizer.eos_token_id]
+    return ids

@@ -60,7 +60,7 @@ def info(arguments) -> int:
 
 def generate(arguments) -> int:
     """Continue a text."""
-    return _say(arguments, _ids(arguments, _load(arguments)), skip_special_tokens=False)
+    return _say(arguments, _ids(arguments, _load(arguments)))
 
 
 def chat(arguments) -> int:
@@ -68,7 +68,7 @@ def chat(arguments) -> int:
     model = _load(arguments)
     messages = [{"role": "system", "content": arguments.system}] if arguments.system else []
     ids = model.tokenizer.chat([*messages, {"role": "user", "content": arguments.message}], arguments.max_new_tokens)
-    return _say(arguments, ids, skip_special_tokens=True)
+    return _say(arguments, ids)
 
 
 def trace(arguments) -> int:
@@ -145,20 +145,24 @@ def verify(arguments) -> int:
     return _report(arguments, verify(Path(arguments.folder), engine=arguments.engine))
 
 
-def _say(arguments, ids, skip_special_tokens: bool) -> int:
-    """Generates and prints pieces of text as they come."""
+def _say(arguments, ids) -> int:
+    """Generates and prints pieces of text as they come, or ids where the folder has no tokenizer."""
     model = arguments.loaded
     new = model.generate(
         ids, max_new_tokens=arguments.max_new_tokens, do_sample=arguments.sample, temperature=arguments.temperature,
         top_k=arguments.top_k, top_p=arguments.top_p, repetition_penalty=arguments.repetition_penalty,
         seed=arguments.seed, dtype=arguments.dtype,
     )  # fmt: skip
+    try:
+        tokenizer = model.tokenizer
+    except InputError:
+        tokenizer = None
     if arguments.json:
         found = list(new)
-        text = model.tokenizer.decode(found, skip_special_tokens)
+        text = tokenizer.decode(found, skip_special_tokens=True) if tokenizer else None
         print(json.dumps({"ids": found, "text": text}, ensure_ascii=False))
         return 0
-    for piece in model.tokenizer.stream(new, skip_special_tokens=skip_special_tokens):
+    for piece in tokenizer.stream(new) if tokenizer else (f"{token} " for token in new):
         print(piece, end="", flush=True)
     print()
     return 0
