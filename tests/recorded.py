@@ -1,10 +1,20 @@
 """Reads the recordings of the official PyTorch code, in which tensors have short names, under our names.
 
-`python tests/recorded.py DIR OUT` converts what fits a repository into the goldens under golden/data.
+`python tests/recorded.py SHARED golden/data` converts what fits a repository into the goldens there.
 """
+
+import json
+import shutil
+import sys
+from pathlib import Path
 
 import numpy as np
 from safetensors import safe_open
+
+import golden
+import refimpl
+from golden.bundle import Case, sha256
+from refimpl.trace import Trace
 
 DTYPES = {"f64x": "float64", "f32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 MODELS = ("baichuan2-7b-tiny", "baichuan2-13b-tiny", "baichuan-7b-v1-tiny", "qwen2-tiny")
@@ -62,3 +72,43 @@ class Recording:
                 low = array.astype(np.float64) < -1e4
                 found[name] = np.where(low, np.nan, array)
         return found
+
+
+# precision of the recording -> the format it is the truth of. The 13B model has 8 heads, whose slopes are powers of
+# two: there f64, with float32 slopes, is f64x.
+CONVERTED = {"f64": "float64", "f64x": "float64", "bf16": "bfloat16"}
+KEPT = {
+    "baichuan-7b-v1-tiny": [("f64x", "p7"), ("f64x", "p33"), ("bf16", "p7")],
+    "baichuan2-13b-tiny": [("f64", "p7"), ("f64x", "p33"), ("f64", "pad")],
+    "qwen2-tiny": [("f64x", "p7"), ("f64x", "p33"), ("bf16", "p7")],
+}
+
+
+def convert(shared: Path, out: Path) -> None:
+    """A model and a golden of each family but Baichuan2-7B, which the embedded model stands for."""
+    for name, kept in KEPT.items():
+        recording, told = Recording(shared, name), json.loads((shared / "golden" / f"{name}.json").read_text())
+        folder = out / name
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(recording.folder, folder / "model", ignore=shutil.ignore_patterns("*.bin"))
+        config = refimpl.load(recording.folder).config
+        cases, traces, rules = {}, {}, {}
+        for precision, case in kept:
+            inputs, dtype = recording.inputs(case), CONVERTED[precision]
+            cases[case] = Case(inputs["ids"], inputs.get("attention_mask"))
+            found = {n: x for n, x in recording.tensors(precision, case).items() if not n.endswith(".scores")}
+            order = [n for n in refimpl.names.taps(config) if n in found]
+            origin = "observed" if precision != "f64" else "observed, the float32 steps of the code done in float64"
+            traces[case, dtype] = Trace({n: found[n] for n in order}, {"origin": dict.fromkeys(order, origin)})
+            rules.setdefault(dtype, golden.tolerances(config, dtype, tokens=33))
+        provenance = {
+            "code": "transformers Qwen2ForCausalLM" if "qwen" in name else "the official modeling_baichuan.py",
+            "weights": "random (NumPy PCG64)", "weights sha256": sha256(folder / "model" / "model.safetensors"),
+            "converted from": f"{name}.safetensors, sha256 {sha256(shared / 'golden' / f'{name}.safetensors')}",
+            **{k: told[k] for k in ("torch", "transformers")},
+        }  # fmt: skip
+        golden.write(folder / "golden", config, cases, traces, provenance, rules)
+
+
+if __name__ == "__main__":
+    convert(Path(sys.argv[1]), Path(sys.argv[2]))
