@@ -1,0 +1,6 @@
+"""ONNX graphs of a model, emitted from the one forward, and their verification against the oracle."""
+
+from export.emit import Parts, emit
+from export.verify import verify
+
+__all__ = ["Parts", "emit", "verify"]

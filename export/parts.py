@@ -1,0 +1,254 @@
+"""The decoder in parts: what each graph takes, computes and gives.
+
+A device takes a large model in parts, and each part as several graphs over the same weights: one reads a prompt, many
+tokens at a time, another a token at a time. Names and layouts are those of AI Hub's generic LLM export, S tokens at a
+time in a window of `context`:
+
+    input   input_ids (1, S) int32, or the hidden state (1, S, C) of the part before, under the name of its tap
+            attention_mask (1, 1, S, context), added to the scores; (1, H, S, context) with ALiBi, which is part of it
+            position_ids_cos, position_ids_sin (1, 1, S, D/2), not with ALiBi
+            past_key_{l}_in (K, 1, D, context - S), past_value_{l}_in (K, 1, context - S, D), of each layer in turn
+    output  the hidden state (1, S, C), or logits (1, S, V)
+            past_key_{l}_out (K, 1, D, S), past_value_{l}_out (K, 1, S, D): those of the new tokens only
+
+`Part.outputs` computes a part on whatever kind of tensor it is given: symbols make the graph, NumPy arrays its golden.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from refimpl.config import Config
+from refimpl.decoder import Decoder
+from refimpl.errors import InputError, at_most
+from refimpl.model import Model
+from refimpl.positions import attention_bias, token_positions
+from refimpl.trace import Tap, silent
+
+
+@dataclass(frozen=True)
+class Value:
+    """An input or output of a graph.
+
+    `token_axis` is the axis of its tokens. `tap` is the tensor that it shows, `tap_axes` what transposes it to the
+    tap's layout. `source` is the output of another graph that an input continues.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    token_axis: int
+    dtype: str = "float32"
+    tap: str | None = None
+    tap_axes: tuple[int, ...] | None = None
+    source: str | None = None
+
+
+@dataclass(frozen=True)
+class StaticCache:
+    """A cache of fixed size that the host keeps: the past comes in, new keys and values go out."""
+
+    inputs: Mapping[str, Any]
+    outputs: dict[str, Any]
+    concat: Callable[[Sequence, int], Any]
+
+    def __call__(self, layer: int, key, value):
+        """Takes new keys and values (1, K, S, D); returns all that attention may see, (1, K, context, D) each."""
+        key, value = key.transpose(1, 0, 3, 2), value.transpose(1, 0, 2, 3)  # (K, 1, D, S), (K, 1, S, D)
+        self.outputs[f"past_key_{layer}_out"], self.outputs[f"past_value_{layer}_out"] = key, value
+        key = self.concat((self.inputs[f"past_key_{layer}_in"], key), 3)  # (K, 1, D, context)
+        value = self.concat((self.inputs[f"past_value_{layer}_in"], value), 2)  # (K, 1, context, D)
+        return key.transpose(1, 0, 3, 2), value.transpose(1, 0, 2, 3)  # (1, K, context, D) each
+
+
+@dataclass(frozen=True)
+class Part:
+    """A stretch of the decoder, `number` of `total`: an embedding or not, some layers, a head or not."""
+
+    number: int
+    total: int
+    layers: range
+    embeds: bool
+    heads: bool
+
+    @property
+    def reads(self) -> str:
+        """The name of the first input."""
+        return "input_ids" if self.embeds else boundary(self.layers.start)
+
+    @property
+    def gives(self) -> str:
+        """The name of the first output."""
+        return "logits" if self.heads else boundary(self.layers.stop)
+
+    def outputs(
+        self, config: Config, weights: Mapping, ops: Any, concat: Callable, inputs: Mapping, tap: Tap = silent
+    ) -> dict[str, Any]:
+        """What the part computes of `inputs`, by ONNX name, in the order of the graph.
+
+        `concat(pieces, axis)` joins tensors of the kind that `ops` works on.
+        """
+        new: dict[str, Any] = {}
+        decoder = Decoder(config, weights, ops, tap, StaticCache(inputs, new, concat))
+        x = decoder.embed(inputs["input_ids"]) if self.embeds else ops.upcast(inputs[self.reads])
+        cos, sin = inputs.get("position_ids_cos"), inputs.get("position_ids_sin")
+        for layer in self.layers:
+            x = decoder.layer(layer, x, cos, sin, inputs["attention_mask"])
+        return {self.gives: decoder.head(x) if self.heads else x, **new}
+
+
+def boundary(layer: int) -> str:
+    """The tap before a layer, where parts meet."""
+    return f"model.layers.{layer - 1}" if layer else "model.embed_tokens"
+
+
+def split(layers: int, parts: int) -> list[Part]:
+    """The embedding alone, then the layers as evenly as they go, the last of them with the head; or all in one part.
+
+    Raises InputError if there are fewer layers than parts to hold them.
+
+    >>> [(part.embeds, list(part.layers), part.heads) for part in split(layers=5, parts=3)]
+    [(True, [], False), (False, [0, 1, 2], False), (False, [3, 4], True)]
+    """
+    if not 1 <= parts <= layers + 1:
+        raise InputError(
+            f"parts is {parts}, expected 1 to {layers + 1}: the embedding, and a layer or more in each other"
+        )
+    if parts == 1:
+        return [Part(1, 1, range(layers), embeds=True, heads=True)]
+    sizes = [len(group) for group in np.array_split(range(layers), parts - 1)]
+    stops = [0, *np.cumsum(sizes).tolist()]
+    starts = [0, 0, *stops[1:-1]]
+    return [Part(i + 1, parts, range(starts[i], stops[i]), i == 0, i == parts - 1) for i in range(parts)]
+
+
+@dataclass(frozen=True)
+class GraphSpec:
+    """One graph of an export, and its golden's shape: `real` of its tokens are no padding, and follow `past` others."""
+
+    config: Config
+    part: Part
+    tokens: int
+    context: int
+    real: int
+    past: int
+
+    @property
+    def name(self) -> str:
+        """AI Hub's name of a graph; its runtime reads the numbers in it."""
+        kind = "token" if self.tokens == 1 else "prompt"
+        return f"{kind}_ar{self.tokens}_cl{self.context}_{self.part.number}_of_{self.part.total}"
+
+    @property
+    def inputs(self) -> list[Value]:
+        """In the order of the graph: ids or hidden state, mask, position tables, then each layer's past."""
+        config, part, S = self.config, self.part, self.tokens
+        bias_heads = 1 if config.rope_theta else config.num_attention_heads
+        if part.embeds:
+            values = [Value("input_ids", (1, S), 1, "int32")]
+        else:
+            values = [Value(part.reads, (1, S, config.hidden_size), 1, tap=part.reads, source=part.reads)]
+        if part.layers:
+            values.append(Value("attention_mask", (1, bias_heads, S, self.context), 2))
+        if part.layers and config.rope_theta:
+            table = (1, 1, S, config.head_dim // 2)
+            values += [Value("position_ids_cos", table, 2), Value("position_ids_sin", table, 2)]
+        for layer in part.layers:
+            for what, shape, axis, _ in self._cache(self.context - S):
+                values.append(Value(f"past_{what}_{layer}_in", shape, axis, source=f"past_{what}_{layer}_out"))
+        return values
+
+    @property
+    def outputs(self) -> list[Value]:
+        """In the order of the graph: hidden state or logits, then each layer's new keys and values."""
+        config, part, S = self.config, self.part, self.tokens
+        size, tap = (config.vocab_size, "lm_head") if part.heads else (config.hidden_size, part.gives)
+        values = [Value(part.gives, (1, S, size), 1, tap=tap)]
+        for layer in part.layers:
+            for what, shape, axis, tap_axes in self._cache(S):
+                tap = f"model.layers.{layer}.self_attn.{what}"
+                values.append(Value(f"past_{what}_{layer}_out", shape, axis, tap=tap, tap_axes=tap_axes))
+        return values
+
+    def _cache(self, length: int):
+        """Kind, shape, token axis, and axes of the tap, of a layer's keys, which are transposed, and values."""
+        K, D = self.config.num_key_value_heads, self.config.head_dim
+        return [("key", (K, 1, D, length), 3, (1, 0, 3, 2)), ("value", (K, 1, length, D), 2, (1, 0, 2, 3))]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which graphs an export has: `tokens` at a time, largest first, for each part; a golden prompt of `prompt` tokens.
+
+    Raises InputError for numbers that do not fit the config, or each other.
+    """
+
+    config: Config
+    tokens: tuple[int, ...]
+    context: int
+    parts: int
+    prompt: int = 1
+
+    def __post_init__(self) -> None:
+        longest, sizes = self.config.max_position_embeddings, self.tokens
+        if not 2 <= self.context <= longest:
+            raise InputError(f"context is {self.context}, expected 2 to {longest}, which the model was made for")
+        if not sizes or list(sizes) != sorted(set(sizes), reverse=True) or sizes[-1] < 1 or sizes[0] >= self.context:
+            raise InputError(
+                f"tokens is {at_most(sizes)}, expected different numbers from 1 to {self.context - 1}, largest first: "
+                f"the context of {self.context} holds past and new tokens"
+            )
+        if not 1 <= self.prompt <= self.room:
+            raise InputError(
+                f"the prompt has {self.prompt} tokens, expected 1 to {self.room}, as many as fit every graph"
+            )
+        split(self.config.num_hidden_layers, self.parts)
+
+    @property
+    def room(self) -> int:
+        """The longest golden prompt: the largest graph reads it, and each other one goes on from there."""
+        return min(self.tokens[0], self.context - max(self.tokens[1:], default=0))
+
+    @property
+    def runs(self) -> list[list[GraphSpec]]:
+        """The graphs of each size. Those of the largest read the prompt; the others have it as their past."""
+        parts = split(self.config.num_hidden_layers, self.parts)
+        first, *others = [(tokens, tokens, self.prompt) for tokens in self.tokens]
+        counts = [(first[0], self.prompt, 0), *others]
+        return [
+            [GraphSpec(self.config, part, S, self.context, real, past) for part in parts] for S, real, past in counts
+        ]
+
+
+def host_inputs(model: Model, spec: GraphSpec, ids: Sequence[int]) -> dict[str, np.ndarray]:
+    """What the host computes for `ids`, as many as are real: ids, mask, position tables.
+
+    All is aligned to the right of its window: `[padding, past, padding, ids]`. Positions count what is not padding.
+    With ALiBi, which measures distance in places of the window, only a first call may have padding before its ids.
+    A masked place gets the low finite number of `refimpl.positions.attention_bias`.
+    """
+    mask = np.zeros((1, spec.context), np.int64)
+    start = spec.context - spec.tokens
+    mask[:, start - spec.past : start] = 1
+    mask[:, spec.context - spec.real :] = 1
+    inputs = {
+        "input_ids": np.array([[0] * (spec.tokens - spec.real) + list(ids)], np.int32),
+        "attention_mask": attention_bias(model.config, mask, spec.tokens, np.float32),
+    }
+    cos, sin = model.position_tables(token_positions(mask)[:, start:], np.float64)
+    if cos is not None and sin is not None:
+        inputs |= {"position_ids_cos": cos.astype(np.float32), "position_ids_sin": sin.astype(np.float32)}
+    return inputs
+
+
+def carry(spec: GraphSpec, value: Value, outputs: Mapping[str, np.ndarray]) -> np.ndarray:
+    """The input `value` from other graphs' outputs: what is no padding of them, right-aligned after zeros."""
+    carried = np.zeros(value.shape, value.dtype)
+    count = spec.real if value.tap else spec.past
+    if count and value.source:
+        source = np.moveaxis(outputs[value.source], value.token_axis, -1)
+        np.moveaxis(carried, value.token_axis, -1)[..., -count:] = source[..., -count:]
+    return carried

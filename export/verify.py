@@ -1,0 +1,159 @@
+"""`verify` a saved export: run its graphs, and compare every output with its golden."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import onnx
+from google.protobuf.message import DecodeError
+from tqdm import tqdm
+
+from export.emit import FORMAT, TEST_DATA, Arrays
+from export.parts import GraphSpec, Plan, Value, carry
+from golden.compare import Report, compare
+from golden.tolerance import Tolerance
+from refimpl.config import Config, read_json
+from refimpl.errors import InputError
+from refimpl.trace import Trace
+
+
+def verify(folder: str | Path, engine: str = "auto") -> Report:
+    """Runs every graph of an export, and compares what is no padding with the golden outputs.
+
+    Twice: `isolated`, each part from its golden inputs, so that it shows its own error alone; and `chained`, as a
+    device runs, each part from what the one before gave, and a token from the prompt's keys and values. The tensors
+    of the report are called `{graph}/{isolated or chained}/{tap}`, and have the layout of the tap.
+
+    `engine`: "onnxruntime"; "reference", ONNX's own evaluator; "auto", the first of them that is installed. Files are
+    first held against the manifest's sha256. Raises InputError for a folder that is not a whole export.
+    """
+    folder, open_graph = Path(folder), engine_called(engine)
+    plan, limits = read_manifest(folder)
+    report, after_prompt = Report(()), Arrays()
+    total = len(plan.tokens) * plan.parts
+    with tqdm(desc="verifying", total=total, unit="graph", disable=None, leave=False) as progress:
+        for run in plan.runs:
+            flow = Arrays(after_prompt)
+            for spec in run:
+                golden = read_arrays(folder, spec, "input", spec.inputs)
+                reference = as_trace(spec, read_arrays(folder, spec, "output", spec.outputs))
+                linked = golden | {v.name: carry(spec, v, flow) for v in spec.inputs if v.source}
+                compute = open_graph(folder / spec.name / "model.onnx")
+                for way, inputs in (("isolated", golden), ("chained", linked)):
+                    outputs = run_graph(compute, spec, inputs)
+                    report += compare(as_trace(spec, outputs), reference, limits).within(f"{spec.name}/{way}/")
+                flow |= outputs
+                progress.update()
+            after_prompt = after_prompt or flow
+    return report
+
+
+def as_trace(spec: GraphSpec, outputs: Mapping[str, np.ndarray]) -> Trace:
+    """A graph's outputs as the taps that they show, without padding."""
+    trace = Trace()
+    for value in spec.outputs:
+        array = np.moveaxis(outputs[value.name], value.token_axis, 0)[-spec.real :]
+        array = np.moveaxis(array, 0, value.token_axis)
+        trace[value.tap or value.name] = array.transpose(value.tap_axes) if value.tap_axes else array
+    return trace
+
+
+def engine_called(name: str) -> Callable[[Path], Callable]:
+    """What opens a graph, and gives a function of output names and inputs. Raises InputError for an unknown engine."""
+    installed = find_spec("onnxruntime") is not None
+    if name == "reference" or (name == "auto" and not installed):
+        from onnx.reference import ReferenceEvaluator
+
+        return lambda path: ReferenceEvaluator(str(path)).run
+    if name not in ("auto", "onnxruntime"):
+        raise InputError(f"engine is {name!r}, expected auto, onnxruntime or reference")
+    if not installed:
+        raise InputError("onnxruntime is not installed; install refimpl[onnxruntime], or use the engine reference")
+    import onnxruntime
+
+    return lambda path: onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"]).run
+
+
+def run_graph(compute: Callable, spec: GraphSpec, inputs: Arrays) -> Arrays:
+    """What an engine computes. Raises InputError if it cannot, or gives other shapes than the plan says."""
+    names = [value.name for value in spec.outputs]
+    try:
+        outputs = compute(names, inputs)
+    except Exception as error:  # each engine raises its own kinds
+        raise InputError(f"the engine cannot run {spec.name}: {str(error).splitlines()[0]}") from None
+    return checked(dict(zip(names, outputs, strict=True)), spec.outputs, spec.name)
+
+
+def read_arrays(folder: Path, spec: GraphSpec, kind: str, values: list[Value]) -> Arrays:
+    """The golden inputs or outputs of a graph. Raises InputError if they are not what the plan says."""
+    arrays = Arrays()
+    for i, value in enumerate(values):
+        path = folder / TEST_DATA.format(spec.name) / f"{kind}_{i}.pb"
+        proto = onnx.TensorProto()
+        try:
+            proto.ParseFromString(path.read_bytes())
+            if proto.data_location == onnx.TensorProto.EXTERNAL:
+                raise ValueError("its data is elsewhere")
+            arrays[value.name] = onnx.numpy_helper.to_array(proto)
+        except (DecodeError, ValueError, TypeError) as error:
+            raise InputError(f"{path} is not a tensor: {error}; export again") from None
+    return checked(arrays, values, spec.name)
+
+
+def checked(arrays: Arrays, values: list[Value], graph: str) -> Arrays:
+    """The arrays, if their shapes and dtypes are those of the values."""
+    for value in values:
+        array = arrays[value.name]
+        if (array.shape, array.dtype) != (value.shape, value.dtype):
+            raise InputError(
+                f"{value.name} of {graph} is {array.dtype} {array.shape}, expected {value.dtype} {value.shape}; "
+                "export again"
+            )
+    return arrays
+
+
+def read_manifest(folder: Path) -> tuple[Plan, dict[str, Tolerance]]:
+    """What an export consists of, after a check that each of its files is there with the bytes that were written.
+
+    Raises InputError for what is no manifest of this version, is damaged, or does not describe what it says it does.
+    """
+    path = folder / "manifest.json"
+    manifest = read_json(path)
+    if manifest.get("format") != FORMAT:
+        raise InputError(f"{path} has the format {manifest.get('format')!r}, expected {FORMAT!r}; export again")
+    try:
+        stated, files = manifest["plan"], manifest["files"]
+        plan = Plan(Config(**manifest["config"]), **{**stated, "tokens": tuple(stated["tokens"])})
+        specs = [spec for run in plan.runs for spec in run]
+        limits = {v.tap: Tolerance(**manifest["tolerances"][v.tap]) for s in specs for v in s.outputs if v.tap}
+        if not all(isinstance(limit.relative, float) and 0 <= limit.relative < 1 for limit in limits.values()):
+            raise ValueError("a tolerance is no number from 0 to 1")
+        expected = {name: (files[name]["bytes"], files[name]["sha256"]) for spec in specs for name in file_names(spec)}
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise InputError(f"{path} is damaged: {type(error).__name__} {error}; export again") from None
+    for name, (size, sha256) in tqdm(expected.items(), "reading", unit="file", disable=None, leave=False):
+        file = folder / name
+        if not file.is_file() or file.stat().st_size != size or sha256_of(file) != sha256:
+            raise InputError(f"{file} is not the file of {size} bytes that was exported; export again")
+    return plan, limits
+
+
+def file_names(spec: GraphSpec) -> list[str]:
+    """The files of a graph, relative to the export."""
+    names = [f"{spec.name}/model.onnx", f"{spec.name}/model.data"]
+    for kind, values in (("input", spec.inputs), ("output", spec.outputs)):
+        names += [f"{TEST_DATA.format(spec.name)}/{kind}_{i}.pb" for i in range(len(values))]
+    return names
+
+
+def sha256_of(path: Path) -> str:
+    """The sha256 of a file, in hexadecimal."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
