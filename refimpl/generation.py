@@ -16,6 +16,8 @@ from refimpl.errors import InputError
 if TYPE_CHECKING:
     from refimpl.model import Model
 
+PIECE = 512  # prompt tokens at a time: scores (H, 512, S) and logits (512, V) stay small whatever the prompt
+
 
 def penalize_repetition(scores: np.ndarray, history: np.ndarray, penalty: float) -> np.ndarray:
     """Scores of the ids in `history` (B, N) divided by `penalty` if positive and multiplied if negative, once each.
@@ -119,23 +121,24 @@ def generate(
     padding = defaults.get("pad_token_id", model.config.pad_token_id) or 0
 
     def steps():
-        nonlocal ids, attention_mask
         rng = np.random.default_rng(seed)
         cache = model.new_cache(batch, tokens + wanted)
         ended = np.zeros(batch, bool)
-        history, new = ids, ids
-        for _ in range(wanted):
-            logits = model(new, dtype, attention_mask, cache)[:, -1].astype(np.float32)
-            scores = process(logits, history, **settings)
+        history = ids
+        for start in range(0, tokens, PIECE):
+            stop = min(start + PIECE, tokens)
+            mask = None if attention_mask is None else np.asarray(attention_mask)[:, :stop]
+            logits = model(ids[:, start:stop], dtype, mask, cache)
+        while True:
+            scores = process(logits[:, -1].astype(np.float32), history, **settings)
             chosen = _draw(softmax(scores.astype(np.float64)), rng) if do_sample else scores.argmax(-1)
             chosen = np.where(ended, padding, chosen)
             yield int(chosen[0]) if single else chosen
             ended |= np.isin(chosen, ends)
-            if ended.all():
+            history = np.concatenate([history, chosen[:, None]], axis=1)
+            if ended.all() or history.shape[1] == tokens + wanted:
                 return
-            new = chosen[:, None]
-            history = np.concatenate([history, new], axis=1)
-            attention_mask = None  # the cache remembers what is padding
+            logits = model(chosen[:, None], dtype, cache=cache)  # the cache remembers what is padding
 
     return steps()
 

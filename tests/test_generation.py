@@ -42,6 +42,16 @@ def test_greedy_is_the_likeliest_of_a_full_forward(family, tiny_model):
         ids.append(token)
 
 
+def test_a_long_prompt_is_read_in_pieces(family, tiny_model, monkeypatch):
+    model = tiny_model(family)
+    ids = np.array([[0, 0, *IDS, *IDS], [5, *IDS, *IDS, 7]])
+    mask = np.array([[0, 0] + [1] * 6, [1] * 8])
+    generate = lambda: np.array(list(model.generate(ids, attention_mask=mask, max_new_tokens=5, dtype="float64")))
+    whole = generate()
+    monkeypatch.setattr("refimpl.generation.PIECE", 3)
+    assert np.array_equal(generate(), whole)
+
+
 def test_a_seed_repeats_and_another_does_not(tiny_model):
     model = tiny_model("Baichuan2-7B")
     draw = lambda seed: list(model.generate(IDS, max_new_tokens=12, do_sample=True, temperature=3.0, seed=seed))

@@ -1,0 +1,141 @@
+"""The command line as a person meets it: what it prints, and how it exits."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import write_checkpoint
+
+from refimpl.cli import main
+
+DATA = Path(__file__).parents[1] / "golden" / "data"
+
+
+def test_the_poem_s_author(capsys):
+    assert main(["generate", "-p", r"登鹳雀楼->王之涣\n夜雨寄北->", "--max-new-tokens", "4"]) == 0
+    assert capsys.readouterr().out.startswith("李商隐\n")
+
+
+def test_sampling_repeats_with_a_seed(capsys):
+    def draw(seed):
+        arguments = ["-p", "秋风", "--max-new-tokens", "12", "--sample", "--temperature", "2", "--top-k", "50"]
+        assert main(["generate", *arguments, "--seed", seed, "--json"]) == 0
+        return json.loads(capsys.readouterr().out)
+
+    assert draw("1") == draw("1") != draw("2")
+
+
+def test_ids_come_out_where_there_is_no_tokenizer(tmp_path, capsys):
+    folder = write_checkpoint(tmp_path / "model", "Qwen2-7B")
+    assert main(["generate", str(folder), "--ids", "5,17,9", "--max-new-tokens", "3"]) == 0
+    assert len(capsys.readouterr().out.split()) == 3
+
+
+def test_a_chat(capsys):
+    assert main(["chat", "-m", "《静夜思》的作者是谁？", "--max-new-tokens", "16"]) == 0
+    assert "李白" in capsys.readouterr().out
+
+
+def test_info(capsys):
+    assert main(["info", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["family"] == "Baichuan2-7B"
+
+
+def test_a_trace_is_shown_and_stored(tmp_path, capsys):
+    assert main(["trace", "-p", "秋风", "--taps", "*.layers.0.mlp.*", "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert [row["name"].rsplit(".", 1)[1] for row in rows] == ["gate_proj", "act_fn", "up_proj", "product", "down_proj"]
+    assert main(["trace", "-p", "秋风", "--out", str(tmp_path / "trace")]) == 0
+    from golden.bundle import read_trace
+
+    assert "lm_head" in read_trace(tmp_path / "trace")
+
+
+def test_golden_check_and_show(capsys):
+    folder = DATA / "qwen2-tiny"
+    assert main(["golden", "check", str(folder / "model"), str(folder / "golden")]) == 0
+    assert capsys.readouterr().out.startswith("agrees: ")
+    assert main(["golden", "show", str(folder / "golden")]) == 0
+    assert "observed in PyTorch" in capsys.readouterr().out
+
+
+def test_golden_check_tells_a_difference(tmp_path, capsys):
+    """Another random model of the same sizes: it runs, and differs."""
+    config = json.loads((DATA / "qwen2-tiny" / "model" / "config.json").read_text())
+    write_checkpoint(tmp_path, "Qwen2-7B", seed=1, **config)
+    assert main(["golden", "check", str(tmp_path), str(DATA / "qwen2-tiny" / "golden"), "--json"]) == 1
+    assert json.loads(capsys.readouterr().out)["agrees"] is False
+
+
+def test_export_and_verify(tmp_path, capsys):
+    out = str(tmp_path / "parts")
+    assert main(["export", "--out", out, "--tokens", "4,1", "--context", "16", "--parts", "3", "--int4", "64"]) == 0
+    assert main(["verify", out]) == 0
+    assert "agrees" in capsys.readouterr().out
+    assert main(["export", "--out", out, "--tokens", "4,1", "--context", "16"]) == 2
+    assert "--force" in capsys.readouterr().err
+    graph = next(Path(out).glob("prompt*3_of_3/model.data"))
+    content = bytearray(graph.read_bytes())
+    content[100] ^= 0x40
+    graph.write_bytes(content)
+    assert main(["verify", out]) == 2
+    assert "is not the file" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["info", "/no/such/folder"],
+        ["generate", "--ids", "1,x"],
+        ["generate", "--ids", "99999"],
+        ["generate", "-p", ""],
+        ["generate", "-p", "秋", "--dtype", "int7"],
+        ["generate", "-p", "秋" * 600],
+        ["generate", "-p", "秋", "--max-new-tokens", "0"],
+        ["trace", "-p", "秋", "--taps", "no.such.tensor"],
+        ["golden", "check", "/no/such/golden"],
+        ["golden", "show", "/no/such/golden"],
+        ["export", "--out", "/proc/no/such", "--tokens", "0"],
+        ["export", "--out", "/proc/no/such", "--parts", "99"],
+        ["export", "--out", "/proc/no/such", "--context", "100000"],
+        ["export", "--out", "/proc/no/such", "--int4", "7"],
+        ["verify", "/no/such/export"],
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(arguments, capsys):
+    assert main(arguments) == 2
+    said = capsys.readouterr()
+    assert said.err.startswith("refimpl: ") and said.err.count("\n") == 1 and not said.out
+
+
+def test_bad_usage_exits_with_2():
+    with pytest.raises(SystemExit) as exit:
+        main(["no-such-verb"])
+    assert exit.value.code == 2
+
+
+def test_every_verb_has_help_with_an_example(capsys):
+    goldens = ("golden make", "golden check", "golden show")
+    for verb in ("demo", "info", "generate", "chat", "trace", *goldens, "export", "verify"):
+        with pytest.raises(SystemExit) as exit:
+            main([*verb.split(), "--help"])
+        assert exit.value.code == 0 and f"example: refimpl {verb}" in capsys.readouterr().out
+
+
+def test_a_reader_that_leaves_early_is_no_error():
+    command = f"{sys.executable} -m refimpl trace -p 秋风 | head -1"
+    run = subprocess.run(command, shell=True, capture_output=True, text=True, env={**os.environ, "PYTHONUTF8": "1"})
+    assert run.stdout.startswith("model.embed_tokens") and "Traceback" not in run.stderr
+
+
+def test_the_demo_tells_the_story(tmp_path, capsys):
+    out = tmp_path / "demo"
+    assert main(["demo", "--out", str(out)]) == 0
+    story = capsys.readouterr().out
+    for said in ("李商隐", "tensors agree", "perplexity", "graphs run by", "All of it agrees"):
+        assert said in story
+    assert len(story.splitlines()) < 25 and (out / "report.txt").exists()
+    assert main(["demo", "--out", str(tmp_path)]) == 2  # a folder that is not an earlier demo's
