@@ -58,6 +58,7 @@ class Decoder:
         return self.linear("lm_head", self.rms_norm("model.norm", x))                        # (B, T, V)
 
     def attention(self, i, x, cos, sin, mask):
+        """softmax(q kᵀ / √D + mask) v for each head: every token gathers the values of those it looks at."""
         ops, config, at = self.ops, self.config, f"model.layers.{i}.self_attn"
         B, T, _ = x.shape
         H, K, D = config.num_attention_heads, config.num_key_value_heads, config.head_dim
@@ -73,7 +74,7 @@ class Decoder:
         k, v = self.cache(i, self.tap(f"{at}.key", k), self.tap(f"{at}.value", v))           # (B, K, S, D)
         S = k.shape[2]
 
-        if config.fused_attention:
+        if config.fused_attention:  # then 16-bit models, too, have scores and probs in float32
             q, k = ops.upcast(q), ops.upcast(k)
         # H/K query heads share one key head: they are so many more rows of the same product.
         scores = ops.matmul(q.reshape(B, K, H // K * T, D), k.transpose(0, 1, 3, 2))         # (B, K, H/K*T, S)
