@@ -181,6 +181,19 @@ def read_trace(folder: str | Path, verify: bool = True) -> Trace:
     return Trace(tensors, meta)
 
 
+def expect_new(folder: Path) -> None:
+    """Raises InputError if there is something in `folder`: nothing is overwritten."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise InputError(f"{folder} is there already; choose another place or delete it")
+
+
+def expect_name(name: str, of: str = "a case") -> str:
+    """`name`, if it is one. Raises InputError if it is not."""
+    if not _NAME.fullmatch(name):
+        raise InputError(f"{name!r:.60} is no name for {of}; expected letters, digits, '_', '.' and '-'")
+    return name
+
+
 def sha256(path: str | Path) -> str:
     """The hex digest of a file, read piece by piece."""
     digest = hashlib.sha256()
@@ -197,12 +210,10 @@ def _digest(array: np.ndarray) -> str:
 
 def _write(folder: Path, kind: str, manifest: Mapping, tensors: Mapping[str, Any], extra: Mapping) -> None:
     """Both files under a temporary name beside `folder`, which is then renamed: a half-written one never appears."""
+    expect_new(folder)
     folder = folder.absolute()
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise InputError(f"{folder} is there already; choose another place or delete it")
-    for key in tensors:
-        if not all(_NAME.fullmatch(part) for part in key.split("/")):
-            raise InputError(f"{key!r} is no name for a tensor; expected letters, digits, '_', '.' and '-'")
+    for part in {part for key in tensors for part in key.split("/")}:
+        expect_name(part, "a tensor")
     arrays = {key: np.asarray(array, order="C") for key, array in tensors.items()}
     entries = {
         key: {
@@ -264,8 +275,7 @@ def _check_tolerance(name: str, stored: Mapping[str, Any]) -> None:
 
 
 def _case(name: str, stored: Mapping[str, Any], config: Config) -> Case:
-    if not _NAME.fullmatch(name):
-        raise InputError(f"{name!r:.60} is no name for a case")
+    expect_name(name)
     ids, mask, text = np.array(stored["ids"]), stored["attention_mask"], stored["text"]
     if ids.ndim != 2 or not ids.size or ids.dtype.kind != "i" or ids.min() < 0 or ids.max() >= config.vocab_size:
         raise InputError(f"the ids of {name} are not rows of numbers from 0 to {config.vocab_size - 1}")

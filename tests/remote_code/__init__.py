@@ -1,0 +1,1 @@
+"""The modeling code of a small Baichuan, which tests put beside a checkpoint for PyTorch to execute."""
