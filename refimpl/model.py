@@ -32,7 +32,7 @@ def load(path: str | Path | None = None) -> Model:
     """
     folder = EMBEDDED if path is None else Path(path)
     if not folder.is_dir():
-        raise InputError(f"{folder} is not a folder; expected one with config.json and model.safetensors")
+        raise InputError(f"{folder} is not a folder; expected one with config.json and weights")
     config = read_config(folder)
     return Model(config, resolve(config, read_checkpoint(folder)), folder)
 

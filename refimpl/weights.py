@@ -1,6 +1,6 @@
 """Parameters on disk, memory-mapped, checked against the config, and resolved into what the decoder reads.
 
-`read_checkpoint` maps a folder's safetensors files. `resolve` turns the tensors into `Weights`: it is the one place
+`read_checkpoint` maps a folder's files. `resolve` turns the tensors into `Weights`: it is the one place
 that knows how checkpoints differ (NormHead, tied heads, buffers that are not parameters).
 """
 
@@ -18,6 +18,7 @@ import numpy as np
 
 from refimpl.config import Config, read_json
 from refimpl.errors import InputError, at_most
+from refimpl.torch_files import map_torch
 
 # The names of number formats in a safetensors header.
 SAFETENSORS_DTYPES = {
@@ -114,7 +115,7 @@ def expected_shapes(config: Config) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def resolve(config: Config, tensors: Mapping[str, np.ndarray]) -> Weights:
+def resolve(config: Config, tensors: Mapping[str, Any]) -> Weights:
     """What the decoder reads, from a checkpoint's tensors.
 
     Raises InputError for missing, unknown and wrongly shaped tensors, and for formats that are not floating point.
@@ -129,6 +130,8 @@ def resolve(config: Config, tensors: Mapping[str, np.ndarray]) -> Weights:
         said = [f"lacks {at_most(missing, 3)}"] * bool(missing) + [f"has unknown {at_most(unknown, 3)}"] * bool(unknown)
         raise InputError(f"the checkpoint {' and '.join(said)}; config.json describes a {config.family}")
     for name, shape in shapes.items():
+        if not isinstance(tensors[name], np.ndarray):
+            raise InputError(f"{name} is a {type(tensors[name]).__name__}, expected a tensor of shape {shape}")
         if tensors[name].shape != shape:
             raise InputError(f"{name} has shape {tensors[name].shape}, config.json ({config.family}) says {shape}")
         if tensors[name].dtype not in (np.float64, np.float32, np.float16, ml_dtypes.bfloat16):
@@ -138,18 +141,45 @@ def resolve(config: Config, tensors: Mapping[str, np.ndarray]) -> Weights:
     return Weights({**entries, "lm_head.weight": NormHead(head.array) if config.norm_head else head})
 
 
-def read_checkpoint(folder: Path) -> dict[str, np.ndarray]:
-    """All tensors of a folder's `model.safetensors`, or of the shards that its index names, mapped and unread."""
+def read_checkpoint(folder: Path) -> dict[str, Any]:
+    """All tensors of a folder, mapped and unread: of `model.safetensors`, else of `pytorch_model.bin`.
+
+    Either may be cut into shards, whose names stand in an index beside them. A `.bin` is parsed and never executed
+    (see `refimpl.torch_files`); with safetensors beside it, it is not looked at.
+
+    Raises InputError for what is missing, damaged, or not understood.
+    """
     folder = Path(folder)
-    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
-    if single.exists():
-        return map_safetensors(single)
-    if not index.exists():
-        raise InputError(f"{folder} holds neither model.safetensors nor model.safetensors.index.json; expected weights")
+    for single in ("model.safetensors", "pytorch_model.bin"):
+        if (folder / single).exists():
+            return map_tensors(folder, single)
+        index = folder / f"{single}.index.json"
+        if index.exists():
+            return _map_shards(index)
+    raise InputError(f"{folder} holds neither model.safetensors nor pytorch_model.bin nor an index; expected weights")
+
+
+def map_tensors(folder: Path, file: str) -> dict[str, Any]:
+    """The tensors of a folder's file, by its suffix `.safetensors` or another.
+
+    A link is followed inside the folder and into the cache that Hugging Face keeps beside it, and nowhere else.
+    """
+    path, home = (folder / file).resolve(), folder.resolve()
+    if path.parent not in (home, home.parent.parent / "blobs") or not path.is_file():
+        raise InputError(f"{folder / file} is not a file of this folder, but leads to {path}; put the file there")
+    mapped = map_safetensors(folder / file) if file.endswith(".safetensors") else map_torch(folder / file)
+    for name in mapped:
+        if not name.isprintable() or len(name) > 200:
+            raise InputError(f"{folder / file} has a tensor called {name!a:.80}, which is no parameter's name")
+    return mapped
+
+
+def _map_shards(index: Path) -> dict[str, Any]:
     places = read_json(index).get("weight_map")
     if not isinstance(places, dict) or not places:
         raise InputError(f"{index} has no weight_map, which says the file of each tensor; download it again")
-    shards: dict[str, dict[str, np.ndarray]] = {}
+    folder = index.parent
+    shards: dict[str, dict[str, Any]] = {}
     tensors = {}
     for name, file in places.items():
         if not isinstance(file, str) or Path(file).name != file:
@@ -157,7 +187,7 @@ def read_checkpoint(folder: Path) -> dict[str, np.ndarray]:
         if file not in shards:
             if not (folder / file).exists():
                 raise InputError(f"the shard {folder / file} is missing, but {index.name} names it; download it again")
-            shards[file] = map_safetensors(folder / file)
+            shards[file] = map_tensors(folder, file)
         if name not in shards[file]:
             raise InputError(f"{folder / file} lacks {name}, which {index.name} places there; download both again")
         tensors[name] = shards[file][name]

@@ -1,0 +1,129 @@
+"""Mutates PyTorch files and reads them: an InputError or tensors, in bounded time and memory, and nothing else.
+
+    python tests/fuzz_pickles.py --seconds 60
+
+The mutator knows the layers (bytes of the file, fields of the zip records, opcodes of the pickle) and repairs the
+checksum of the pickle, so that mutations reach the machine. A case that fails is written to a file and named.
+"""
+
+import argparse
+import random
+import re
+import sys
+import tempfile
+import time
+import zlib
+from pathlib import Path
+
+import numpy as np
+import torch_bytes as tb
+from torch_bytes import EMPTY, call, name, pickled, saved, saved_legacy, storage, tensor, value
+
+from refimpl import InputError
+from refimpl.pickles import ACTIONS
+from refimpl.torch_files import NAMES, map_torch
+
+PAIRS = [*NAMES, ("os", "system"), ("torch", "load"), ("builtins", "getattr")]
+SLOW = 2.0  # seconds that no file of this size may take
+INTERESTING = [0, 1, 2, 4, 15, 16, 127, 128, 255, 256, 2**15, 2**16 - 1, 2**31 - 1, 2**31, 2**32 - 1, 2**62, 2**63 - 1]
+
+
+def seeds() -> list[bytes]:
+    """Good pickles of every kind over storages "0" and "1", which cases start from."""
+    a, b = (tensor(storage(key)) for key in "01")
+    parameter = call(name("torch._utils", "_rebuild_parameter"), a, True, EMPTY)
+    size = call(name("torch", "Size"), (2, 2))
+    quant_state = [a, size, name("torch", "float16"), 64, [a, [b, 256, False, None]], "nf4"]
+    metadata = value({"_metadata": {"": {"version": 1}}}) + b"b"
+    tied = tb.PROTO + b"}(" + value("a") + a + b"q\0" + value("b") + b"h\0" + value("c") + b + b"u."
+    plain = {"a": a, "b": b}
+    quantized = {"a.data": parameter, "a.quant_state": quant_state}
+    return [pickled(plain), pickled(quantized), tied, tb.PROTO + EMPTY + value(plain)[1:] + metadata + tb.STOP]
+
+
+def mutate(data: bytes, rng: random.Random) -> bytes:
+    """A few edits: of numbers in pickles and zip records, or bytes, opcodes, names, cuts and copies anywhere."""
+    data = bytearray(data)
+    for _ in range(rng.choice((1, 1, 1, 2, 5))):
+        at = rng.randrange(len(data))
+        match rng.randrange(10):
+            case 0 | 1 if numbers := [m.end() for m in re.finditer(rb"\x8a\x09", data)]:
+                at = rng.choice(numbers)
+                data[at : at + 9] = (rng.choice((-1, 0, 1)) + rng.choice(INTERESTING)).to_bytes(
+                    9, "little", signed=True
+                )
+            case 2 if records := [m.start() for m in re.finditer(rb"PK[\1-\7]", data)]:
+                at, width = rng.choice(records) + rng.randrange(4, 56), rng.choice((1, 2, 4))
+                data[at : at + width] = (rng.choice(INTERESTING) % (1 << 8 * width)).to_bytes(width, "little")
+            case 3:
+                data[at] ^= 1 << rng.randrange(8)
+            case 4:
+                data[at] = rng.choice(list(ACTIONS))[0]
+            case 5:
+                data[at:at] = rng.choice(list(ACTIONS))
+            case 6:
+                data[at:at] = rng.choice((name(*rng.choice(PAIRS)), value(rng.choice(INTERESTING)), rng.randbytes(1)))
+            case 7:
+                del data[at : at + rng.randint(1, 8)]
+            case 8:
+                data[at:at] = data[at : at + rng.randint(1, 40)] * rng.choice((1, 1, 2, 50))
+            case _:
+                source = rng.randrange(len(data))
+                data[at:at] = data[source : source + rng.randint(1, 60)]
+    return bytes(data)
+
+
+def case(rng: random.Random) -> bytes:
+    """One file: the pickle is mutated and well packed, or all of the file is."""
+    pickle = rng.choice(seeds())
+    content = bytes(range(16))
+    pack = rng.choice((
+        lambda p: saved(p, {"0": content, "1": content}, flags=rng.choice((0, 8))),
+        lambda p: saved_legacy(p, {"0": (4, content), "1": (4, content)}),
+    ))  # fmt: skip
+    return pack(mutate(pickle, rng)) if rng.random() < 0.6 else mutate(pack(pickle), rng)
+
+
+def check(path: Path) -> bool:
+    """True if the file is read, False if it is refused in one line; anything else is an error."""
+    try:
+        tensors = map_torch(path)
+    except InputError as error:
+        assert str(error).isprintable() and len(str(error)) < 2000, "the message is not one short line"
+        return False
+    for entry in tensors.values():
+        if isinstance(entry, np.ndarray):
+            assert entry.size <= path.stat().st_size, "a tensor is larger than its file"
+            zlib.crc32(entry.tobytes())  # touches every byte
+    return True
+
+
+def fuzz(seconds: float, seed: int | None = None) -> int:
+    """How many cases were run. Raises whatever a case raised, naming the file that it was written to."""
+    rng = random.Random(seed)
+    started, cases, read = time.perf_counter(), 0, 0
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "x.bin"
+        while time.perf_counter() - started < seconds:
+            content = case(rng)
+            path.write_bytes(content)
+            began = time.perf_counter()
+            try:
+                read += check(path)
+                assert time.perf_counter() - began < SLOW, "it took too long"
+            except Exception as error:
+                kept = Path(tempfile.gettempdir()) / f"fuzz-{zlib.crc32(content):08x}.bin"
+                kept.write_bytes(content)
+                raise AssertionError(f"case {cases}, kept as {kept}: {error!r}") from error
+            cases += 1
+    print(f"{cases} files in {time.perf_counter() - started:.0f} s: {read} read, {cases - read} refused in one line")
+    return cases
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seconds", type=float, default=60.0)
+    parser.add_argument("--seed", type=int, help="makes the cases repeatable (default: new ones each time)")
+    arguments = parser.parse_args()
+    fuzz(arguments.seconds, arguments.seed)
+    sys.exit(0)
