@@ -76,7 +76,7 @@ def build(model: Model, spec: GraphSpec, opset: int, ir_version: int) -> Built:
 
 
 def golden_prompt(model: Model, room: int) -> list[int]:
-    """A line of the model card, or random ids for want of a tokenizer: three quarters of the room, the rest is padding."""
+    """A line of the model card, or random ids for want of a tokenizer, in three quarters of the room."""
     try:
         ids = model.token_ids(PROMPT)[0]
     except InputError:
@@ -122,9 +122,8 @@ class Parts:
         """
         folder = Path(folder).resolve()
         check_free(folder, overwrite)
-        partial, replaced = (
-            folder.with_name(f".{folder.name}.{os.getpid()}.{what}") for what in ("partial", "replaced")
-        )
+        mine = f".{folder.name}.{os.getpid()}"
+        partial, replaced = folder.with_name(f"{mine}.partial"), folder.with_name(f"{mine}.replaced")
         try:
             partial.mkdir(parents=True)
             self._write(partial)
@@ -173,7 +172,8 @@ class Parts:
 
     def _manifest(self, files: Mapping[str, Mapping]) -> dict[str, Any]:
         plan, config, weights = self.plan, self.model.config, self.model.weights
-        limits = tolerances(config, "float32", plan.context)
+        # Positions and sums go no further than what is no padding: masked places add exactly nothing.
+        limits = tolerances(config, "float32", tokens=max(spec.real + spec.past for run in plan.runs for spec in run))
         return {
             "format": FORMAT,
             "versions": {"refimpl": refimpl.__version__, "onnx": onnx.__version__, "numpy": np.__version__},
@@ -237,7 +237,5 @@ def check_free(folder: Path, overwrite: bool) -> None:
     if not overwrite:
         raise InputError(f"{folder} holds an export; choose another place, or overwrite it (--force)")
     ours = {"manifest.json"} | {str(name).split("/")[0] for name in manifest.get("files", ())}
-    if there - ours:
-        raise InputError(
-            f"{folder} also holds {at_most(sorted(there - ours))}, which no export does; remove that first"
-        )
+    if others := sorted(there - ours):
+        raise InputError(f"{folder} also holds {at_most(others)}, which no export does; move that away first")

@@ -194,6 +194,9 @@ class Plan:
 
     def __post_init__(self) -> None:
         longest, sizes = self.config.max_position_embeddings, self.tokens
+        for number in (*sizes, self.context, self.parts, self.prompt):
+            if type(number) is not int:
+                raise InputError(f"tokens, context, parts and prompt are whole numbers, not {number!r}")
         if not 2 <= self.context <= longest:
             raise InputError(f"context is {self.context}, expected 2 to {longest}, which the model was made for")
         if not sizes or list(sizes) != sorted(set(sizes), reverse=True) or sizes[-1] < 1 or sizes[0] >= self.context:
@@ -216,11 +219,11 @@ class Plan:
     def runs(self) -> list[list[GraphSpec]]:
         """The graphs of each size. Those of the largest read the prompt; the others have it as their past."""
         parts = split(self.config.num_hidden_layers, self.parts)
-        first, *others = [(tokens, tokens, self.prompt) for tokens in self.tokens]
-        counts = [(first[0], self.prompt, 0), *others]
-        return [
-            [GraphSpec(self.config, part, S, self.context, real, past) for part in parts] for S, real, past in counts
-        ]
+        runs: list[list[GraphSpec]] = []
+        for tokens in self.tokens:
+            real, past = (tokens, self.prompt) if runs else (self.prompt, 0)
+            runs.append([GraphSpec(self.config, part, tokens, self.context, real, past) for part in parts])
+        return runs
 
 
 def host_inputs(model: Model, spec: GraphSpec, ids: Sequence[int]) -> dict[str, np.ndarray]:

@@ -42,11 +42,10 @@ def verify(folder: str | Path, engine: str = "auto") -> Report:
                 golden = read_arrays(folder, spec, "input", spec.inputs)
                 reference = as_trace(spec, read_arrays(folder, spec, "output", spec.outputs))
                 linked = golden | {v.name: carry(spec, v, flow) for v in spec.inputs if v.source}
-                compute = open_graph(folder / spec.name / "model.onnx")
-                for way, inputs in (("isolated", golden), ("chained", linked)):
-                    outputs = run_graph(compute, spec, inputs)
+                results = run_graph(open_graph, folder, spec, [golden, linked])
+                for way, outputs in zip(("isolated", "chained"), results, strict=True):
                     report += compare(as_trace(spec, outputs), reference, limits).within(f"{spec.name}/{way}/")
-                flow |= outputs
+                flow |= results[-1]
                 progress.update()
             after_prompt = after_prompt or flow
     return report
@@ -78,14 +77,16 @@ def engine_called(name: str) -> Callable[[Path], Callable]:
     return lambda path: onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"]).run
 
 
-def run_graph(compute: Callable, spec: GraphSpec, inputs: Arrays) -> Arrays:
-    """What an engine computes. Raises InputError if it cannot, or gives other shapes than the plan says."""
+def run_graph(open_graph: Callable, folder: Path, spec: GraphSpec, feeds: list[Arrays]) -> list[Arrays]:
+    """What an engine computes of each of some inputs. Raises InputError if it cannot, or gives other shapes."""
     names = [value.name for value in spec.outputs]
     try:
-        outputs = compute(names, inputs)
+        compute = open_graph(folder / spec.name / "model.onnx")
+        results = [compute(names, inputs) for inputs in feeds]
     except Exception as error:  # each engine raises its own kinds
-        raise InputError(f"the engine cannot run {spec.name}: {str(error).splitlines()[0]}") from None
-    return checked(dict(zip(names, outputs, strict=True)), spec.outputs, spec.name)
+        reason = " ".join(str(error).split())[:300]
+        raise InputError(f"the engine cannot run {spec.name}: {reason}; export again") from None
+    return [checked(dict(zip(names, outputs, strict=True)), spec.outputs, spec.name) for outputs in results]
 
 
 def read_arrays(folder: Path, spec: GraphSpec, kind: str, values: list[Value]) -> Arrays:
@@ -127,7 +128,10 @@ def read_manifest(folder: Path) -> tuple[Plan, dict[str, Tolerance]]:
         raise InputError(f"{path} has the format {manifest.get('format')!r}, expected {FORMAT!r}; export again")
     try:
         stated, files = manifest["plan"], manifest["files"]
-        plan = Plan(Config(**manifest["config"]), **{**stated, "tokens": tuple(stated["tokens"])})
+        config = Config(**manifest["config"])
+        if config.num_hidden_layers * len(stated["tokens"]) > len(files):
+            raise ValueError("it describes more layers than there are files for")
+        plan = Plan(config, **{**stated, "tokens": tuple(stated["tokens"])})
         specs = [spec for run in plan.runs for spec in run]
         limits = {v.tap: Tolerance(**manifest["tolerances"][v.tap]) for s in specs for v in s.outputs if v.tap}
         if not all(isinstance(limit.relative, float) and 0 <= limit.relative < 1 for limit in limits.values()):
