@@ -88,7 +88,7 @@ class Golden:
             batch, tokens = case.ids.shape
             said = f" {case.text!r:.60}" if case.text else ""
             lines.append(f"  {name}: {batch} x {tokens} tokens in {', '.join(self.dtypes)}{said}")
-        lines += [f"  {key}: {_brief(value)}" for key, value in self.provenance.items()]
+        lines += [f"  {key}: {_brief(value)}" for key, value in self.provenance.items() if value not in ({}, [])]
         return "\n".join(lines)
 
     @cached_property

@@ -384,7 +384,10 @@ def _record(model: torch.nn.Module, config: Config, case: Case, dtype: str, patt
         handles.append(module.register_forward_hook(lambda _module, _inputs, output: note(name, output)))
 
     def at_input(name: str, module: torch.nn.Module) -> None:
-        handles.append(module.register_forward_pre_hook(lambda _module, inputs: note(name, inputs)))
+        def first(_module: torch.nn.Module, inputs: tuple, named: dict) -> None:
+            note(name, inputs or tuple(named.values()))
+
+        handles.append(module.register_forward_pre_hook(first, with_kwargs=True))
 
     def at_attention(layer: int, module: torch.nn.Module) -> None:
         handles.append(module.register_forward_pre_hook(lambda *_: setattr(watch, "layer", layer)))

@@ -289,3 +289,22 @@ def test_the_recorded_goldens(name, shared, tmp_path):
                 assert report, report
             seen |= {(dtype, tap.rsplit(".")[-1]) for tap in expected}
     assert {what for dtype, what in seen if dtype == "float64"} >= {"lm_head", "query", "context", "down_proj"}
+
+
+def test_the_recorded_golden_of_alibi(shared, tmp_path):
+    """Code that is not the official one, but runs like it, against what the official one did."""
+    from recorded import Recording
+
+    recording = Recording(shared, "baichuan2-13b-tiny")
+    folder = shutil.copytree(recording.folder, tmp_path / "m")
+    for name in ("configuration_baichuan.py", "modeling_baichuan.py"):
+        shutil.copy(CODE / name, folder / name)
+    cases = {case: Case(recording[f"input.{case}.input_ids"]) for case in ("p1", "p7", "p33", "p130")}
+    golden = make(folder, tmp_path / "g", cases, trust_remote_code=True)
+    for precision, dtype, bound in (("f32", "float32", 1e-5), ("f64x", "float64", 1e-12)):
+        for case in ("p7", "p33", "p130"):
+            expected = {n: x for n, x in recording.tensors(precision, case).items() if not n.endswith(".scores")}
+            if expected:
+                report = compare(golden.trace(case, dtype), expected, Tolerance(bound, "as recorded"))
+                assert report, report
+    assert check(folder, tmp_path / "g")

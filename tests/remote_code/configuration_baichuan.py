@@ -10,7 +10,8 @@ class BaichuanConfig(PretrainedConfig):
 
     def __init__(
         self, vocab_size=96, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
-        rms_norm_eps=1e-6, max_position_embeddings=None, tokenizer_class=None, tie_word_embeddings=False, **rest,
+        rms_norm_eps=1e-6, max_position_embeddings=None, tokenizer_class=None, pad_token_id=0,
+        tie_word_embeddings=False, **rest,
     ):  # fmt: skip
         self.vocab_size = vocab_size
         self.hidden_size = hidden_size
@@ -20,4 +21,4 @@ class BaichuanConfig(PretrainedConfig):
         self.rms_norm_eps = rms_norm_eps
         self.max_position_embeddings = max_position_embeddings
         self.tokenizer_class = tokenizer_class
-        super().__init__(tie_word_embeddings=tie_word_embeddings, **rest)
+        super().__init__(pad_token_id=pad_token_id, tie_word_embeddings=tie_word_embeddings, **rest)

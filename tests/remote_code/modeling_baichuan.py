@@ -1,7 +1,8 @@
 """A Baichuan in PyTorch under the module names of the official one: a third opinion, and code to be trusted or not.
 
 The 7B rotates and uses the fused attention, the 13B has ALiBi over absolute key positions and multiplies by hand; the
-second generation normalises its head. It says float32 in the places where the official code does.
+second generation normalises its head. It has the habits of the official code that a golden must cope with: float32 in
+the midst, a head that replaces its weight in the first forward, a bias made then, layers that return tuples.
 """
 
 import torch
@@ -33,10 +34,13 @@ class RMSNorm(nn.Module):
 class NormHead(nn.Module):
     def __init__(self, hidden, words):
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(words, hidden))
+        self.weight, self.first = nn.Parameter(torch.empty(words, hidden)), True
+        nn.init.kaiming_uniform_(self.weight)
 
     def forward(self, x):
-        return F.linear(x, F.normalize(self.weight))
+        if self.first:
+            self.weight, self.first = nn.Parameter(F.normalize(self.weight)), False
+        return F.linear(x, self.weight)
 
 
 class MLP(nn.Module):
@@ -62,8 +66,6 @@ class Attention(nn.Module):
             exponents = torch.arange(0, self.dim, 2).float() / self.dim
             angles = torch.outer(torch.arange(config.max_position_embeddings).float(), 10000.0**-exponents)
             self.cos, self.sin = torch.cat([angles] * 2, -1).cos(), torch.cat([angles] * 2, -1).sin()
-        else:
-            self.slopes = torch.tensor(slopes_of(self.heads))
 
     def forward(self, x, allowed, positions):
         batch, tokens, _ = x.shape
@@ -73,7 +75,7 @@ class Attention(nn.Module):
             mask = torch.zeros(allowed.shape, dtype=q.dtype).masked_fill(~allowed, torch.finfo(q.dtype).min)
             context = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         else:
-            bias = self.slopes[:, None, None] * torch.arange(tokens)
+            bias = torch.Tensor(slopes_of(self.heads))[:, None, None] * torch.arange(tokens)
             scores = torch.matmul(q, k.transpose(2, 3)) / self.dim**0.5 + bias.to(q.dtype)
             probs = F.softmax(scores.masked_fill(~allowed, torch.finfo(q.dtype).min), dim=-1)
             context = torch.matmul(probs, v)
@@ -94,16 +96,30 @@ class Layer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(self, x, allowed, positions):
-        x = x + self.self_attn(self.input_layernorm(x), allowed, positions)[0]
+        x = x + self.self_attn(x=self.input_layernorm(x), allowed=allowed, positions=positions)[0]
         return (x + self.mlp(self.post_attention_layernorm(x)),)
 
 
-class Model(nn.Module):
+class BaichuanPreTrainedModel(PreTrainedModel):
+    config_class = BaichuanConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+
+    def _init_weights(self, module):
+        raise AssertionError("weights are about to be read, and need no start")
+
+    def _set_gradient_checkpointing(self, module, value=False):
+        module.gradient_checkpointing = value
+
+
+class BaichuanModel(BaichuanPreTrainedModel):
     def __init__(self, config):
-        super().__init__()
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.gradient_checkpointing = (False,)
+        self.post_init()
 
     def forward(self, ids, attention_mask, positions):
         tokens = ids.shape[1]
@@ -116,16 +132,20 @@ class Model(nn.Module):
         return self.norm(x)
 
 
-class BaichuanForCausalLM(PreTrainedModel):
-    config_class = BaichuanConfig
-
-    def __init__(self, config):
-        super().__init__(config)
-        self.model = Model(config)
+class BaichuanForCausalLM(BaichuanPreTrainedModel):
+    def __init__(self, config, *arguments, **options):
+        super().__init__(config, *arguments, **options)
+        self.model = BaichuanModel(config)
         second = config.tokenizer_class is not None
         head = NormHead if second else lambda hidden, words: nn.Linear(hidden, words, bias=False)
         self.lm_head = head(config.hidden_size, config.vocab_size)
         self.post_init()
 
-    def forward(self, input_ids, attention_mask=None, position_ids=None, use_cache=False, **_):
+    def get_input_embeddings(self):
+        return self.model.embed_tokens
+
+    def get_output_embeddings(self):
+        return self.lm_head
+
+    def forward(self, input_ids, attention_mask=None, position_ids=None, use_cache=None, return_dict=True, **_):
         return CausalLMOutputWithPast(logits=self.lm_head(self.model(input_ids, attention_mask, position_ids)))
