@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from tqdm import tqdm
 
-from kernels import int4
+from kernels import formats
 from refimpl.errors import InputError
 from refimpl.weights import Weights
 
@@ -20,7 +20,7 @@ TILE_ELEMENTS = 16 << 20  # rows are quantized this many elements at a time, so 
 class QuantizedWeight:
     """A parameter in 4-bit blocks. It reads like any other: as the values that the blocks stand for."""
 
-    blocks: int4.Int4Blocks
+    blocks: formats.Blocks
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -28,7 +28,7 @@ class QuantizedWeight:
 
     def read(self, dtype: np.dtype, rows: slice | np.ndarray = slice(None)) -> np.ndarray:
         """The dequantized values of these rows: float32 by definition of the format, then converted to `dtype`."""
-        return int4.dequantize(self.blocks.rows(rows)).astype(dtype, copy=False)
+        return formats.dequantize(self.blocks, rows).astype(dtype, copy=False)
 
 
 def quantize_weights(weights: Weights, scheme: str, block_size: int, keep: Sequence[str]) -> Weights:
@@ -51,11 +51,10 @@ def quantize_weights(weights: Weights, scheme: str, block_size: int, keep: Seque
         step = max(1, TILE_ELEMENTS // in_features)
         try:
             tiles = [
-                int4.quantize(weight.read(np.dtype(np.float32), slice(start, start + step)), block_size)
+                formats.quantize(weight.read(np.dtype(np.float32), slice(start, start + step)), scheme, block_size)
                 for start in range(0, out_features, step)
             ]
         except ValueError as error:
             raise InputError(f"{name}: {error}") from None
-        packed, scales = (np.concatenate([getattr(t, part) for t in tiles]) for part in ("packed", "scales"))
-        quantized[name] = QuantizedWeight(int4.Int4Blocks(packed, scales, block_size))
+        quantized[name] = QuantizedWeight(formats.join(tiles))
     return weights.replace(quantized)

@@ -186,7 +186,7 @@ def test_a_zero_row_of_the_head_gives_zero(tmp_path):
         (lambda m: m.trace([1, 2], feed=m.trace([1])), "feed a trace of the same ids"),
         (lambda m: [m([1], d, cache=c) for c in [m.new_cache()] for d in ("float32", "float64")], "use one dtype"),
         (lambda m: m.quantize("int3"), "the format is 'int3'"),
-        (lambda m: m.quantize(block_size=48), "row length 64 is not a multiple of an even block_size 48; 16, 32"),
+        (lambda m: m.quantize(block_size=48), "row length 64 is not a multiple of block_size 48; 16, 32"),
         (lambda m: m.quantize(keep=["no.such"]), "matches no matrix"),
     ],
 )

@@ -1,0 +1,444 @@
+"""Number formats of weights: one table, one dataclass, and matrices to and from blocks in any of them.
+
+Each format's own file explains it, with a pair of functions over (n, b), n blocks of b weights:
+
+    quantize(x, **options) -> {"codes": (n, b), "scales": (n, 1), …}
+    dequantize(codes, scales, …) -> (n, b) float32
+
+Here a matrix (O, I) is cut into blocks, and the parts are kept together. Where blocks lie along the rows (axis 1),
+each part has O rows, so that rows can be read alone; bitsandbytes' run on through the flattened matrix (axis None).
+
+>>> weight = np.linspace(-1, 1, 128, dtype=np.float32).reshape(2, 64)
+>>> blocks = quantize(weight, "int4")
+>>> blocks
+Blocks int4 (2, 64), block_size 32, 5 bits a weight
+>>> blocks.packed.shape, blocks.scales.shape, error_between(weight, dequantize(blocks))
+((2, 32), (2, 2), rms 0.0319, at most 0.0664, relative 0.0549, 95.3% changed)
+>>> smaller, error = transcode(blocks, "nf4", block_size=64)
+>>> smaller, error
+(Blocks nf4 (2, 64), block_size 64, 4.5 bits a weight, rms 0.0574, at most 0.143, relative 0.0982, 89.1% changed)
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+from kernels import dynamic8, fp4, int4, int8, nf4
+
+
+@dataclass(frozen=True)
+class Part:
+    """What a format stores beside the codes: `dtype` here, `bits` in the engine's files, one for each `every` weights.
+
+    `every`: "block", "row", or a number of weights within a block.
+    """
+
+    dtype: str
+    bits: float
+    every: str | int = "block"
+    optional: bool = False
+
+
+@dataclass(frozen=True)
+class Format:
+    """A row of the table: `module` has the pair of functions and packs codes, `parts` lie beside the codes."""
+
+    module: ModuleType
+    engine: str
+    block_size: int | str  # the usual one
+    block_sizes: Sequence[int] | None  # the only ones, or None for any
+    parts: Mapping[str, Part]
+    axes: Sequence[int | None] = (1,)
+    whole_row: bool = False  # a row is one unit: its blocks share something
+    code_dtype: str = "uint8"
+    padded: bool = False  # an incomplete last block of a row is filled up
+
+    @property
+    def name(self) -> str:
+        return self.module.__name__.rpartition(".")[2]
+
+    @property
+    def options(self) -> tuple[str, ...]:
+        """The keywords that `quantize` takes for this format."""
+        return tuple(k for k in inspect.signature(self.module.quantize).parameters if k not in ("x", "last"))
+
+
+_SCALE, _HALF = Part("float32", 32), Part("float16", 16)
+FORMATS: dict[str, Format] = {
+    f.name: f
+    for f in (
+        Format(int4, "ONNX", 32, None, {"scales": _SCALE, "zero_points": Part("int8", 4, optional=True)}, (1, 0, None)),
+        Format(nf4, "bitsandbytes", 64, None, {"scales": _SCALE}, (None,)),
+        Format(fp4, "bitsandbytes", 64, None, {"scales": _SCALE}, (None,)),
+        Format(int8, "bitsandbytes", "channel", None, {"scales": Part("float32", 32, "row")}, whole_row=True),
+    )
+}
+NESTED = ("offset", "nested_scales", "nested_code")  # extras of a matrix whose scales are 8-bit numbers
+TABLES = ("code", "nested_code")  # constants of a format, not counted as memory
+
+
+@dataclass(frozen=True, eq=False)
+class Blocks:
+    """A matrix (O, I) in a format: the bytes of its codes, `scales`, and what else the format has.
+
+    axis 1: `packed` is (O, bytes a row), `scales` (O, blocks a row). axis None: both are vectors. axis 0: `packed` is
+    as for axis 1, `scales` (blocks a column, I). `extra` has the parts that only some formats have.
+    """
+
+    format: str
+    shape: tuple[int, int]
+    block_size: int
+    axis: int | None
+    packed: np.ndarray
+    scales: np.ndarray
+    zero_points: np.ndarray | None = None
+    extra: Mapping[str, np.ndarray] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        bits = round(self.bits_per_weight, 3)
+        return f"Blocks {self.format} {self.shape}, block_size {self.block_size}, {bits:g} bits a weight"
+
+    @property
+    def codes(self) -> np.ndarray:
+        """The codes (O, I) as small integers."""
+        module, (rows, columns) = FORMATS[self.format].module, self.shape
+        if self.axis is None:
+            return module.unpack(self.packed.reshape(1, -1), rows * columns).reshape(self.shape)
+        return module.unpack(self.packed, columns)
+
+    @property
+    def parts(self) -> dict[str, np.ndarray]:
+        """What lies beside the codes, by name."""
+        zero_points = {} if self.zero_points is None else {"zero_points": self.zero_points}
+        return {"scales": self.scales, **zero_points, **self.extra}
+
+    @property
+    def nbytes(self) -> int:
+        """Memory that the arrays take here."""
+        return self.packed.nbytes + sum(part.nbytes for part in self.parts.values())
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Memory per weight in bits, as the engine that defines the format stores it."""
+        known = {**FORMATS[self.format].parts, "nested_scales": _SCALE, "offset": _SCALE}
+        bits: float = 8 * self.packed.nbytes
+        for name, part in self.parts.items():
+            if name not in TABLES:
+                bits += part.size * (8 if part.dtype == np.uint8 and name == "scales" else known[name].bits)
+        return bits / (self.shape[0] * self.shape[1])
+
+    def rows(self, rows: slice | np.ndarray) -> Blocks:
+        """The blocks of some rows, where blocks lie along them. Raises ValueError where they do not."""
+        if self.axis != 1:
+            raise ValueError(f"the blocks of {self.format} are not made of whole rows; use dequantize(blocks, rows)")
+        packed = self.packed[rows]
+        zero_points = None if self.zero_points is None else self.zero_points[rows]
+        extra = {name: part[rows] for name, part in self.extra.items()}
+        shape = (len(packed), self.shape[1])
+        return replace(self, shape=shape, packed=packed, scales=self.scales[rows], zero_points=zero_points, extra=extra)
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """Everything as named arrays, for a file; `from_arrays` reads them back with `header`."""
+        return {"packed": self.packed, **self.parts}
+
+    def header(self) -> dict[str, Any]:
+        """What is not an array, as JSON has it."""
+        return {"format": self.format, "shape": list(self.shape), "block_size": self.block_size, "axis": self.axis}
+
+
+def from_arrays(header: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> Blocks:
+    """The blocks that `header` and `arrays` describe.
+
+    Raises ValueError for an unknown format, and for an array that is missing, unknown, or not of the size or dtype
+    that the header implies, as when a file was cut short.
+    """
+    name, shape, block_size, axis = (header[k] for k in ("format", "shape", "block_size", "axis"))
+    form = format_named(name)
+    template = _layout(form, tuple(shape), _fitting(form, tuple(shape), block_size, axis)[0], axis)
+    nested = [part for part in NESTED if part in arrays]
+    if nested:
+        count = template["scales"][0][0]
+        template["scales"] = ((count,), "uint8")
+        template.update(nested_scales=((-(-count // dynamic8.BLOCK_SIZE),), "float32"))
+    for part, (size, dtype) in template.items():
+        optional = part in form.parts and form.parts[part].optional
+        if part not in arrays:
+            if optional:
+                continue
+            raise ValueError(f"{name} of {tuple(shape)} has no array {part!r}; it has {', '.join(arrays)}")
+        found = arrays[part]
+        if found.shape != size or found.dtype != dtype:
+            raise ValueError(
+                f"{part} of {name} {tuple(shape)} is {found.dtype} {found.shape}, expected {dtype} {size}; "
+                "the file is cut short or was made for another shape"
+            )
+    unknown = [part for part in arrays if part not in template and part not in (*NESTED, "code")]
+    if unknown:
+        raise ValueError(f"{name} has no part called {unknown[0]!r}; it has {', '.join(template)}")
+    extra = {k: v for k, v in arrays.items() if k not in ("packed", "scales", "zero_points")}
+    return Blocks(
+        name, tuple(shape), block_size, axis, arrays["packed"], arrays["scales"], arrays.get("zero_points"), extra
+    )
+
+
+def format_named(name: str) -> Format:
+    """The row of the table. Raises ValueError with the names that there are."""
+    if name not in FORMATS:
+        raise ValueError(f"the format is {name!r}, expected one of {', '.join(FORMATS)}")
+    return FORMATS[name]
+
+
+def quantize(
+    weight: np.ndarray,
+    format: str,
+    block_size: int | str | None = None,
+    axis: int | None = None,
+    importance: np.ndarray | None = None,
+    double: bool = False,
+    **options: Any,
+) -> Blocks:
+    """A float matrix (O, I) in blocks of a format.
+
+    `block_size`: a number, "channel" (a row is a block) or "tensor" (INT4 only); by default the format's usual one.
+    `axis`: 1, blocks along the rows, is the default; 0 down the columns (INT4 only). `importance`: (I,), what an
+    error in each input column costs, for `search` (see search.py). `double`: NF4 and FP4 with 8-bit scales. The
+    other options are the keywords of the format's own `quantize`.
+
+    Raises ValueError for an unknown format, axis or option, a block size that does not fit, a weight that is NaN or
+    infinite, and a scale that the format cannot hold.
+    """
+    form = format_named(format)
+    if weight.ndim != 2 or 0 in weight.shape:
+        raise ValueError(f"the weight has shape {weight.shape}, expected a matrix (O, I) that is not empty")
+    if axis is not None and axis not in form.axes and axis + 2 not in form.axes:
+        raise ValueError(f"{format} has no axis {axis}; {_names(a for a in form.axes if a is not None)}")
+    unknown = [k for k in options if k not in form.options]
+    if unknown or (importance is not None and "importance" not in form.options):
+        known = ", ".join(form.options) or "none"
+        raise ValueError(f"{format} has no option {(unknown or ['importance'])[0]!r}; its options: {known}")
+    axis = form.axes[0] if axis is None else axis % 2
+    axis = None if block_size == "tensor" else axis
+    block_size, unit = _fitting(form, weight.shape, block_size, axis)
+    x = np.asarray(weight, np.float32)
+    if not np.isfinite(x).all():
+        raise ValueError("a weight is NaN or infinite; no scale fits it")
+    if importance is not None:
+        importance = np.asarray(importance, np.float32)
+        if importance.shape != weight.shape[1:] or not (np.isfinite(importance).all() and (importance >= 0).all()):
+            raise ValueError(
+                f"importance has shape {importance.shape}, expected one number for each of {weight.shape[1]} columns, "
+                "finite and not negative"
+            )
+        full = np.broadcast_to(importance, weight.shape)
+        options["importance"] = _cut(full, unit, axis)
+    if form.whole_row and "block_size" in form.options:
+        options["block_size"] = block_size
+    if axis is None and weight.size % unit and "last" in inspect.signature(form.module.quantize).parameters:
+        options["last"] = weight.size % unit
+    parts = form.module.quantize(_cut(x, unit, axis), **options)
+    if not all(np.isfinite(parts[part]).all() for part in parts if parts[part].dtype.kind == "f"):
+        largest = float(np.abs(x).max())
+        raise ValueError(f"a scale of {format} overflows for weights as large as {largest:.3g}; scale the layer down")
+    return _assemble(form, weight.shape, block_size, axis, parts, double)
+
+
+def _names(items) -> str:
+    return f"its axes: {', '.join(map(str, items)) or 'none, its blocks run through the flattened matrix'}"
+
+
+def _fitting(form: Format, shape: tuple[int, ...], block_size: int | str | None, axis: int | None) -> tuple[int, int]:
+    """The block size as a number, and how many weights are quantized as one unit."""
+    length = shape[0] * shape[1] if axis is None else shape[axis]
+    size = form.block_size if block_size is None else block_size
+    if form.whole_row and form.block_size == "channel" and size not in ("channel", length):
+        raise ValueError(f"{form.name} has one scale a row; leave block_size at 'channel', not {size!r}")
+    if size in ("channel", "tensor"):
+        if (size == "channel") != (axis is not None) or (form.block_sizes and length not in form.block_sizes):
+            raise ValueError(f"block_size {size!r} does not exist in {form.name}; use {form.block_size}")
+        size = length
+    if not isinstance(size, int | np.integer) or isinstance(size, bool) or size < 1:
+        raise ValueError(f"block_size is {size!r}, expected a positive number, 'channel' or 'tensor'")
+    if form.block_sizes and size not in form.block_sizes:
+        raise ValueError(
+            f"block_size {size} does not exist in {form.name}; use {', '.join(map(str, form.block_sizes))}"
+        )
+    if axis is not None and not form.padded and length % size:
+        fitting = [b for b in (form.block_sizes or (16, 32, 64, 128, 256)) if length % b == 0]
+        hint = f"; {', '.join(map(str, fitting))} {'is' if len(fitting) == 1 else 'are'}" if fitting else ""
+        which = "row" if axis == 1 else "column"
+        raise ValueError(f"{which} length {length} is not a multiple of block_size {size}{hint}")
+    return int(size), length if form.whole_row else int(size)
+
+
+def _cut(x: np.ndarray, unit: int, axis: int | None) -> np.ndarray:
+    """A matrix as units (n, unit), the last of them filled up with zeros: of each row, or of the flattened matrix."""
+    lines = x.reshape(1, -1) if axis is None else np.moveaxis(x, axis, -1)
+    missing = -lines.shape[1] % unit
+    if missing:
+        lines = np.pad(lines, ((0, 0), (0, missing)))
+    return lines.reshape(-1, unit)
+
+
+def _assemble(
+    form: Format, shape: tuple[int, ...], block_size: int, axis: int | None, parts: dict[str, np.ndarray], double: bool
+) -> Blocks:
+    """Parts of units as `Blocks`: codes packed, and every part in rows again."""
+    rows, columns = shape
+    codes = parts.pop("codes")
+    if axis is None:
+        packed = form.module.pack(codes.reshape(1, -1)[:, : rows * columns]).reshape(-1)
+        parts = {name: part.reshape(-1) for name, part in parts.items()}
+    else:
+        lines = codes.reshape(shape[1 - axis], -1)
+        packed = form.module.pack(lines if axis == 1 else np.ascontiguousarray(lines.T))
+        parts = {name: part.reshape(shape[1 - axis], -1) for name, part in parts.items()}
+        if axis == 0:
+            parts = {name: np.ascontiguousarray(part.T) for name, part in parts.items()}
+    blocks = Blocks(
+        form.name, (rows, columns), block_size, axis, packed, parts.pop("scales"), parts.pop("zero_points", None), parts
+    )
+    return nest(blocks) if double else blocks
+
+
+def _layout(form: Format, shape: tuple[int, int], block_size: int, axis: int | None) -> dict[str, tuple]:
+    """name -> (shape, dtype) of the arrays of a matrix: what `quantize` makes of one row or one block, scaled up."""
+    rows, columns = shape
+    lines, length = (1, rows * columns) if axis is None else (shape[1 - axis], shape[axis])
+    blocks = -(-length // block_size)
+    counts = {"block": blocks, "row": 1}
+    found = {}
+    for name, part in form.parts.items():
+        count = counts[part.every] if isinstance(part.every, str) else length // part.every
+        size = (count,) if axis is None else (lines, count) if axis == 1 else (count, lines)
+        found[name] = (size, part.dtype)
+    stored = blocks * block_size if form.padded else length if axis == 1 else columns
+    row = form.module.pack(np.zeros((1, stored if axis is not None else length), form.code_dtype))
+    return {"packed": (row.shape[1:] if axis is None else (rows, row.shape[1]), str(row.dtype)), **found}
+
+
+def nest(blocks: Blocks) -> Blocks:
+    """NF4 or FP4 with its scales as 8-bit numbers ("double quantization"): the whole matrix at once, for its mean."""
+    if blocks.format not in ("nf4", "fp4") or "nested_scales" in blocks.extra:
+        raise ValueError(f"{blocks!r} has no scales to quantize again; nf4 and fp4 with float32 scales have")
+    parts = dynamic8.nest(blocks.scales)
+    return replace(blocks, scales=parts.pop("scales"), extra={**blocks.extra, **parts})
+
+
+def join(tiles: Sequence[Blocks]) -> Blocks:
+    """The matrix whose consecutive rows are these tiles. Raises ValueError where tiles do not fit together.
+
+    Blocks that run through the flattened matrix need tiles of a multiple of `tile_rows` rows, all but the last.
+    """
+    first = tiles[0]
+    for tile in tiles:
+        if tile.header() | {"shape": 0} != first.header() | {"shape": 0} or tile.shape[1] != first.shape[1]:
+            raise ValueError(f"{tile!r} does not continue {first!r}")
+        if tile.axis == 0 or "nested_scales" in tile.extra:
+            raise ValueError(f"{tile!r} cannot be joined: its parts belong to the whole matrix")
+    if any(tile.shape[0] % tile_rows(first.format, first.shape[1], first.block_size) for tile in tiles[:-1]):
+        raise ValueError(f"a tile of {first.format} ends within a block; give it a multiple of tile_rows(…) rows")
+    parts = [tile.arrays() for tile in tiles]
+    whole = {name: np.concatenate([p[name] for p in parts]) for name in parts[0]}
+    shape = (sum(tile.shape[0] for tile in tiles), first.shape[1])
+    extra = {k: v for k, v in whole.items() if k not in ("packed", "scales", "zero_points")}
+    zero_points = whole.get("zero_points")
+    return replace(
+        first, shape=shape, packed=whole["packed"], scales=whole["scales"], zero_points=zero_points, extra=extra
+    )
+
+
+def tile_rows(format: str, in_features: int, block_size: int | None = None) -> int:
+    """How many rows end on a block and a byte: a tile for `join` has a multiple of this."""
+    form = format_named(format)
+    if form.axes[0] is not None:
+        return 1
+    whole = int(np.lcm(block_size or int(form.block_size), 2))
+    return whole // int(np.gcd(whole, in_features))
+
+
+def dequantize(blocks: Blocks, rows: slice | np.ndarray | None = None) -> np.ndarray:
+    """The float32 matrix that the blocks stand for, or some of its rows (a slice or an array of row numbers)."""
+    form = FORMATS[blocks.format]
+    if blocks.axis is None:
+        return _dequantize_flat(form, blocks, slice(None) if rows is None else rows)
+    if blocks.axis == 0:
+        codes = np.ascontiguousarray(blocks.codes.T)
+        parts = {name: part.T for name, part in blocks.parts.items()}
+        whole = _dequantize_lines(form, blocks.block_size, codes, parts).T
+        return np.ascontiguousarray(whole if rows is None else whole[rows])
+    if rows is not None:
+        blocks = blocks.rows(rows)
+    stored = -(-blocks.shape[1] // blocks.block_size) * blocks.block_size if form.padded else blocks.shape[1]
+    codes = form.module.unpack(blocks.packed, stored)
+    values = _dequantize_lines(form, blocks.block_size, codes, blocks.parts)
+    return values if stored == blocks.shape[1] else np.ascontiguousarray(values[:, : blocks.shape[1]])
+
+
+def _dequantize_lines(form: Format, block_size: int, codes: np.ndarray, parts: Mapping[str, np.ndarray]) -> np.ndarray:
+    unit = codes.shape[1] if form.whole_row else block_size
+    count = codes.size // unit
+    units = {name: part.reshape(count, -1) for name, part in parts.items()}
+    return form.module.dequantize(codes=codes.reshape(count, unit), **units).reshape(codes.shape)
+
+
+def _dequantize_flat(form: Format, blocks: Blocks, rows: slice | np.ndarray) -> np.ndarray:
+    """Rows of blocks that run through the flattened matrix: each weight with the scale of its block, as (k, 1)."""
+    columns, extra = blocks.shape[1], dict(blocks.extra)
+    wanted = np.arange(blocks.shape[0])[rows]
+    if wanted.size and np.array_equal(wanted, np.arange(wanted[0], wanted[0] + wanted.size)):
+        first, end = int(wanted[0]) * columns, int(wanted[-1] + 1) * columns
+        start = first // 2 * 2  # a byte holds two codes
+        bytes_ = blocks.packed[start // 2 : -(-end // 2)] if form.code_dtype != "int8" else blocks.packed[first:end]
+        codes = form.module.unpack(bytes_.reshape(1, -1), end - start)[0, first - start :]
+        which = np.arange(first // blocks.block_size, -(-end // blocks.block_size))
+        repeat = np.repeat(np.arange(len(which)), blocks.block_size)[first % blocks.block_size :][: end - first]
+    else:
+        elements = (wanted[:, None] * columns + np.arange(columns)).reshape(-1)
+        pairs = form.module.unpack(blocks.packed[elements // 2].reshape(-1, 1), 2)
+        codes = pairs[np.arange(len(elements)), elements % 2]
+        which, repeat = np.unique(elements // blocks.block_size, return_inverse=True)
+    scales = blocks.scales[which]
+    if "nested_scales" in extra:
+        scales = dynamic8.unnest(scales, which, **{name: extra.pop(name) for name in NESTED if name in extra})
+    units = {"scales": scales[repeat][:, None]}
+    if blocks.zero_points is not None:
+        units["zero_points"] = blocks.zero_points[which][repeat][:, None]
+    return form.module.dequantize(codes=codes[:, None], **units, **extra).reshape(-1, columns)
+
+
+@dataclass(frozen=True)
+class AddedError:
+    """What a second quantization adds to the values of the first: exact differences, measured in float64."""
+
+    rms: float
+    max_abs: float
+    relative: float  # rms over the rms of the values
+    changed: float  # share of the values that are not the same float32
+
+    def __repr__(self) -> str:
+        return (
+            f"rms {self.rms:.3g}, at most {self.max_abs:.3g}, relative {self.relative:.3g}, {self.changed:.1%} changed"
+        )
+
+
+def error_between(reference: np.ndarray, values: np.ndarray) -> AddedError:
+    """How far `values` are from `reference`, of the same shape."""
+    difference = values.astype(np.float64) - reference
+    rms, size = (float(np.sqrt(np.mean(np.square(a, dtype=np.float64)))) for a in (difference, reference))
+    relative = rms / size if size else 0.0
+    return AddedError(rms, float(np.abs(difference).max()), relative, float(np.mean(difference != 0)))
+
+
+def transcode(
+    blocks: Blocks, format: str, block_size: int | str | None = None, **options: Any
+) -> tuple[Blocks, AddedError]:
+    """The same matrix in another format, and the error that this adds to what the blocks stood for."""
+    values = dequantize(blocks)
+    recoded = quantize(values, format, block_size, **options)
+    return recoded, error_between(values, dequantize(recoded))

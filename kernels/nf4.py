@@ -1,0 +1,92 @@
+"""NF4, bitsandbytes' 4-bit normal float: a code is one of 16 values between -1 and 1, the quantiles of a normal curve.
+
+    flattened matrix   w0 w1 … w63 | w64 …            blocks of `block_size` run on from row to row
+    bytes              w0 w1 | w2 w3 | …              two codes a byte, the FIRST in the HIGH four bits
+    scales             max|w0…w63| | max|w64…| …      float32 ("absmax"), one a block
+
+    w' = VALUES[code] * scale                         4 + 32/block_size bits a weight
+
+The code is that of the value nearest to w / scale; midway between two values, the smaller one. A full block is
+multiplied by the reciprocal of its scale, an incomplete last block is divided by it, and an incomplete block of
+zeros gets scale 1e-38. A full block of zeros has scale 0 and codes 7, the code of 0. An odd number of weights
+leaves the last low four bits at the code of 0. The scales may themselves be 8-bit numbers: see dynamic8.py.
+
+A bug to know: bitsandbytes 0.50.2 on a CPU with AVX-512 restarts the blocks on each row when the row length is a
+multiple of 32, but not of the block size, and so reads its own matrices of 96 columns wrongly. This file, like its
+quantizer and its GPU code, runs on from row to row.
+
+**Source**: bitsandbytes backends/default/ops.py: quantize_4bit, dequantize_4bit. Dettmers 2023, "QLoRA", appendix E.
+
+>>> parts = quantize(np.array([[1.0, -0.5, 0.0, 4.0]], np.float32))
+>>> parts["codes"], parts["scales"]
+(array([[10,  6,  7, 15]], dtype=uint8), array([[4.]], dtype=float32))
+>>> dequantize(**parts).round(3)
+array([[ 0.984, -0.364,  0.   ,  4.   ]], dtype=float32)
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from kernels.search import best_scales
+
+VALUES = np.array(
+    [
+        -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
+        -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725,
+        0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+    ],
+    np.float32,
+)  # fmt: skip
+
+
+def quantize(
+    x: np.ndarray, last: int | None = None, search: int = 0, importance: np.ndarray | None = None
+) -> dict[str, np.ndarray]:
+    """Blocks (n, b) of float32 as `codes` (n, b) uint8 in 0 … 15 and `scales` (n, 1) float32.
+
+    `last`: how many weights the last block has, the rest being padding. `search`, `importance`: see search.py.
+    """
+    return quantize_to(VALUES, x, last, search, importance)
+
+
+def dequantize(codes: np.ndarray, scales: np.ndarray, code: np.ndarray = VALUES) -> np.ndarray:
+    """Blocks (n, b) of float32: value * scale. `code`: the 16 values, where a checkpoint brings its own."""
+    return code[codes] * scales
+
+
+def quantize_to(
+    values: np.ndarray, x: np.ndarray, last: int | None, search: int, importance: np.ndarray | None
+) -> dict[str, np.ndarray]:
+    """Blocks (n, b) as codes of any 16 `values`, of which the largest magnitude is 1: NF4 and FP4 in one."""
+    tiny = np.float32(1e-38)
+    order = np.argsort(values, kind="stable")
+    middles = (values[order[:-1]] + values[order[1:]]) / np.float32(2)
+
+    def nearest(relative: np.ndarray) -> np.ndarray:
+        return order[np.searchsorted(middles, relative)].astype(np.uint8)
+
+    def encode(scales: np.ndarray) -> dict[str, np.ndarray]:
+        relative = np.clip(x * (np.float32(1) / np.maximum(scales, tiny)), -1, 1)
+        return dict(codes=nearest(relative), scales=scales)
+
+    scales = np.abs(x).max(-1, keepdims=True)
+    incomplete = last is not None and last < x.shape[1]
+    if incomplete:
+        scales[-1] = np.maximum(scales[-1], tiny)
+    parts = best_scales(x, scales, encode, lambda p: dequantize(**p, code=values), search, importance)
+    if incomplete:
+        parts["codes"][-1] = nearest(np.clip(x[-1] / parts["scales"][-1], -1, 1))
+    return parts
+
+
+def pack(codes: np.ndarray) -> np.ndarray:
+    """Codes (R, I) -> bytes (R, ceil(I/2)), the first of two in the high four bits; after an odd last one 7."""
+    if codes.shape[1] % 2:
+        codes = np.pad(codes, ((0, 0), (0, 1)), constant_values=7)
+    return codes[:, 0::2] << 4 | codes[:, 1::2]
+
+
+def unpack(packed: np.ndarray, count: int) -> np.ndarray:
+    """Bytes (R, …) -> codes (R, count), uint8 in 0 … 15."""
+    return np.stack([packed >> 4, packed & 15], -1).reshape(len(packed), -1)[:, :count]
