@@ -135,6 +135,8 @@ class Parts:
             raise InputError(f"cannot write {folder}: {error.strerror}; choose another place") from None
         finally:
             shutil.rmtree(partial, ignore_errors=True)
+            if replaced.exists() and not folder.exists():
+                replaced.rename(folder)
         return folder
 
     def _write(self, folder: Path) -> None:

@@ -81,7 +81,7 @@ class Tensor:
         return self.graph.add("Reshape", (self, self.graph.constant(np.array(shape, np.int64))), shape)
 
     def transpose(self, *axes: int) -> Tensor:
-        """The axes in this order. A transpose of a transpose that nothing else is called by becomes one."""
+        """The axes in this order. Where the tensor is itself a transpose, and nobody named it, one does for both."""
         source = self
         if self.node and self.node.op == "Transpose" and not self.name:
             source, axes = self.node.inputs[0], tuple(self.node.attributes["perm"][axis] for axis in axes)

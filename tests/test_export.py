@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -122,6 +123,18 @@ def test_same_model_same_bytes(tiny_model, tmp_path):
     assert set(v["tap"] for v in outputs) <= set(manifest["tolerances"])
 
 
+def test_weights_are_pages_apart_and_the_same_in_any_tiles(tiny_model, tmp_path, monkeypatch):
+    parts = emit(tiny_model("Baichuan2-7B"), tokens=1, context=8)
+    (built,) = parts.graphs.values()
+    ends = [0, *(offset + length for offset, length in built.layout.values())]
+    offsets = [offset for offset, _ in built.layout.values()]
+    assert all(offset % 4096 == 0 and 0 <= offset - end < 4096 for offset, end in zip(offsets, ends, strict=False))
+    parts.save(tmp_path / "whole")
+    monkeypatch.setattr("export.graph.TILE_BYTES", 1000)
+    parts.save(tmp_path / "tiles")
+    assert digests(tmp_path / "whole") == digests(tmp_path / "tiles")
+
+
 @pytest.mark.parametrize("opset, ir_version", [(17, 8), (18, 9), (21, 10), (23, 11)])
 def test_other_opsets(tiny_model, tmp_path, opset, ir_version):
     parts = emit(tiny_model("Baichuan2-7B"), tokens=1, context=8, opset=opset, ir_version=ir_version)
@@ -202,6 +215,14 @@ def test_a_folder_is_whole_or_not_there(tiny_model, tmp_path, monkeypatch):
 
     parts.save(tmp_path / "x", overwrite=True)
     assert digests(tmp_path / "x") == before and [path.name for path in tmp_path.iterdir()] == ["x"]
+
+    rename = Path.rename
+    with monkeypatch.context() as broken:
+        broken.setattr(Path, "rename", lambda old, new: fail() if old.suffix == ".partial" else rename(old, new))
+        with pytest.raises(InputError, match="cannot write"):
+            parts.save(tmp_path / "x", overwrite=True)
+    assert digests(tmp_path / "x") == before and [path.name for path in tmp_path.iterdir()] == ["x"]
+
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "thesis.tex").write_text("years of work")
     (tmp_path / "file").write_text("")
