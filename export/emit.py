@@ -183,7 +183,7 @@ class Parts:
             "plan": {key: getattr(plan, key) for key in ("tokens", "context", "parts", "prompt")},
             "onnx": {"opset": self.opset, "ir_version": self.ir_version},
             "quantization": {
-                name: {"format": "int4", "block_size": weight.blocks.block_size}
+                name: {"format": weight.blocks.format, "block_size": weight.blocks.block_size}
                 for name, weight in weights.items()
                 if isinstance(weight, QuantizedWeight)
             },

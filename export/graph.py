@@ -26,9 +26,9 @@ from typing import Any, BinaryIO
 import numpy as np
 from onnx import ModelProto, TensorProto, ValueInfoProto, helper, numpy_helper
 
+from kernels import int4
 from kernels.ops import TILE_BYTES, Readable
 from refimpl.errors import InputError
-from refimpl.quantize import QuantizedWeight
 
 ALIGNMENT = 4096  # of a weight in model.data: a page, so that a runtime can map it
 INT4_OPSET = 21  # the first with INT4 and with DequantizeLinear in blocks
@@ -188,7 +188,7 @@ def place(parameters: Iterable[Tensor]) -> dict[str, tuple[int, int]]:
     for tensor in parameters:
         offset = -(-end // ALIGNMENT) * ALIGNMENT
         bits = 4 if tensor.dtype == TensorProto.INT4 else 32
-        layout[tensor.name] = (offset, math.prod(tensor.shape) * bits // 8)
+        layout[tensor.name] = (offset, -(-math.prod(tensor.shape) * bits // 8))
         end = sum(layout[tensor.name])
     return layout
 
@@ -244,18 +244,24 @@ class OnnxOps:
         return x
 
     def parameter(self, weight: Parameter) -> Tensor:
-        """An initializer; for 4-bit blocks their codes, INT4, and scales, multiplied by DequantizeLinear."""
-        if not isinstance(weight.weight, QuantizedWeight):
-            tiles = lambda: row_tiles(weight.weight)
-            return self.graph.parameter(weight.name, weight.shape, TensorProto.FLOAT, tiles)
+        """An initializer in float32; or codes, scales and zero points, where DequantizeLinear knows the format.
+
+        That is INT4 in blocks along the rows. Any other format goes out as the values that it stands for.
+        """
+        graph, blocks = self.graph, getattr(weight.weight, "blocks", None)
+        if blocks is None or (blocks.format, blocks.axis) != ("int4", 1) or blocks.shape[1] % 2:
+            return graph.parameter(weight.name, weight.shape, TensorProto.FLOAT, lambda: row_tiles(weight.weight))
         if self.opset < INT4_OPSET:
             raise InputError(f"{weight.name} is in 4-bit blocks, which opset {self.opset} lacks; use {INT4_OPSET}")
-        blocks, graph = weight.weight.blocks, self.graph
-        codes = graph.parameter(f"{weight.name}.codes", blocks.shape, TensorProto.INT4, lambda: iter([blocks.packed]))
-        scales = graph.parameter(
-            f"{weight.name}.scales", blocks.scales.shape, TensorProto.FLOAT, lambda: iter([blocks.scales])
-        )
-        inputs, form = (codes, scales), dict(axis=1, block_size=blocks.block_size)
+        names = [f"{weight.name}.{part}" for part in ("codes", "scales", "zero_points")]
+        inputs = [
+            graph.parameter(names[0], blocks.shape, TensorProto.INT4, lambda: iter([blocks.packed])),
+            graph.parameter(names[1], blocks.scales.shape, TensorProto.FLOAT, lambda: iter([blocks.scales])),
+        ]
+        if blocks.zero_points is not None:
+            packed = int4.pack(blocks.zero_points.reshape(1, -1))
+            inputs.append(graph.parameter(names[2], blocks.scales.shape, TensorProto.INT4, lambda: iter([packed])))
+        form = dict(axis=1, block_size=blocks.block_size)
         return graph.tap(weight.name, graph.add("DequantizeLinear", inputs, blocks.shape, **form))
 
     def take(self, weight: Parameter, ids: Tensor) -> Tensor:

@@ -16,12 +16,14 @@ from onnx import TensorProto, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
 import refimpl
-from export import emit
+from export import emit, verify
 from export.parts import split
 from golden.compare import compare
 from golden.tolerance import tolerances
+from kernels import formats
 from refimpl.errors import InputError
 from refimpl.names import shape, taps
+from refimpl.quantize import QuantizedWeight
 
 PROMPT = [3, 1, 4, 15, 9, 26]
 
@@ -145,7 +147,8 @@ def test_other_opsets(tiny_model, tmp_path, opset, ir_version):
 
 def test_four_bits_are_bit_for_bit(tiny_model, tmp_path):
     model = tiny_model("Baichuan2-7B").quantize("int4", block_size=32)
-    emit(model, tokens=1, context=8, parts=1).save(tmp_path / "x")
+    parts = emit(model, tokens=1, context=8, parts=1)
+    parts.save(tmp_path / "x")
     path = tmp_path / "x" / "token_ar1_cl8_1_of_1" / "model.onnx"
     proto = onnx.load(path)
     inputs = read(tmp_path / "x", "token_ar1_cl8_1_of_1", "input")
@@ -164,6 +167,9 @@ def test_four_bits_are_bit_for_bit(tiny_model, tmp_path):
     for run in engines:
         for name, values in zip(names, run(names, inputs), strict=True):
             assert values.tobytes() == model.weights[name].read(np.dtype(np.float32)).tobytes(), name
+    sizes = {t.name: int(t.external_data[2].value) for t in parts.graphs["token_ar1_cl8_1_of_1"].proto.graph.initializer
+             if t.external_data}  # fmt: skip
+    assert all(sizes[f"{name}.codes"] == model.weights[name].blocks.packed.nbytes for name in names)
     with pytest.raises(InputError, match="4-bit blocks, which opset 20 lacks"):
         emit(model, tokens=1, context=8, opset=20, ir_version=9)
 
@@ -233,6 +239,25 @@ def test_a_folder_is_whole_or_not_there(tiny_model, tmp_path, monkeypatch):
     assert parts.save(tmp_path / "empty") == tmp_path / "empty"
 
 
+@pytest.mark.parametrize(
+    "form, options", [("int4", {"symmetric": False}), ("int4", {"axis": 0}), ("nf4", {}), ("int8", {})]
+)
+def test_any_quantized_weight_keeps_its_values(tiny_model, tmp_path, form, options):
+    """Zero points are emitted, and what ONNX has no operator for is emitted as float32."""
+    model = tiny_model("Qwen2-7B")
+    name = "model.layers.0.mlp.up_proj.weight"
+    values = model.weights[name].read(np.dtype(np.float32))
+    weight = QuantizedWeight(formats.quantize(values, form, **options))
+    model = refimpl.Model(model.config, model.weights.replace({name: weight}))
+    emit(model, tokens=1, context=8).save(tmp_path / "x")
+    proto = onnx.load(tmp_path / "x" / "token_ar1_cl8_1_of_1" / "model.onnx")
+    proto.graph.output.append(onnx.helper.make_tensor_value_info(name, TensorProto.FLOAT, weight.shape))
+    (found,) = ReferenceEvaluator(proto).run([name], read(tmp_path / "x", "token_ar1_cl8_1_of_1", "input"))
+    assert found.tobytes() == weight.read(np.dtype(np.float32)).tobytes()
+    assert [node.op_type == "DequantizeLinear" for node in proto.graph.node].count(True) == ("symmetric" in options)
+    assert verify(tmp_path / "x", engine="reference")
+
+
 BIG = """
 import resource, sys
 import numpy as np
@@ -266,8 +291,6 @@ def test_memory_does_not_grow_with_the_weights(tmp_path):
 
 def test_tied_and_random_heads(tmp_path):
     """A model whose head is its embedding has both in its one graph, and the graph agrees."""
-    from export import verify
-
     folder = write_checkpoint(tmp_path / "m", "Qwen2-7B", tie_word_embeddings=True)
     emit(refimpl.load(folder), tokens=(4, 1), context=8).save(tmp_path / "x")
     assert verify(tmp_path / "x", engine="reference")
