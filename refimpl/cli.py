@@ -98,6 +98,22 @@ def trace(arguments) -> int:
     return 0
 
 
+def convert(arguments) -> int:
+    """Write a checkpoint as safetensors: another format, NormHead applied, or an adapter merged."""
+    from refimpl.convert import convert
+
+    report = convert(arguments.source, arguments.out, arguments.dtype, arguments.shard_size, arguments.normalize_head,
+                     arguments.lora)  # fmt: skip
+    if arguments.json:
+        print(json.dumps(report))
+        return 0
+    print(f"{report['tensors']} tensors, {report['bytes'] / 1e9:.2f} GB, are in {arguments.out}; SHA256SUMS checks them")
+    if arguments.normalize_head:
+        shortest, longest = report["row lengths"]
+        print(f"the rows of lm_head have lengths from {shortest:.6f} to {longest:.6f}: what rounding leaves of 1")
+    return 0
+
+
 def golden_make(arguments) -> int:
     """Record every tensor of the PyTorch model (extra: torch)."""
     from golden.pytorch import make
@@ -262,6 +278,14 @@ def _parser() -> argparse.ArgumentParser:
     sub = verb(trace, "refimpl trace -p 床前明月光 --taps '*.self_attn.*'", model, prompt, dtype, machine)
     sub.add_argument("--taps", metavar="PATTERN", help="only tensors whose name matches this glob")
     sub.add_argument("--out", metavar="DIR", help="write the tensors there instead of printing a table")
+
+    sub = verb(convert, "refimpl convert weights/Baichuan2-7B-Chat --out weights/b2-7b --dtype bfloat16", machine)
+    sub.add_argument("source", metavar="SRC", help="a checkpoint in any layout; it is only read")
+    sub.add_argument("--out", required=True, metavar="DST", help="a new folder")
+    sub.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: as the parameters are")
+    sub.add_argument("--shard-size", default="5GB", metavar="SIZE", help="bytes in a file at most (default: 5GB)")
+    sub.add_argument("--normalize-head", action="store_true", help="apply NormHead: a Baichuan2 for Baichuan 1's code")
+    sub.add_argument("--lora", metavar="ADAPTER", help="merge the peft LoRA adapter in this folder")
 
     of_golden = verbs.add_parser("golden", help="Make, check and show goldens from PyTorch.")
     goldens = of_golden.add_subparsers(metavar="VERB", required=True)
