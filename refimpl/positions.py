@@ -49,9 +49,9 @@ def token_positions(mask: np.ndarray) -> np.ndarray:
 def attention_bias(config: Config, mask: np.ndarray, tokens: int, dtype) -> np.ndarray:
     """What is added to the scores of the last `tokens` positions: (B or 1, H or 1, T, S) of `dtype`.
 
-    0, or ALiBi's slope * (key - query), where a query may look: at keys that are not later than it, not padding, and
-    of the same value in `mask` (B, S). The values are 0 for padding and 1 for tokens; others keep packed sequences
-    apart, as the official 13B code has it. Elsewhere the bias is so low that softmax gives exactly 0.
+    0, or ALiBi's slope * (key's position - query's), where a query may look: at keys that are not later than it, not
+    padding, and of the same value in `mask` (B, S). The values are 0 for padding and 1 for tokens; others keep packed
+    sequences apart, as the official 13B code has it. Elsewhere the bias is so low that softmax gives exactly 0.
 
     The lowest value is finite, because a row of padding looks at nothing, and softmax of nothing but -inf is NaN.
     The official 13B code adds slope * key, the same after softmax, but rounds it to the model's 16-bit format, so
@@ -62,8 +62,9 @@ def attention_bias(config: Config, mask: np.ndarray, tokens: int, dtype) -> np.n
     allowed = (mask[:, None, :] == mask[:, -tokens:, None]) & (mask[:, None, :] > 0)            # (B, T, S)
     allowed = (allowed & (keys <= queries))[:, None]                                            # (B, 1, T, S)
     if config.rope_theta is None:
-        distance = (keys - queries).astype(dtype)                                               # (T, S)
-        bias = alibi_slopes(config.num_attention_heads).astype(dtype)[:, None, None] * distance  # (H, T, S)
+        positions = token_positions(mask)                                                       # (B, S)
+        distance = (positions[:, None, :] - positions[:, -tokens:, None]).astype(dtype)[:, None]  # (B, 1, T, S)
+        bias = alibi_slopes(config.num_attention_heads).astype(dtype)[:, None, None] * distance  # (B, H, T, S)
     else:
         bias = np.zeros((1, 1, 1), dtype)
     lowest = np.asarray(np.finfo(dtype).min / 2, dtype)

@@ -87,6 +87,16 @@ def test_padding_on_the_left_changes_nothing(family, tiny_model):
         assert np.abs(follow[row] - alone[-1]).max() < scale
 
 
+def test_padding_between_past_and_new_tokens_changes_nothing(family, tiny_model):
+    """As in a device's static cache, whose window pads each call's tokens on the left."""
+    model = tiny_model(family)
+    cache = model.new_cache()
+    model(IDS[:5], "float64", cache=cache)
+    found = model([0, 0, *IDS[5:]], "float64", [[1] * 5 + [0] * 2 + [1] * 7], cache)[0, 2:]
+    expected = model(IDS, "float64")[0, 5:]
+    assert np.abs(found - expected).max() < 1e-12 * np.abs(expected).max()
+
+
 def test_packed_sequences_do_not_see_each_other(tiny_model):
     model = tiny_model("Baichuan2-13B")
     both = model(IDS, "float64", attention_mask=[[1] * 5 + [2] * 7])[0]
