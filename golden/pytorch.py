@@ -277,13 +277,11 @@ def _remote(folder: Path, config: Config, trusted: bool) -> _Source:
 def _build(source: _Source, config: Config, parameters: dict[str, torch.Tensor], dtype: str) -> torch.nn.Module:
     """The model, ready to run, its parameters in `dtype` and its buffers as its own code makes them."""
     number = getattr(torch, dtype)
-    with _outside_of_modes():
-        ready = source.convert(config, {name: x.to(number) for name, x in parameters.items()})
+    ready = source.convert(config, {name: x.to(number) for name, x in parameters.items()})
     try:
         with no_init_weights():
             model = source.build(number)
-        with _outside_of_modes():
-            model.load_state_dict(ready, strict=True, assign=True)
+        model.load_state_dict(ready, strict=True, assign=True)
     except Exception as error:
         raise InputError(f"{source.name} cannot be built with transformers {transformers.__version__}: "
                          f"{_first_line(error)}") from error  # fmt: skip
@@ -320,13 +318,6 @@ def _precision(dtype: str) -> Iterator[None]:
             yield
     finally:
         torch.set_default_dtype(was)
-
-
-@contextmanager
-def _outside_of_modes() -> Iterator[None]:
-    """Files say float32 and mean it."""
-    with torch._C.DisableTorchFunction():
-        yield
 
 
 @contextmanager
@@ -378,6 +369,7 @@ def _record(model: torch.nn.Module, config: Config, case: Case, dtype: str, patt
     handles = []
 
     def note(name: str, value: Any) -> None:
+        # a copy, since the model may go on to change the tensor in place
         seen[name] = (value[0] if isinstance(value, tuple) else value).detach().clone()
 
     def at_output(name: str, module: torch.nn.Module) -> None:

@@ -163,9 +163,7 @@ def test_a_golden_catches_a_wrong_model(fault, tmp_path, tiny_folder, monkeypatc
 
 def test_the_same_call_makes_the_same_bytes(tmp_path, tiny_folder):
     for name in ("one", "two"):
-        torch.set_num_threads(2)
         make(tiny_folder("Qwen2-7B"), tmp_path / name, PROMPTS)
-        assert torch.get_num_threads() == 2 and torch.get_default_dtype() == torch.float32, "put back"
     for file in ("manifest.json", "tensors.safetensors"):
         assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes()
 
@@ -242,17 +240,64 @@ def test_bad_input_is_one_clear_line(tmp_path, tiny_folder, monkeypatch):
         ((good, out, [[5, 96]]), {}, "token id 96 is outside the vocabulary"),
         ((good, out, [[1] * 65]), {}, "exceed the context of 64"),
         ((good, out, ["text"]), {}, "tokenizer"),
-        ((good, out, {"../x": IDS}), {}, "no name"),
         ((good, out, [Case(np.array([IDS]), np.ones((1, 3)))]), {}, "attention_mask"),
         ((good, out, [IDS]), {"dtypes": ("float8",)}, "dtype is 'float8'"),
         ((good, out, [IDS]), {"implementation": "jax"}, "implementation is 'jax'"),
-        ((good, good, [IDS]), {}, "is there already"),
     ]
     for arguments, options, says in cases:
         with pytest.raises(InputError, match=says) as caught:
             make(*arguments, **options)
         assert "\n" not in str(caught.value)
     assert not (tmp_path / "executed").exists() and not out.exists()
+
+    monkeypatch.setattr("golden.pytorch._build", pytest.fail)  # what would fail an hour later fails at once
+    with pytest.raises(InputError, match="is there already"):
+        make(good, good, [IDS])
+    with pytest.raises(InputError, match="no name"):
+        make(good, out, {"../x": IDS})
+
+
+def test_one_thread_and_its_settings_put_back(tmp_path, tiny_folder, monkeypatch):
+    import golden.pytorch as at
+
+    during, right = [], at._record
+
+    def settings():
+        return torch.get_num_threads(), torch.are_deterministic_algorithms_enabled(), torch.get_default_dtype()
+
+    def record(*arguments):
+        during.append(settings())
+        return right(*arguments)
+
+    monkeypatch.setattr(at, "_record", record)
+    torch.set_num_threads(2)
+    before = settings()
+    make(tiny_folder("Qwen2-7B"), tmp_path / "g", [IDS])
+    assert during == [(1, True, torch.float32), (1, True, torch.float64)]
+    assert settings() == before == (2, False, torch.float32)
+
+
+@pytest.mark.parametrize("kind", ["bool", "added", "causal", "none"])
+def test_a_fused_attention_is_taken_apart(kind):
+    from golden.pytorch import Watch, _attention
+
+    config = refimpl.config.Config(family="Qwen2-7B", hidden_size=16, num_attention_heads=4, num_key_value_heads=2)
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, heads, 5, 4, dtype=torch.float64) for heads in (4, 2, 2))
+    allowed = torch.ones(5, 5, dtype=torch.bool)
+    options = {}
+    if kind != "none":
+        allowed = allowed.tril()
+        added = torch.zeros(5, 5, dtype=torch.float64).masked_fill(~allowed, -torch.inf)
+        options = {"bool": {"attn_mask": allowed}, "added": {"attn_mask": added}, "causal": {"is_causal": True}}[kind]
+    with Watch() as watch:
+        watch.layer = 0
+        context = torch.nn.functional.scaled_dot_product_attention(q, k, v, enable_gqa=True, **options)
+    found = {name: x for name, (x, _) in _attention(config, watch, 0).items()}
+    assert torch.equal(found["query"], q) and torch.equal(found["key"], k) and torch.equal(found["value"], v)
+    assert not found["probs"].masked_select(~allowed).any()
+    again = found["probs"] @ v.repeat_interleave(2, dim=1)
+    assert torch.allclose(again, context, rtol=0, atol=1e-14)
 
 
 def test_without_torch_it_says_what_to_install(tmp_path):

@@ -2,7 +2,8 @@
 
 The 7B rotates and uses the fused attention, the 13B has ALiBi over absolute key positions and multiplies by hand; the
 second generation normalises its head. It has the habits of the official code that a golden must cope with: float32 in
-the midst, a head that replaces its weight in the first forward, a bias made then, layers that return tuples.
+the midst, a head that replaces its weight in the first forward, modules called by keyword, layers that return tuples.
+And one that it has not: it adds to the stream in place.
 """
 
 import torch
@@ -72,14 +73,17 @@ class Attention(nn.Module):
         q, k, v = self.W_pack(x).view(batch, tokens, 3, self.heads, self.dim).permute(2, 0, 3, 1, 4)
         if self.rotates:
             q, k = self.rotate(q, positions), self.rotate(k, positions)
-            mask = torch.zeros(allowed.shape, dtype=q.dtype).masked_fill(~allowed, torch.finfo(q.dtype).min)
-            context = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+            if allowed.shape[0] == 1:
+                context = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+            else:  # rows of padding see nothing, which must not become NaN
+                mask = torch.zeros(allowed.shape, dtype=q.dtype).masked_fill(~allowed, torch.finfo(q.dtype).min)
+                context = F.scaled_dot_product_attention(q, k, v, mask)
         else:
             bias = torch.Tensor(slopes_of(self.heads))[:, None, None] * torch.arange(tokens)
             scores = torch.matmul(q, k.transpose(2, 3)) / self.dim**0.5 + bias.to(q.dtype)
             probs = F.softmax(scores.masked_fill(~allowed, torch.finfo(q.dtype).min), dim=-1)
             context = torch.matmul(probs, v)
-        return self.o_proj(context.transpose(1, 2).reshape(batch, tokens, -1)), None
+        return self.o_proj(input=context.transpose(1, 2).reshape(batch, tokens, -1)), None
 
     def rotate(self, x, positions):
         cos, sin, wide = self.cos[positions][:, None], self.sin[positions][:, None], x.float()
@@ -97,7 +101,8 @@ class Layer(nn.Module):
 
     def forward(self, x, allowed, positions):
         x = x + self.self_attn(x=self.input_layernorm(x), allowed=allowed, positions=positions)[0]
-        return (x + self.mlp(self.post_attention_layernorm(x)),)
+        x += self.mlp(self.post_attention_layernorm(x))
+        return (x,)
 
 
 class BaichuanPreTrainedModel(PreTrainedModel):
