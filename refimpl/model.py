@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -67,7 +68,8 @@ class Model:
         as they have been computed and recorded, so that each recorded tensor shows its own error and none that it
         inherited.
         """
-        trace = Trace(meta={"family": self.config.family, "dtype": dtype, "engine": "refimpl"})
+        about = {"engine": "refimpl", "family": self.config.family, "dtype": dtype, "config": asdict(self.config)}
+        trace = Trace(meta=about)
         self.forward(ids, dtype, attention_mask, None, recording(trace, taps, then=feeding(feed or {})))
         if taps is not None and not trace:
             from refimpl.names import taps as known
