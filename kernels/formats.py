@@ -29,7 +29,7 @@ from typing import Any
 
 import numpy as np
 
-from kernels import dynamic8, fp4, int4, int8, nf4
+from kernels import dynamic8, fp4, int4, int8, lpbq, matmulnbits, nf4, q4_0, q4_1, q4_k, q8_0, qlinear4, qlinear8
 
 
 @dataclass(frozen=True)
@@ -69,17 +69,32 @@ class Format:
         return tuple(k for k in inspect.signature(self.module.quantize).parameters if k not in ("x", "last"))
 
 
-_SCALE, _HALF = Part("float32", 32), Part("float16", 16)
+_SCALE, _HALF, _SIX_BITS = Part("float32", 32), Part("float16", 16), Part("uint8", 6, every=32)
+_OF_ROW, _ZERO_POINT = Part("float32", 32, every="row"), Part("int8", 4, optional=True)
+_ANY, _POWERS = None, (16, 32, 64, 128, 256)
+# fmt: off
 FORMATS: dict[str, Format] = {
     f.name: f
     for f in (
-        Format(int4, "ONNX", 32, None, {"scales": _SCALE, "zero_points": Part("int8", 4, optional=True)}, (1, 0, None)),
-        Format(nf4, "bitsandbytes", 64, None, {"scales": _SCALE}, (None,)),
-        Format(fp4, "bitsandbytes", 64, None, {"scales": _SCALE}, (None,)),
-        Format(int8, "bitsandbytes", "channel", None, {"scales": Part("float32", 32, "row")}, whole_row=True),
+        Format(int4, "ONNX", 32, _ANY, {"scales": _SCALE, "zero_points": _ZERO_POINT}, axes=(1, 0, None)),
+        Format(nf4, "bitsandbytes", 64, _ANY, {"scales": _SCALE}, axes=(None,)),
+        Format(fp4, "bitsandbytes", 64, _ANY, {"scales": _SCALE}, axes=(None,)),
+        Format(int8, "bitsandbytes", "channel", _ANY, {"scales": _OF_ROW}, whole_row=True, code_dtype="int8"),
+        Format(q4_0, "llama.cpp", 32, (32,), {"scales": _HALF}),
+        Format(q4_1, "llama.cpp", 32, (32,), {"scales": _HALF, "mins": _HALF}),
+        Format(q4_k, "llama.cpp", 256, (256,),
+               {"scales": _HALF, "dmins": _HALF, "sub_scales": _SIX_BITS, "sub_mins": _SIX_BITS}),
+        Format(q8_0, "llama.cpp", 32, (32,), {"scales": _HALF}, code_dtype="int8"),
+        Format(matmulnbits, "onnxruntime", 32, _POWERS,
+               {"scales": _SCALE, "zero_points": Part("uint8", 4, optional=True)}, padded=True),
+        Format(lpbq, "AIMET", 64, _ANY, {"scales": _OF_ROW, "block_scales": Part("uint8", 4)}, whole_row=True),
+        Format(qlinear8, "Baichuan", "channel", _ANY, {"scales": _OF_ROW}, whole_row=True, code_dtype="int8"),
+        Format(qlinear4, "Baichuan", "channel", _ANY, {"scales": _OF_ROW}, whole_row=True),
     )
 }
+# fmt: on
 NESTED = ("offset", "nested_scales", "nested_code")  # extras of a matrix whose scales are 8-bit numbers
+CHUNK = 1 << 16  # weights quantized at a time, so that what comes of them stays in the processor's cache
 TABLES = ("code", "nested_code")  # constants of a format, not counted as memory
 
 
@@ -235,17 +250,29 @@ def quantize(
                 f"importance has shape {importance.shape}, expected one number for each of {weight.shape[1]} columns, "
                 "finite and not negative"
             )
-        full = np.broadcast_to(importance, weight.shape)
-        options["importance"] = _cut(full, unit, axis)
+        importance = _cut(np.broadcast_to(importance, weight.shape), unit, axis)
     if form.whole_row and "block_size" in form.options:
         options["block_size"] = block_size
-    if axis is None and weight.size % unit and "last" in inspect.signature(form.module.quantize).parameters:
-        options["last"] = weight.size % unit
-    parts = form.module.quantize(_cut(x, unit, axis), **options)
+    parts = _quantize_units(form, _cut(x, unit, axis), importance, weight.size % unit if axis is None else 0, options)
     if not all(np.isfinite(parts[part]).all() for part in parts if parts[part].dtype.kind == "f"):
         largest = float(np.abs(x).max())
         raise ValueError(f"a scale of {format} overflows for weights as large as {largest:.3g}; scale the layer down")
     return _assemble(form, weight.shape, block_size, axis, parts, double)
+
+
+def _quantize_units(
+    form: Format, units: np.ndarray, importance: np.ndarray | None, last: int, options: dict[str, Any]
+) -> dict[str, np.ndarray]:
+    """The format's parts of units (n, b), of which the last may have only `last` weights; some at a time."""
+    step = max(1, CHUNK // units.shape[1])
+    found = []
+    for start in range(0, len(units), step):
+        if importance is not None:
+            options["importance"] = importance[start : start + step]
+        if last and start + step >= len(units) and form.module in (nf4, fp4):
+            options["last"] = last
+        found.append(form.module.quantize(units[start : start + step], **options))
+    return {name: np.concatenate([parts[name] for parts in found]) for name in found[0]}
 
 
 def _names(items) -> str:

@@ -33,40 +33,105 @@ def best_scales(
     search: int,
     importance: np.ndarray | None,
 ) -> Parts:
-    """The parts of blocks (n, b): `encode(scales)` where `search` is 0, else the best of the scales tried.
+    """The parts of blocks (n, b): `encode(scales)` where `search` is 0, else those of the best scales tried.
 
     `encode` takes scales (n, 1) as float32 and rounds them as the format stores them; `decode` is the format's own.
     """
     best = encode(scales)
     if not search:
         return best
-    weights = np.ones_like(x) if importance is None else importance
-    least = weighted_error(x, decode(best), weights)
+    least = weighted_error(x, decode(best), importance)
 
     def consider(trial: np.ndarray) -> None:
         parts = encode(trial)
-        error = weighted_error(x, decode(parts), weights)
+        error = weighted_error(x, decode(parts), importance)
         better = error < least
         least[better] = error[better]
         for name, values in parts.items():
-            best[name][better[:, 0]] = values[better[:, 0]]
+            np.copyto(best[name], values, where=better)
 
     for factor in np.linspace(0.55, 1.15, search):
         consider(scales * np.float32(factor))
     for _ in range(2):
         scale = best["scales"].astype(np.float32)
-        unit = decode(best) / np.where(scale == 0, np.float32(1), scale)
-        norm = (weights * unit * unit).sum(-1, keepdims=True)
-        consider(np.where(norm > 0, (weights * x * unit).sum(-1, keepdims=True) / np.where(norm > 0, norm, 1), scale))
+        unit = decode(best) / np.where(scale == 0, np.float32(1), scale)  # what the codes stand for at a scale of 1
+        norm = _sum(unit, unit, importance)
+        fitted = _sum(x, unit, importance) / np.where(norm > 0, norm, 1)
+        consider(np.where(norm > 0, fitted, scale).astype(np.float32))
     return best
 
 
-def weighted_error(x: np.ndarray, decoded: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """Σ weights * (x - decoded)² of each block, (n, 1) in float64."""
-    return (weights * np.square(x.astype(np.float64) - decoded)).sum(-1, keepdims=True)
+def best_lines(
+    x: np.ndarray,
+    scales: np.ndarray,
+    mins: np.ndarray,
+    search: int,
+    importance: np.ndarray | None,
+    highest: float = np.inf,
+) -> tuple[np.ndarray, np.ndarray]:
+    """For blocks (n, b) the scales and minima of the best lines w ≈ scale * code + min, codes 0 … 15: (n, 1) each.
+
+    Starts from those given, tries `search` scales from 0.7 to 1.1 of the first and for each the least-squares line of
+    its codes, with a minimum that is not above `highest`; at last fits a line to the best codes so far, twice.
+    """
+    best, lows = scales, mins
+    least = weighted_error(x, _on_line(x, scales, mins) * scales + mins, importance)
+    for factor in [*np.linspace(0.7, 1.1, search), None, None]:
+        scale, low = (best, lows) if factor is None else (scales * np.float32(factor), mins)
+        scale, low = _fitted(x, _on_line(x, scale, low), importance, scale, low, highest)
+        error = weighted_error(x, _on_line(x, scale, low) * scale + low, importance)
+        better = error < least
+        least, best, lows = (np.where(better, a, b) for a, b in ((error, least), (scale, best), (low, lows)))
+    return best, lows
+
+
+def _on_line(x: np.ndarray, scales: np.ndarray, mins: np.ndarray) -> np.ndarray:
+    return np.clip(np.rint((x - mins) * reciprocal(scales)), 0, 15)
+
+
+def _fitted(
+    x: np.ndarray,
+    codes: np.ndarray,
+    importance: np.ndarray | None,
+    scales: np.ndarray,
+    mins: np.ndarray,
+    highest: float,
+) -> tuple[np.ndarray, np.ndarray]:
+    """The least-squares line through (code, weight) of each block; the one given where there is none."""
+    one = np.ones_like(x)
+    total, sum_q, sum_x = (_sum(a, one, importance) for a in (one, codes, x))
+    sum_qq, sum_qx = _sum(codes, codes, importance), _sum(codes, x, importance)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        scale = (total * sum_qx - sum_q * sum_x) / (total * sum_qq - sum_q**2)
+        low = (sum_x - scale * sum_q) / total
+        if np.isfinite(highest):
+            held = low > highest
+            scale = np.where(held, (sum_qx - highest * sum_q) / sum_qq, scale)
+            low = np.where(held, highest, low)
+    usable = np.isfinite(scale) & np.isfinite(low) & (scale > 0)
+    return np.where(usable, scale, scales).astype(np.float32), np.where(usable, low, mins).astype(np.float32)
+
+
+def weighted_error(x: np.ndarray, decoded: np.ndarray, importance: np.ndarray | None) -> np.ndarray:
+    """Σ importance * (x - decoded)² of each block: (n, 1) in float64."""
+    error = x - decoded
+    return _sum(error, error, importance)
+
+
+def _sum(a: np.ndarray, b: np.ndarray, importance: np.ndarray | None) -> np.ndarray:
+    """Σ importance * a * b of each block: (n, 1) in float64, the same at any number of threads."""
+    a, b = a.astype(np.float64), b.astype(np.float64)
+    return np.einsum("nb,nb->n", a if importance is None else a * importance, b)[:, None]
 
 
 def importance_of(activations: np.ndarray) -> np.ndarray:
     """What an error in each input column costs: the mean square of calibration activations (…, I) -> (I,) float32."""
     flat = activations.reshape(-1, activations.shape[-1]).astype(np.float64)
     return np.mean(flat * flat, axis=0).astype(np.float32)
+
+
+def reciprocal(scales: np.ndarray) -> np.ndarray:
+    """1 / scale, and 0 for a scale of 0 or one so small that its reciprocal is infinite: such a block is all zeros."""
+    with np.errstate(divide="ignore", over="ignore"):
+        inverse = np.float32(1) / scales
+    return np.where(np.isfinite(inverse), inverse, np.float32(0))
