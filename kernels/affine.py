@@ -137,6 +137,12 @@ def quantize(x: np.ndarray, encoding: Encoding, rounding: Rounding = "away") -> 
     return codes.astype(np.int32).reshape(x.shape)
 
 
+def integers(x: np.ndarray, encoding: Encoding, rounding: Rounding = "away") -> np.ndarray:
+    """The codes of x with the offset added, int32: what an exact product multiplies. 0 stands for 0."""
+    codes, _, offset = _codes(x, encoding, rounding)
+    return (codes + offset).astype(np.int32).reshape(x.shape)
+
+
 def dequantize(codes: np.ndarray, encoding: Encoding) -> np.ndarray:
     """The float32 values that codes stand for."""
     scale, offset = _grid(codes, encoding)
@@ -153,7 +159,8 @@ def _codes(x: np.ndarray, encoding: Encoding, rounding: Rounding) -> tuple[np.nd
     """The codes as float32, and scale and offset as they broadcast to them."""
     scale, offset = _grid(x, encoding)
     last = 2**encoding.bits - 1
-    v = _blocked(x, encoding).astype(np.float32, copy=False) / scale
+    with np.errstate(over="ignore"):  # infinity is clipped like any other
+        v = _blocked(x, encoding).astype(np.float32, copy=False) / scale
     if rounding == "even":
         code = np.rint(v) - offset
     else:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from kernels.ops import DTYPES, NumPyOps
+from refimpl import backends
 from refimpl.cache import KVCache, no_cache
 from refimpl.config import Config, read_config, read_json
 from refimpl.decoder import Decoder
@@ -20,13 +21,17 @@ from refimpl.trace import Tap, Trace, feeding, recording, silent
 from refimpl.weights import Weights, read_checkpoint, resolve
 
 if TYPE_CHECKING:
+    from kernels.affine import Rounding
+    from refimpl.encodings import Encodings
     from refimpl.tokenizer import Tokenizer
 
 EMBEDDED = Path(__file__).parent / "embedded"
 
 
-def load(path: str | Path | None = None) -> Model:
+def load(path: str | Path | None = None, backend: str | None = None) -> Model:
     """The model in a Hugging Face style folder; without a path, the small trained Baichuan2 of this package.
+
+    `backend`: see `Model.with_backend`.
 
     Weights are mapped, not read: a 15 GB checkpoint opens at once and takes the memory of what is used.
     Raises InputError, in one line, for whatever is missing, damaged or not understood.
@@ -35,14 +40,16 @@ def load(path: str | Path | None = None) -> Model:
     if not folder.is_dir():
         raise InputError(f"{folder} is not a folder; expected one with config.json and weights")
     config = read_config(folder)
-    return Model(config, resolve(config, read_checkpoint(folder)), folder)
+    return Model(config, resolve(config, read_checkpoint(folder)), folder, backend)
 
 
 class Model:
     """A config and weights, and the one forward over them. Immutable; `quantize` gives another model."""
 
-    def __init__(self, config: Config, weights: Weights, folder: Path | None = None):
+    def __init__(self, config: Config, weights: Weights, folder: Path | None = None, backend: str | None = None):
         self.config, self.weights, self.folder = config, weights, folder
+        self.asked_backend = backend
+        self.backend = backends.choose(backend, weights)
 
     def __repr__(self) -> str:
         c = self.config
@@ -102,8 +109,8 @@ class Model:
             mask = cache.extend_mask(attention_mask, tokens)
 
         cos, sin = self.position_tables(token_positions(mask)[:, past:], ops.wide)
-        bias = attention_bias(self.config, mask, tokens, ops.wide)
-        logits = Decoder(self.config, self.weights, ops, tap, cache or no_cache)(ids, cos, sin, bias)
+        bias = self.attention_bias(mask, tokens, ops.wide)
+        logits = self.decoder(ops, tap, cache)(ids, cos, sin, bias)
         if cache is not None:
             cache.advance(tokens)
         return logits
@@ -112,13 +119,28 @@ class Model:
         """The operations at a number format. Raises InputError for one that is not known."""
         if dtype not in DTYPES:
             raise InputError(f"dtype is {dtype!r}, expected one of {', '.join(DTYPES)}")
-        return NumPyOps(DTYPES[dtype])
+        return backends.ops(self.backend, dtype)
+
+    def with_backend(self, backend: str) -> Model:
+        """This model computed by "numpy" or by "numba", which is faster where weights are large (float32 only).
+
+        Without this, REFIMPL_BACKEND says which; without that, Numba computes where it helps: see `refimpl.backends`.
+        """
+        return Model(self.config, self.weights, self.folder, backend)
 
     def position_tables(self, positions: np.ndarray, dtype) -> tuple[np.ndarray, np.ndarray] | tuple[None, None]:
         """cos and sin for positions (B, T), (B, 1, T, D/2) each; none for ALiBi, which works on the scores."""
         if self.config.rope_theta is None:
             return None, None
         return rope_tables(positions, self.config.head_dim, self.config.rope_theta, dtype)
+
+    def attention_bias(self, mask: np.ndarray, tokens: int, dtype) -> np.ndarray:
+        """What is added to the scores of the last `tokens` positions under a mask (B, S)."""
+        return attention_bias(self.config, mask, tokens, dtype)
+
+    def decoder(self, ops: NumPyOps, tap: Tap, cache: KVCache | None) -> Decoder:
+        """The forward of this model with `ops`; `tap` sees each tensor as it goes on."""
+        return Decoder(self.config, self.weights, ops, tap, cache or no_cache)
 
     def new_cache(self, batch: int = 1, capacity: int | None = None) -> KVCache:
         """An empty cache for `batch` sequences of up to `capacity` tokens (the model's context if not given)."""
@@ -151,7 +173,18 @@ class Model:
         """This model with its matrices in 4-bit blocks (see `refimpl.quantize`); `keep`: globs on module names."""
         from refimpl.quantize import quantize_weights
 
-        return Model(self.config, quantize_weights(self.weights, scheme, block_size, keep), self.folder)
+        weights = quantize_weights(self.weights, scheme, block_size, keep)
+        return Model(self.config, weights, self.folder, self.asked_backend)
+
+    def simulate(self, encodings: Encodings, rounding: Rounding = "away", integer: bool = False) -> Model:
+        """This model as a quantized device computes it (see `refimpl.simulate`).
+
+        `rounding`: "away", AIMET's, or "even", that of ONNX. `integer` sums the products of codes exactly.
+        Raises InputError for encodings of another model.
+        """
+        from refimpl.simulate import SimulatedModel
+
+        return SimulatedModel(self, encodings, rounding, integer)
 
     @cached_property
     def tokenizer(self) -> Tokenizer:

@@ -51,6 +51,11 @@ class Weight:
             self._kept[dtype] = self._convert(self.array, dtype)
         return self._kept[dtype][rows]
 
+    @property
+    def in_place(self) -> tuple[np.ndarray, np.ndarray | None]:
+        """The array, and the lengths (O, 1) float32 that its rows are divided by as they are read, or None."""
+        return self.array, None
+
     def _convert(self, values: np.ndarray, dtype: np.dtype) -> np.ndarray:
         return values.astype(dtype, copy=False)
 
@@ -67,11 +72,24 @@ class NormHead(Weight):
     official code makes such a row NaN, because 1e-12 is zero there; here it stays zero.)
     """
 
+    @property
+    def in_place(self):
+        return self.array, self._lengths_float32
+
+    @cached_property
+    def _lengths_float32(self) -> np.ndarray:
+        step = max(1, KEEP_ELEMENTS // self.shape[1])
+        tiles = [self.array[i : i + step].astype(np.float32) for i in range(0, self.shape[0], step)]
+        return np.concatenate([self._lengths(tile, tile.dtype) for tile in tiles])
+
+    def _lengths(self, wide: np.ndarray, dtype: np.dtype) -> np.ndarray:
+        length = np.sqrt((wide * wide).sum(-1, keepdims=True)).astype(dtype).astype(wide.dtype)
+        return np.maximum(length, 1e-12)
+
     def _convert(self, values, dtype):
         values = super()._convert(values, dtype)
         wide = values if dtype == np.float64 else values.astype(np.float32)
-        length = np.sqrt((wide * wide).sum(-1, keepdims=True)).astype(dtype).astype(wide.dtype)
-        return (wide / np.maximum(length, 1e-12)).astype(dtype, copy=False)
+        return (wide / self._lengths(wide, dtype)).astype(dtype, copy=False)
 
 
 class Weights(Mapping[str, Any]):

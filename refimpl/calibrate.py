@@ -1,0 +1,183 @@
+"""What range each tensor takes on a text: one pass, bounded memory, and from it the grids of the recipe.
+
+Three ways to choose the range of a tensor:
+
+    minmax       all that was seen: nothing is clipped
+    percentile   a share of the values at either end is clipped, so that an outlier does not widen every step
+    mse          the range whose expected squared error is least: clipping at its ends, step² / 12 inside
+
+The latter two need a histogram. Its bins are 2^k wide and as many as BINS at most; a value beyond them doubles the
+width, by adding neighbours up. So no second pass is needed, and every count stays exact.
+
+>>> seen = Seen()
+>>> seen.add(np.array([0.5, -0.25, 0.75]))
+>>> seen.add(np.array([3.0]))
+>>> seen.low, seen.high, seen.count
+(-0.25, 3.0, 4)
+>>> seen.percentile(75.0)
+(0.5, 0.75...)
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+from tqdm import tqdm
+
+from kernels.affine import Encoding, from_range
+from refimpl.encodings import Encodings, Recipe
+from refimpl.errors import InputError
+from refimpl.names import taps
+from refimpl.trace import Tap, silent
+
+if TYPE_CHECKING:
+    from refimpl.model import Model
+
+BINS = 4096
+METHODS = ("minmax", "percentile", "mse")
+
+
+@dataclass
+class Seen:
+    """The values of one tensor so far: `low`, `high`, `count`, and a histogram.
+
+    `counts[i]` values lie in [(first + i) * width, (first + i + 1) * width).
+    """
+
+    low: float = math.inf
+    high: float = -math.inf
+    count: int = 0
+    width: float = 0.0
+    first: int = 0
+    counts: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
+
+    def add(self, x: np.ndarray, histogram: bool = True) -> None:
+        """Takes in an array of any shape. Raises InputError for NaN and infinity."""
+        low, high = float(x.min()), float(x.max())
+        if not math.isfinite(low) or not math.isfinite(high):
+            raise InputError("NaN or infinity was computed; a range cannot hold it")
+        self.low, self.high, self.count = min(self.low, low), max(self.high, high), self.count + x.size
+        if histogram:
+            self._make_room()
+            at = np.floor(x.reshape(-1) / self.width).astype(np.int64) - self.first
+            self.counts += np.bincount(at, minlength=len(self.counts))
+
+    def _make_room(self) -> None:
+        """Widens the bins until `low` and `high` are within BINS of them."""
+        width = self.width or 2.0 ** math.floor(math.log2(max(self.high - self.low, 1e-30) / BINS))
+        while math.floor(self.high / width) - math.floor(self.low / width) >= BINS:
+            width *= 2
+        first, last = math.floor(self.low / width), math.floor(self.high / width)
+        counts = np.zeros(last - first + 1, np.int64)
+        if self.width:
+            old = (self.first + np.arange(len(self.counts))) // round(width / self.width)
+            np.add.at(counts, old - first, self.counts)
+        self.width, self.first, self.counts = width, first, counts
+
+    @property
+    def centers(self) -> np.ndarray:
+        """The middle of each bin, float64."""
+        return (self.first + np.arange(len(self.counts)) + 0.5) * self.width
+
+    def percentile(self, percent: float) -> tuple[float, float]:
+        """The range without the (100 - percent) % at each end, to the width of a bin."""
+        tail = self.count * (1 - percent / 100)
+        below, edges = np.cumsum(self.counts), (self.first + np.arange(len(self.counts) + 1)) * self.width
+        start = int(np.searchsorted(below, tail, side="right"))
+        stop = int(np.searchsorted(below, self.count - tail, side="left")) + 1
+        return max(self.low, float(edges[start])), min(self.high, float(edges[min(stop, len(edges) - 1)]))
+
+    def least_squares(self, bits: int, symmetric: bool) -> tuple[float, float]:
+        """The range within [low, high] whose grid of `bits` has the least expected squared error.
+
+        Both ends are tried at every 64th of the way to 0.
+        """
+        centers, shares = self.centers, self.counts / self.count
+        ends = np.arange(1, 65) / 64
+        best, least = (self.low, self.high), math.inf
+        bottoms, tops = (np.unique(np.append(ends * e, e)) for e in (min(self.low, 0.0), max(self.high, 0.0)))
+        # squared distance to either end, for each candidate; the two are independent of each other
+        cut_low = [float(shares @ np.minimum(centers - max(b, self.low), 0.0) ** 2) if b else 0.0 for b in bottoms]
+        cut_high = [float(shares @ np.maximum(centers - min(t, self.high), 0.0) ** 2) if t else 0.0 for t in tops]
+        for bottom, under in zip(bottoms, cut_low, strict=True):
+            for top, over in zip(tops, cut_high, strict=True):
+                step = max((top - bottom) / (2**bits - 1), top / (2 ** (bits - 1) - 1) if symmetric else 0.0,
+                           -bottom / 2 ** (bits - 1) if symmetric else 0.0)  # fmt: skip
+                error = under + over + step * step / 12
+                if error < least:
+                    best, least = (float(bottom), float(top)), error
+        return best
+
+    def range(self, method: str, bits: int, symmetric: bool, percent: float) -> tuple[float, float]:
+        """The range by one of METHODS."""
+        if method == "percentile":
+            return self.percentile(percent)
+        return self.least_squares(bits, symmetric) if method == "mse" else (self.low, self.high)
+
+
+def observing(seen: dict[str, Seen], histogram: bool, then: Tap = silent) -> Tap:
+    """Takes note of each tensor's values and passes it on."""
+
+    def tap(name, x):
+        try:
+            seen.setdefault(name, Seen()).add(x, histogram)
+        except InputError as error:
+            raise InputError(f"{name}: {error}") from None
+        return then(name, x)
+
+    return tap
+
+
+def observe(model: Model, ids, window: int | None = None, dtype: str = "float32", histogram: bool = True):
+    """What every tap takes on over a text or its ids: name -> Seen, from one pass window by window.
+
+    Windows do not overlap and are as long as the context unless `window` says less. Memory holds one of them.
+    Raises InputError for ids outside the vocabulary, and if NaN or infinity is computed.
+    """
+    ids = model.token_ids(ids)[0]
+    size = min(window or len(ids), model.config.max_position_embeddings)
+    if size < 1:
+        raise InputError(f"window is {window}, expected a positive number of tokens")
+    seen: dict[str, Seen] = {}
+    for start in tqdm(range(0, len(ids), size), "calibrating", unit="window", disable=None, leave=False):
+        model.forward(ids[start : start + size], dtype, None, None, observing(seen, histogram))
+    return seen
+
+
+def encode(
+    model: Model, seen: Mapping[str, Seen], recipe: Recipe | None = None, method: str = "minmax", percent: float = 99.99
+) -> Encodings:
+    """The grids that the recipe gives a model for what was seen. Weights are covered whole, whatever the method.
+
+    Raises InputError for an unknown method, and where the recipe does not fit the model.
+    """
+    recipe, config = recipe or Recipe(), model.config
+    if method not in METHODS:
+        raise InputError(f"the method is {method!r}, expected one of {', '.join(METHODS)}")
+    if not 50 < percent <= 100:
+        raise InputError(f"the percentile is {percent:g}, expected more than 50 and at most 100")
+    activations: dict[str, Encoding] = recipe.inputs(config)
+    for name in taps(config):
+        grid = recipe.activation(config, name)
+        if grid is not None:
+            low, high = grid.fixed or seen[name].range(method, grid.bits, grid.symmetric, percent)
+            activations[name] = from_range(low, high, grid.bits, grid.symmetric)
+    return Encodings(activations, recipe.parameters(config, model.weights))
+
+
+def calibrate(
+    model: Model,
+    ids,
+    recipe: Recipe | None = None,
+    method: str = "minmax",
+    percent: float = 99.99,
+    window: int | None = None,
+    dtype: str = "float32",
+) -> Encodings:
+    """The encodings of a model from a text or its ids: `observe`, then `encode`."""
+    seen = observe(model, ids, window, dtype, histogram=method != "minmax")
+    return encode(model, seen, recipe, method, percent)
