@@ -70,6 +70,8 @@ class NumPyOps:
 
         The weight is read tile by tile, so that a 16-bit matrix is never converted as a whole.
         """
+        if hasattr(weight, "linear"):  # a format that quantizes the input as well
+            return weight.linear(x, None if bias is None else bias.read(self.dtype))
         out_features, in_features = weight.shape
         wide = self.upcast(x).reshape(-1, in_features)
         out = np.empty((len(wide), out_features), self.wide)

@@ -39,6 +39,7 @@ class Config:
     bos_token_id: int | None = 1
     eos_token_id: int | None = 2
     torch_dtype: str = "float32"
+    quantized: bool = False  # bitsandbytes has quantized the layers' matrices; each says how
     # Facts of the official code that no key of config.json states.
     qkv_packed: bool = True  # one matrix W_pack instead of q_proj, k_proj, v_proj
     qkv_bias: bool = False
@@ -109,7 +110,6 @@ _ONLY: dict[str, tuple] = {
     "use_sliding_window": (False, None),
     "attention_bias": (False, None),
     "mlp_bias": (False, None),
-    "quantization_config": (None,),
 }
 
 
@@ -147,6 +147,7 @@ def config_from_keys(keys: Mapping[str, Any]) -> Config:
         value = keys.pop(key, None)
         if value not in allowed:
             raise InputError(f"{key} is {value!r}, expected {allowed[0]!r}; this would change the numbers")
+    keys["quantized"] = _quantized(keys.pop("quantization_config", None))
     keys.pop("sliding_window", None)  # without use_sliding_window it does nothing
     if any(kind != "full_attention" for kind in keys.pop("layer_types", None) or ()):
         raise InputError("layer_types has layers without full attention; this would change the numbers")
@@ -162,6 +163,22 @@ def config_from_keys(keys: Mapping[str, Any]) -> Config:
     if family.startswith("Baichuan"):
         values.pop("rope_theta", None)  # hard-coded in the official code, whatever config.json says
     return Config(family=family, **{**values, **FAMILIES[family]})
+
+
+def _quantized(keys: Any) -> bool:
+    """Whether the checkpoint is one of bitsandbytes, by its `quantization_config`; InputError for any other."""
+    if keys is None:
+        return False
+    known = isinstance(keys, dict) and keys.get("quant_method", "bitsandbytes") == "bitsandbytes"
+    if (
+        not known
+        or keys.get("llm_int8_threshold", 6.0) != 6.0
+        or not (keys.get("load_in_4bit") or keys.get("load_in_8bit"))
+    ):
+        raise InputError(
+            "quantization_config is not of bitsandbytes with a threshold of 6.0; this would change the numbers"
+        )
+    return True
 
 
 def _family(keys: Mapping[str, Any]) -> str:

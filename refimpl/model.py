@@ -169,8 +169,12 @@ class Model:
 
         return generate(self, ids, **options)
 
-    def quantize(self, scheme: str = "int4", block_size: int = 32, keep: Sequence[str] = ()) -> Model:
-        """This model with its matrices in 4-bit blocks (see `refimpl.quantize`); `keep`: globs on module names."""
+    def quantize(self, scheme: str = "int4", block_size: int | None = None, keep: Sequence[str] = ()) -> Model:
+        """This model with its matrices in blocks of a format (see `refimpl.quantize`); `keep`: globs on module names.
+
+        "int4"; "nf4" and "int8", which are the official `quantize(4)` and `quantize(8)`; or another of the table in
+        `kernels/formats.py`. `block_size`: the format's own if not given.
+        """
         from refimpl.quantize import quantize_weights
 
         weights = quantize_weights(self.weights, scheme, block_size, keep)

@@ -16,6 +16,8 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from kernels import formats, int8
+from refimpl.bitsandbytes import split
 from refimpl.config import Config, read_json
 from refimpl.errors import InputError, at_most
 from refimpl.torch_files import map_torch
@@ -92,6 +94,33 @@ class NormHead(Weight):
         return (wide / self._lengths(wide, dtype)).astype(dtype, copy=False)
 
 
+@dataclass(frozen=True, eq=False)
+class QuantizedWeight:
+    """A matrix in blocks of a number format. It reads like any other: as the values that the blocks stand for."""
+
+    blocks: formats.Blocks
+    rounded: np.dtype | None = None  # what they are rounded to: bitsandbytes reads a matrix back in its own format
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.blocks.shape
+
+    def read(self, dtype: np.dtype, rows: slice | np.ndarray = slice(None)) -> np.ndarray:
+        """The dequantized values of these rows: float32 by definition of the format, then converted to `dtype`."""
+        values = formats.dequantize(self.blocks, rows)
+        if self.rounded is not None:
+            values = values.astype(self.rounded, copy=False)
+        return values.astype(dtype, copy=False)
+
+
+class Int8Weight(QuantizedWeight):
+    """A matrix of LLM.int8, which quantizes what it is multiplied with, too. It reads as its own values alone."""
+
+    def linear(self, x: np.ndarray, bias: np.ndarray | None) -> np.ndarray:
+        """x (..., I) @ weight.T + bias -> (..., O) in the format of x, outliers of 6.0 and more apart."""
+        return int8.linear(x, self.blocks.packed, self.blocks.scales, bias=bias)
+
+
 class Weights(Mapping[str, Any]):
     """Parameter name -> what `ops` reads. Immutable; `replace` makes another with some entries changed."""
 
@@ -134,7 +163,7 @@ def expected_shapes(config: Config) -> dict[str, tuple[int, ...]]:
 
 
 def resolve(config: Config, tensors: Mapping[str, Any]) -> Weights:
-    """What the decoder reads, from a checkpoint's tensors.
+    """What the decoder reads, from a checkpoint's tensors; matrices that bitsandbytes has quantized stay so.
 
     Raises InputError for missing, unknown and wrongly shaped tensors, and for formats that are not floating point.
     """
@@ -142,19 +171,31 @@ def resolve(config: Config, tensors: Mapping[str, Any]) -> Weights:
     tensors = {name: array for name, array in tensors.items() if not name.endswith(".rotary_emb.inv_freq")}
     if config.tie_word_embeddings:
         tensors.pop("lm_head.weight", None)
+    tensors, quantized = split(tensors)
+    entries: dict[str, Any] = {
+        name: (Int8Weight if blocks.format == "int8" else QuantizedWeight)(blocks, dtype)
+        for name, (blocks, dtype) in quantized.items()
+    }
     shapes = expected_shapes(config)
-    missing, unknown = [n for n in shapes if n not in tensors], [n for n in tensors if n not in shapes]
+    known = {*tensors, *entries}
+    missing, unknown = [n for n in shapes if n not in known], sorted(known - set(shapes))
     if missing or unknown:
         said = [f"lacks {at_most(missing, 3)}"] * bool(missing) + [f"has unknown {at_most(unknown, 3)}"] * bool(unknown)
         raise InputError(f"the checkpoint {' and '.join(said)}; config.json describes a {config.family}")
     for name, shape in shapes.items():
-        if not isinstance(tensors[name], np.ndarray):
-            raise InputError(f"{name} is a {type(tensors[name]).__name__}, expected a tensor of shape {shape}")
-        if tensors[name].shape != shape:
-            raise InputError(f"{name} has shape {tensors[name].shape}, config.json ({config.family}) says {shape}")
-        if tensors[name].dtype not in (np.float64, np.float32, np.float16, ml_dtypes.bfloat16):
-            raise InputError(f"{name} is {tensors[name].dtype}, expected float32, float16 or bfloat16")
-    entries = {name: Weight(tensors[name]) for name in shapes}
+        found: Any = tensors.get(name, entries.get(name))
+        if not hasattr(found, "shape"):
+            raise InputError(f"{name} is a {type(found).__name__}, expected a tensor of shape {shape}")
+        if found.shape != shape:
+            raise InputError(f"{name} has shape {found.shape}, config.json ({config.family}) says {shape}")
+        if name in tensors:
+            if found.dtype not in (np.float64, np.float32, np.float16, ml_dtypes.bfloat16):
+                raise InputError(f"{name} is {found.dtype}, expected float32, float16 or bfloat16")
+            entries[name] = Weight(found)
+        elif not name.startswith("model.layers."):
+            raise InputError(f"{name} is quantized, expected the matrices of the layers alone to be")
+    if config.quantized and not quantized:
+        raise InputError("config.json has a quantization_config, but no matrix is quantized; remove it, or quantize()")
     head = entries["model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"]
     return Weights({**entries, "lm_head.weight": NormHead(head.array) if config.norm_head else head})
 
