@@ -55,7 +55,7 @@ class Weight:
 
     @property
     def in_place(self) -> tuple[np.ndarray, np.ndarray | None]:
-        """The array, and the lengths (O, 1) float32 that its rows are divided by as they are read, or None."""
+        """The array, and the lengths (O,) float32 that its rows are divided by as they are read, or None."""
         return self.array, None
 
     def _convert(self, values: np.ndarray, dtype: np.dtype) -> np.ndarray:
@@ -82,7 +82,7 @@ class NormHead(Weight):
     def _lengths_float32(self) -> np.ndarray:
         step = max(1, KEEP_ELEMENTS // self.shape[1])
         tiles = [self.array[i : i + step].astype(np.float32) for i in range(0, self.shape[0], step)]
-        return np.concatenate([self._lengths(tile, tile.dtype) for tile in tiles])
+        return np.concatenate([self._lengths(tile, tile.dtype)[:, 0] for tile in tiles])
 
     def _lengths(self, wide: np.ndarray, dtype: np.dtype) -> np.ndarray:
         length = np.sqrt((wide * wide).sum(-1, keepdims=True)).astype(dtype).astype(wide.dtype)

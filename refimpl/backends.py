@@ -1,0 +1,45 @@
+"""Who computes a model: NumPy, which says what each operation means, or Numba, at the speed of memory.
+
+NumPy computes every number format. Numba computes float32; for the others, it too leaves the work to NumPy.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from kernels.ops import DTYPES, NumPyOps
+from refimpl.errors import InputError
+
+NAMES = ("numpy", "numba")
+# Below so many weights, importing Numba and its kernels (about a second) costs more than they save.
+LARGE = 1 << 26
+
+
+def choose(asked: str | None, weights: Mapping[str, Any]) -> str:
+    """The backend that is asked for, else that of REFIMPL_BACKEND, else the one that suits the weights.
+
+    Numba suits large matrices that NumPy must convert to float32 for every token: 4-bit blocks and 16-bit formats.
+    Raises InputError for a name that is not known.
+    """
+    name = asked or os.environ.get("REFIMPL_BACKEND")
+    if name:
+        if name not in NAMES:
+            raise InputError(f"the backend is {name!r}, expected one of {', '.join(NAMES)}")
+        return name
+    matrices = [w for n, w in weights.items() if len(w.shape) == 2 and n != "model.embed_tokens.weight"]
+    narrow = (w for w in matrices if hasattr(w, "blocks") or np.dtype(w.dtype).itemsize == 2)
+    return "numba" if sum(math.prod(w.shape) for w in narrow) >= LARGE else "numpy"
+
+
+def ops(backend: str, dtype: str) -> NumPyOps:
+    """The operations at a number format. Numba is imported here, when it is needed."""
+    if backend == "numba" and dtype == "float32":
+        from kernels.fast import NumbaOps
+
+        return NumbaOps()
+    return NumPyOps(DTYPES[dtype])

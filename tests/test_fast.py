@@ -1,0 +1,196 @@
+"""Fast kernels against their NumPy twin, within bounds derived from how they sum; among themselves, to the bit."""
+
+import os
+import subprocess
+import sys
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+import refimpl
+from kernels import formats
+from kernels.fast import NumbaOps, stored
+from kernels.ops import NumPyOps
+from refimpl import InputError
+from refimpl.quantize import QuantizedWeight
+from refimpl.weights import NormHead, Weight
+
+UNIT = 2.0**-24
+ROWS = [1, 2, 3, 5, 7, 31, 33, 127, 129]
+KINDS = ["int4", "bfloat16", "float16", "float32"]
+IDS = [5, 17, 9, 3, 80, 44, 2, 61, 9, 9, 33, 20]
+
+
+def matrix(kind: str, rows: int, columns: int, seed: int = 0):
+    """A weight that reads as any other, and its exact values."""
+    values = np.random.default_rng(seed).standard_normal((rows, columns)).astype(np.float32)
+    if kind == "int4":
+        blocks = formats.quantize(values, "int4", 32)
+        scales = np.repeat(blocks.scales, 32, axis=1).astype(np.float64)
+        return QuantizedWeight(blocks), blocks.codes * scales
+    array = values.astype(getattr(ml_dtypes, kind, kind))
+    return Weight(array), array.astype(np.float64)
+
+
+def activations(tokens: int, columns: int) -> np.ndarray:
+    """Of very different sizes, as activations are."""
+    rng = np.random.default_rng(1)
+    return (rng.standard_normal((tokens, columns)) * np.exp2(rng.integers(-6, 7, columns))).astype(np.float32)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("columns", [32, 96, 128, 384, 1056])
+def test_products_keep_their_bound(kind, columns):
+    for rows in ROWS:
+        weight, exact = matrix(kind, rows, columns)
+        for tokens in (1, 2, 6, 7, 13):
+            x = activations(tokens, columns)
+            found = NumbaOps().linear(x, weight)
+            assert found.shape == (tokens, rows) and found.dtype == np.float32
+            n = 8 + -(-columns // 128) + 4 if kind == "int4" else -(-columns // 16) + 4
+            bound = n * UNIT / (1 - n * UNIT) * (np.abs(x).astype(np.float64) @ np.abs(exact).T)
+            assert (np.abs(found - x.astype(np.float64) @ exact.T) <= bound).all(), (rows, tokens)
+            twin = NumPyOps("float32").linear(x, weight)
+            # The twin adds in an order of its own, which at worst is one after the other, and rounds code * scale.
+            m = columns + 1
+            assert (np.abs(found - twin) <= bound * (1 + m / n)).all(), (rows, tokens)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_prompt_in_pieces_is_the_prompt_at_once_to_the_bit(kind):
+    weight, _ = matrix(kind, 33, 224)
+    x = activations(13, 224)
+    whole = NumbaOps().linear(x, weight)
+    for start, stop in ((0, 1), (3, 5), (5, 12), (12, 13)):
+        assert np.array_equal(NumbaOps().linear(x[start:stop], weight), whole[start:stop])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_machines_without_special_instructions_give_the_same_bits(kind):
+    weight, _ = matrix(kind, 127, 384)
+    for tokens in (1, 7):
+        x = activations(tokens, 384)
+        assert np.array_equal(NumbaOps(portable=True).linear(x, weight), NumbaOps(portable=False).linear(x, weight))
+
+
+def test_every_number_of_every_format_is_read_exactly():
+    """All bit patterns of float16 and bfloat16, and all codes, times 1: both paths give the number itself."""
+    patterns = np.arange(65536, dtype=np.uint16).reshape(-1, 1)
+    one = np.zeros((1, 16), np.float32)
+    one[0, 0] = 1
+    for dtype in (np.float16, ml_dtypes.bfloat16):
+        values = np.zeros((65536, 16), dtype)
+        values[:, :1] = patterns.view(dtype)
+        finite = np.isfinite(values[:, 0].astype(np.float32))
+        for portable in (True, False):
+            found = NumbaOps(portable).linear(one, Weight(values))[0]
+            assert np.array_equal(found[finite], values[finite, 0].astype(np.float32))
+            assert np.array_equal(np.isnan(found), np.isnan(values[:, 0].astype(np.float32)))
+    codes = np.tile(np.arange(-8, 8, dtype=np.int8), (128, 8))
+    packed = formats.FORMATS["int4"].module.pack(codes)
+    weight = QuantizedWeight(formats.Blocks("int4", (128, 128), 32, 1, packed, np.ones((128, 4), np.float32)))
+    for portable in (True, False):
+        assert np.array_equal(NumbaOps(portable).linear(np.eye(128, dtype=np.float32), weight).T, codes)
+
+
+PROGRAM = """
+import hashlib, sys
+sys.path.insert(0, {tests!r})
+import numba, numpy as np
+from test_fast import KINDS, activations, matrix
+from kernels.fast import NumbaOps
+numba.set_num_threads({threads})
+digest = hashlib.sha256()
+for kind in KINDS:
+    weight, _ = matrix(kind, 129, 384)
+    for tokens in (1, 13):
+        digest.update(NumbaOps().linear(activations(tokens, 384), weight).tobytes())
+print(digest.hexdigest())
+"""
+
+
+def digest(threads: int, **environment: str) -> str:
+    program = PROGRAM.format(tests=os.path.dirname(__file__), threads=threads)
+    run = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, env={**os.environ, **environment}
+    )
+    assert run.returncode == 0, run.stderr
+    return run.stdout
+
+
+def test_the_number_of_threads_changes_no_bit():
+    assert len({digest(threads, NUMBA_NUM_THREADS="4") for threads in (1, 2, 3, 4)}) == 1
+
+
+def test_norm_head_divides_by_the_lengths_of_rows():
+    array = np.random.default_rng(3).standard_normal((33, 64)).astype(ml_dtypes.bfloat16)
+    array[7] = 0
+    x = activations(3, 64)
+    found, twin = NumbaOps().linear(x, NormHead(array)), NumPyOps("float32").linear(x, NormHead(array))
+    values = NormHead(array).read(np.dtype(np.float64))
+    bound = (64 + 8) * UNIT * (np.abs(x).astype(np.float64) @ np.abs(values).T)
+    assert (found[:, 7] == 0).all() and (np.abs(found - twin) <= 2 * bound).all()
+
+
+@pytest.mark.parametrize(
+    "blocks",
+    [
+        formats.quantize(np.ones((4, 64), np.float32), "int4", 16),
+        formats.quantize(np.ones((4, 64), np.float32), "int4", 32, symmetric=False),
+        formats.quantize(np.ones((4, 64), np.float32), "int4", 2, axis=0),
+        formats.quantize(np.ones((4, 64), np.float32), "nf4", 64),
+    ],
+    ids=repr,
+)
+def test_what_no_kernel_reads_goes_through_numpy(blocks):
+    x = activations(3, 64)
+    weight = QuantizedWeight(blocks)
+    assert stored(weight) is None
+    assert np.array_equal(NumbaOps().linear(x, weight), NumPyOps("float32").linear(x, weight))
+
+
+def test_larger_blocks_repeat_their_scales():
+    blocks = formats.quantize(np.random.default_rng(0).standard_normal((5, 256)).astype(np.float32), "int4", 64)
+    x = activations(2, 256)
+    found, twin = (ops.linear(x, QuantizedWeight(blocks)) for ops in (NumbaOps(), NumPyOps("float32")))
+    assert stored(QuantizedWeight(blocks)).scales.shape == (5, 8)
+    assert np.abs(found - twin).max() < 1e-5 * np.abs(twin).max()
+
+
+def test_weights_are_read_where_they_are():
+    """No copy of what is mapped: not of arrays that may not be written, nor of such at an odd address."""
+    raw = np.zeros(4 * 128 * 2 + 1, np.uint8)[1:]
+    array = raw.view(np.float16).reshape(4, 128)
+    array[:] = 1
+    array.flags.writeable = False
+    weight = Weight(array)
+    assert np.shares_memory(stored(weight).weights, raw)
+    assert (NumbaOps().linear(np.ones((1, 128), np.float32), weight) == 128).all()
+    blocks, _ = matrix("int4", 4, 128)
+    assert np.shares_memory(stored(blocks).weights, blocks.blocks.packed)
+
+
+@pytest.mark.parametrize("scheme", [None, "int4"])
+def test_a_model_gives_what_numpy_gives(family, tiny_model, scheme):
+    model = tiny_model(family) if scheme is None else tiny_model(family).quantize(scheme)
+    slow, fast = model.with_backend("numpy"), model.with_backend("numba")
+    exact = slow(IDS, "float64")
+    assert np.abs(fast(IDS) - exact).max() < 2e-5 * np.abs(exact).max()
+    assert not np.array_equal(fast(IDS), slow(IDS)), "both are the same code"
+    assert np.array_equal(fast(IDS, "float64"), exact)
+    assert np.array_equal(fast(IDS, "bfloat16"), slow(IDS, "bfloat16"))
+
+
+def test_who_computes(tiny_model, monkeypatch):
+    monkeypatch.delenv("REFIMPL_BACKEND", raising=False)
+    model = tiny_model("Baichuan2-7B")
+    assert model.backend == model.quantize().backend == "numpy", "small models are not worth the import"
+    monkeypatch.setattr("refimpl.backends.LARGE", 1000)
+    assert model.backend == "numpy"
+    assert model.quantize().backend == "numba"
+    assert model.with_backend("numpy").quantize().backend == "numpy"
+    monkeypatch.setenv("REFIMPL_BACKEND", "numba")
+    assert refimpl.Model(model.config, model.weights).backend == "numba"
+    with pytest.raises(InputError, match="the backend is 'cuda', expected one of numpy, numba"):
+        model.with_backend("cuda")

@@ -1,0 +1,54 @@
+"""The goldens in the repository: the model agrees with every one, and they are what they say."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import golden
+import refimpl
+from golden.bundle import sha256
+
+DATA = Path(golden.__file__).parent / "data"
+NAMES = sorted(path.name for path in DATA.iterdir())
+
+
+def parts(name):
+    """The checkpoint and the golden of a name; the embedded model's weights are in the package."""
+    if name == "embedded":
+        return refimpl.model.EMBEDDED, DATA / name
+    return DATA / name / "model", DATA / name / "golden"
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("dtype", [None, "float32"])
+def test_the_model_agrees(name, dtype):
+    folder, truth = parts(name)
+    report = golden.check(folder, truth, dtype)
+    assert report and len(report.tensors) > 30
+
+
+@pytest.mark.parametrize("name", ["baichuan-7b-v1-tiny", "qwen2-tiny"])
+def test_bfloat16_is_pytorch_s_to_the_bit(name):
+    """Every tensor but probs, which PyTorch shows in float32, before it rounds them to the model's format."""
+    folder, truth = parts(name)
+    recorded = golden.read(truth)
+    model = refimpl.load(folder)
+    for case in recorded.cases:
+        expected = recorded.trace(case, "bfloat16")
+        found = model.trace(recorded.cases[case].ids, "bfloat16")
+        for tensor, array in expected.items():
+            assert np.array_equal(found[tensor], array.astype(found[tensor].dtype)), tensor
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_golden_is_of_the_weights_beside_it(name):
+    folder, truth = parts(name)
+    provenance = golden.read(truth).provenance
+    assert sha256(folder / "model.safetensors") in str(provenance)
+
+
+def test_they_are_small_and_of_three_kinds_of_position_and_head():
+    assert sum(path.stat().st_size for path in DATA.rglob("*") if path.is_file()) < 6_000_000
+    families = {golden.read(parts(name)[1]).config.family for name in NAMES}
+    assert families == {"Baichuan-7B", "Baichuan2-7B", "Baichuan2-13B", "Qwen2-7B"}
