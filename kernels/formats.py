@@ -271,7 +271,8 @@ def _quantize_units(
             options["importance"] = importance[start : start + step]
         if last and start + step >= len(units) and form.module in (nf4, fp4):
             options["last"] = last
-        found.append(form.module.quantize(units[start : start + step], **options))
+        with np.errstate(over="ignore", invalid="ignore"):  # the scale is infinite then, and refused
+            found.append(form.module.quantize(units[start : start + step], **options))
     return {name: np.concatenate([parts[name] for parts in found]) for name in found[0]}
 
 
@@ -392,6 +393,8 @@ def tile_rows(format: str, in_features: int, block_size: int | None = None) -> i
 def dequantize(blocks: Blocks, rows: slice | np.ndarray | None = None) -> np.ndarray:
     """The float32 matrix that the blocks stand for, or some of its rows (a slice or an array of row numbers)."""
     form = FORMATS[blocks.format]
+    if rows is not None and not len(np.arange(blocks.shape[0])[rows]):
+        return np.zeros((0, blocks.shape[1]), np.float32)
     if blocks.axis is None:
         return _dequantize_flat(form, blocks, slice(None) if rows is None else rows)
     if blocks.axis == 0:

@@ -1,36 +1,37 @@
-"""LPBQ, AIMET's low power blockwise quantization: each block's scale is a small integer times the row's float scale.
+"""LPBQ, AIMET's low-power blockwise quantization: each block's scale is a small integer times the row's float scale.
 
     a row          w0 … w63 | w64 …                   blocks of `block_size` neighbours
     block_scales   k0 | k1 …                          integers 1 … 16, one a block
     scales         s                                  float32, one a row (an output channel)
     codes          -8 … 7, packed as INT4 (see int4.py)
 
-    delta of a block = max(max(w) / 7, -min(w) / 8), at least 2^-23         s = max(delta) / 16
-    k = clip(round(delta / s), 1, 16), ties to even                         code = clip(floor(w / (k s) + 1/2), -8, 7)
+    step of a block = max(max(w) / 7, -min(w) / 8)                          s = max(step) / 16
+    k = clip(round(step / s), 1, 16)                                        code = clip(round(w / (k s)), -8, 7)
     w' = code * (k * s)                               4 + 4/block_size + 32/I bits a weight
 
-A device can so sum a row's blocks in integers: the 4-bit code times the 4-bit block scale is an 8-bit weight with
-one scale a row, which is why AIMET's encodings call it compressed_bw 4, bw 8. Halves of the codes are rounded
-upwards, exactly: floor(v + 1/2) in float32 is not the same (v = 0.49999997). Quantizer "encodings" give offsets of
--8 and -128: the codes there count from 0.
+So a device can sum a row's blocks in integers: the 4-bit code times the 4-bit block scale is an 8-bit weight with
+one scale a row, which is why AIMET's encodings call it compressed_bw 4, bw 8. These count codes from 0, with an
+offset.
 
-**Source**: aimet_onnx: Quantizer encodings of enc_type LPBQ, the CPU kernel of libpymo (rounding and float32 steps);
-aihub models: set_4bit_weights_to_lpbq (block size 64, 4 to 8 bits).
+Grids and rounding are AIMET's, as in affine.py: halves go up, after 8 was added in float32. Its scales are doubles;
+here a row's scale is rounded to float32 before codes are made with it, so that file and codes agree.
+
+**Source**: aimet_onnx: encodings of enc_type LPBQ; the arithmetic of its CPU kernel, observed from outside.
 
 >>> parts = quantize(np.array([[0.7, -0.2, 0.1, 0.0, 8.0, 1.0, -7.0, 3.0]], np.float32), block_size=4)
 >>> parts["codes"], parts["block_scales"], parts["scales"].round(4)
-(array([[ 7, -3,  1,  0,  7,  1, -6,  3]], dtype=int8), array([[ 1, 16]], dtype=uint8), array([[0.0714]],
-dtype=float32))
+(array([[ 7, -3,  1,  0,  7,  1, -6,  3]], dtype=int8), array([[ 1, 16]], dtype=uint8),
+ array([[0.0714]], dtype=float32))
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
-from kernels import int4
+from kernels import affine, int4
 from kernels.search import weighted_error
-
-SMALLEST = 2.0**-23  # of a block's scale: AIMET's floor, float32's epsilon
 
 
 def quantize(
@@ -40,28 +41,20 @@ def quantize(
 
     Any `search` tries all 16 integers for each block and takes that of the least error, weighted by `importance`.
     """
-    blocks = x.reshape(len(x), -1, block_size)
-    delta = np.maximum(blocks.max(-1).astype(np.float64) / 7, blocks.min(-1).astype(np.float64) / -8)
-    delta = np.maximum(delta, SMALLEST)
-    row = delta.max(-1, keepdims=True) / 16
-    scales, block_scales = row.astype(np.float32), np.clip(np.rint(delta / row), 1, 16).astype(np.uint8)
+    grid = affine.for_weight(x, 4, block_size, lpbq=True)
+    scales = grid.scale.astype(np.float32)
+    grid = replace(grid, scale=scales.astype(np.float64))
+    chosen = np.asarray(grid.block_scale)
     if search:
-        units = blocks.reshape(-1, block_size)
-        weights = None if importance is None else importance.reshape(units.shape)
-        trials = np.arange(1, 17, dtype=np.uint8)
-        errors = []
-        for k in trials:
-            scale = np.broadcast_to(scales * np.float32(k), delta.shape)[..., None]
-            errors.append(weighted_error(units, (_codes(blocks, scale) * scale).reshape(units.shape), weights))
-        block_scales = trials[np.argmin(errors, axis=0)].reshape(delta.shape)
-    codes = _codes(blocks, (scales * block_scales.astype(np.float32))[..., None])
-    return dict(codes=codes.reshape(x.shape), scales=scales, block_scales=block_scales)
-
-
-def _codes(blocks: np.ndarray, scale: np.ndarray) -> np.ndarray:
-    relative = blocks / scale + np.float32(8)  # AIMET counts from 0, in float32
-    whole = np.floor(relative)
-    return (np.clip(whole + (relative - whole >= 0.5), 0, 15) - 8).astype(np.int8)
+        blocks = x.reshape(-1, block_size)
+        weights = None if importance is None else importance.reshape(blocks.shape)
+        trials = np.arange(1, affine.LPBQ_STEPS + 1)
+        grids = [replace(grid, block_scale=np.full_like(chosen, k)) for k in trials]
+        rounded = (affine.fake_quantize(x, g).reshape(blocks.shape) for g in grids)
+        errors = [weighted_error(blocks, values, weights) for values in rounded]
+        chosen = trials[np.argmin(errors, axis=0)].reshape(chosen.shape)
+    codes = affine.integers(x, replace(grid, block_scale=chosen))
+    return dict(codes=codes.astype(np.int8), scales=scales[:, None], block_scales=chosen.astype(np.uint8))
 
 
 def dequantize(codes: np.ndarray, scales: np.ndarray, block_scales: np.ndarray) -> np.ndarray:

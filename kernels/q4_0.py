@@ -32,8 +32,7 @@ def quantize(x: np.ndarray, search: int = 0, importance: np.ndarray | None = Non
 
     def encode(scales: np.ndarray) -> dict[str, np.ndarray]:
         codes = np.clip(np.trunc(x * reciprocal(scales) + np.float32(8.5)), 0, 15).astype(np.uint8)
-        with np.errstate(over="ignore"):
-            return dict(codes=codes, scales=scales.astype(np.float16))
+        return dict(codes=codes, scales=scales.astype(np.float16))
 
     largest = np.take_along_axis(x, np.abs(x).argmax(-1)[:, None], -1)
     return best_scales(x, largest / np.float32(-8), encode, lambda parts: dequantize(**parts), search, importance)

@@ -31,8 +31,7 @@ def quantize(x: np.ndarray, search: int = 0, importance: np.ndarray | None = Non
     if search:
         scales, mins = best_lines(x, scales, mins, search, importance)
     codes = np.clip(np.trunc((x - mins) * reciprocal(scales) + np.float32(0.5)), 0, 15).astype(np.uint8)
-    with np.errstate(over="ignore"):
-        return dict(codes=codes, scales=scales.astype(np.float16), mins=mins.astype(np.float16))
+    return dict(codes=codes, scales=scales.astype(np.float16), mins=mins.astype(np.float16))
 
 
 def dequantize(codes: np.ndarray, scales: np.ndarray, mins: np.ndarray) -> np.ndarray:

@@ -48,8 +48,7 @@ def quantize(x: np.ndarray, search: int = 8, importance: np.ndarray | None = Non
     if search:
         scales, mins = best_lines(subs, scales, mins, search, importance, highest=0.0)
     scales, mins = scales.reshape(-1, 8), -mins.reshape(-1, 8)
-    with np.errstate(over="ignore"):
-        d, dmins = ((a.max(-1, keepdims=True) / np.float32(63)).astype(np.float16) for a in (scales, mins))
+    d, dmins = ((a.max(-1, keepdims=True) / np.float32(63)).astype(np.float16) for a in (scales, mins))
     near_scales, near_mins = (np.rint(a * reciprocal(b.astype(np.float32))) for a, b in ((scales, d), (mins, dmins)))
 
     best: dict[str, np.ndarray] = {}

@@ -29,8 +29,7 @@ def quantize(x: np.ndarray) -> dict[str, np.ndarray]:
     relative = x * reciprocal(scales)
     whole = np.floor(np.abs(relative))
     rounded = whole + np.floor(2 * (np.abs(relative) - whole))
-    with np.errstate(over="ignore"):
-        return dict(codes=(np.sign(relative) * rounded).astype(np.int8), scales=scales.astype(np.float16))
+    return dict(codes=(np.sign(relative) * rounded).astype(np.int8), scales=scales.astype(np.float16))
 
 
 def dequantize(codes: np.ndarray, scales: np.ndarray) -> np.ndarray:
