@@ -72,12 +72,12 @@ class Encodings:
         for name, where in [(n, known) for n in self.activations] + [(n, set(shapes)) for n in self.parameters]:
             if name not in where:
                 raise InputError(f"there is an encoding for {name!a:.99}, which this model lacks{near(name, where)}")
-        for name, encoding in self.activations.items():
-            if isinstance(encoding, Encoding) and encoding.scale.ndim:
-                raise InputError(f"the encoding of {name} has {encoding.scale.size} scales, expected 1 for a tensor")
-        for name, encoding in self.parameters.items():
-            if isinstance(encoding, Encoding):
-                _check_counts(name, encoding, shapes[name])
+        for name in self:
+            encoding = self[name]
+            if isinstance(encoding, Encoding) and not name.endswith(".bias"):
+                _check_counts(name, encoding, shapes.get(name, ()))
+                if encoding.bits > 16:
+                    raise InputError(f"the encoding of {name} has {encoding.bits} bits, expected 2 to 16")
         return self
 
     def at(self, pattern: str, bits: int, weights: Weights) -> Encodings:
@@ -88,7 +88,7 @@ class Encodings:
         """
         if not 2 <= bits <= 16:
             raise InputError(f"bits is {bits}, expected 2 to 16")
-        matched = [name for name in self if fnmatch.fnmatchcase(name, pattern)]
+        matched = [name for name in self if not name.endswith(".bias") and fnmatch.fnmatchcase(name, pattern)]
         if not matched:
             raise InputError(f"no encoding is called {pattern!a:.99}{near(pattern, set(self))}")
         activations, parameters = dict(self.activations), dict(self.parameters)
@@ -221,17 +221,19 @@ def near(name: str, known: set[str]) -> str:
 
 
 def _check_counts(name: str, encoding: Encoding, shape: tuple[int, ...]) -> None:
-    rows = shape[0]
-    expected: tuple[int, ...] = ()
-    blocks: tuple[int, ...]
-    if encoding.scale.ndim:
-        if encoding.block_size and (len(shape) != 2 or shape[1] % encoding.block_size):
-            raise InputError(f"the encoding of {name} has block_size {encoding.block_size}, but its shape is {shape}")
-        blocks = (rows, shape[-1] // encoding.block_size) if encoding.block_size else (rows,)
-        expected = (rows,) if encoding.block_scale is not None else blocks
-        if encoding.block_scale is not None and encoding.block_scale.shape != blocks:
-            found, wanted = encoding.block_scale.size, " x ".join(map(str, blocks))
-            raise InputError(f"the encoding of {name} has {found} block scales, expected {wanted} for {shape}")
-    if encoding.scale.shape != expected or encoding.offset.shape != expected:
-        wanted = " x ".join(map(str, expected)) or "1"
-        raise InputError(f"the encoding of {name} has {encoding.scale.size} scales, expected {wanted} for {shape}")
+    """Raises InputError unless the encoding has a scale for the tensor, or one for each row or block of a matrix."""
+    size, steps = encoding.block_size, encoding.block_scale
+    rows: tuple[int, ...] = shape[:1] if len(shape) == 2 and encoding.scale.ndim else ()
+    if size and (not rows or shape[1] % size):
+        raise InputError(f"the encoding of {name} has block_size {size}, which does not divide rows of {shape}")
+    blocks = (*rows, shape[1] // size) if size else rows
+    expected = blocks if steps is None else rows
+    for what, found, wanted in (
+        ("scales", encoding.scale.shape, expected),
+        ("offsets", encoding.offset.shape, expected),
+        ("block scales", blocks if steps is None else steps.shape, blocks),
+    ):
+        if found != wanted:
+            counts = (" x ".join(map(str, counted)) or "1" for counted in (found, wanted))
+            raise InputError("the encoding of {} has {} {}, expected {} for {}".format(
+                name, next(counts), what, next(counts), f"shape {shape}" if shape else "a tensor"))  # fmt: skip
