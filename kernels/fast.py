@@ -57,7 +57,7 @@ class Matrix:
         x = fast_linear.arranged(x, self.weights)
         out = np.empty((len(x), len(self.weights)), np.float32)
         kernel = _product(self.weights.dtype.name, self.scales.dtype.name)
-        kernel(self.weights, self.scales, x, out, fast_linear.steps(x, self.weights), portable)
+        kernel(self.weights, self.scales, x, out, x.shape[1] // fast_linear.step_size(self.weights), portable)
         return out if self.divisors is None else out / self.divisors
 
 
@@ -78,13 +78,19 @@ def stored(weight: Any) -> Matrix | None:
 
 
 def _blocks(blocks) -> Matrix | None:
-    """INT4 blocks along the rows, symmetric, of a multiple of 32: larger blocks repeat their scales."""
-    plain = blocks.format == "int4" and blocks.axis == 1 and blocks.zero_points is None
-    if not plain or blocks.block_size % fast_linear.BLOCK:
+    """Q4_0, and symmetric INT4 along the rows in blocks of a multiple of 32: larger blocks repeat their scales."""
+    if blocks.format == "q4_0":
+        packed, scales = blocks.packed.view(np.int8), blocks.scales.view(np.int16)
+    elif blocks.format == "int4" and blocks.axis == 1 and blocks.zero_points is None:
+        if blocks.block_size % fast_linear.BLOCK:
+            return None
+        packed, scales = blocks.packed, blocks.scales
+        if blocks.block_size > fast_linear.BLOCK:
+            scales = np.repeat(scales, blocks.block_size // fast_linear.BLOCK, axis=1)
+    else:
         return None
-    scales = np.repeat(blocks.scales, blocks.block_size // fast_linear.BLOCK, axis=1)
     chunks = -(-blocks.shape[1] // fast_linear.CHUNK)
-    packed = _filled(blocks.packed, chunks * fast_linear.CHUNK // 2)
+    packed = _filled(packed, chunks * fast_linear.CHUNK // 2)
     return Matrix(packed, _filled(scales, chunks * fast_linear.CHUNK // fast_linear.BLOCK))
 
 

@@ -11,11 +11,14 @@ once and in pieces. For that the order of each sum is fixed. fma(a, b, c) is a *
     out     = total(lane)                                  lane l + lane l+8, of these l + l+4, then l + l+2, l + l+1
 
 **4-bit blocks of 32.** 64 bytes hold 128 neighbours of a row, in the format's own packing. Lane l takes the 32 bits of
-eight of them, which lie in one block; x is laid out to match.
+eight of them, which lie in one block; x is laid out to match. With i(c, l, j) for the element in bits 4j … 4j+3,
 
-    part[l] = fma(code[128 c + 8 l + j], x[128 c + 8 l + j], part[l])                      j = 0 … 7, from 0
+    part[l] = fma(code[i(c, l, j)], x[i(c, l, j)], part[l])                                j = 0 … 7, from 0
     lane[l] = fma(part[l], scale of their block, lane[l])                                  c = 0, 1, 2, …, from 0
     out     = total(lane)
+
+    INT4    i(c, l, j) = 128 c + 8 l + j
+    Q4_0    i(c, l, j) = 128 c + 32 (l // 4) + 4 (l % 4) + 16 (j % 2) + j // 2             code - 8 for code
 
 A product takes part in n = I/16 + 4, or 8 + I/128 + 4, roundings, so the error is at most n u / (1 - n u) times the sum
 of |w x|, with u = 2^-24. Here w is the exact code * scale: dequantizing would round each weight once more.
@@ -45,12 +48,15 @@ class Int4Step:
 
     weight_bytes, x_bytes = CHUNK // 2, 4 * CHUNK
 
-    def __init__(self, scale: types.Type):
+    def __init__(self, weight: types.Type, scale: types.Type):
         self.scale, self.scale_bytes = scale, CHUNK // BLOCK * scale.bitwidth // 8
+        self.centred = weight == types.int8  # codes 0 … 15 for -8 … 7, which differ in their upper bit
 
     def __call__(self, emit: Emitter, weights, scales, tokens, lanes) -> None:
         table = emit.int4_table()
         words = [emit.load(INTS, weight) for weight in weights]
+        if self.centred:
+            words = [emit.builder.xor(word, emit.ints(0x88888888)) for word in words]
         parts = [[emit.floats(0.0) for _ in tokens] for _ in weights]
         for j in range(8):
             codes = [emit.int4_lane(word, j, table) for word in words]
@@ -95,7 +101,8 @@ def _tile(rows: int, tokens: int, portable: bool):
     """
 
     def tile(typingctx, weights, scales, x, row, token, last_row, last_token, steps, sums):
-        step = Int4Step(scales.dtype) if weights.dtype == types.uint8 else DenseStep(weights.dtype)
+        blocks = weights.dtype in (types.uint8, types.int8)
+        step = Int4Step(weights.dtype, scales.dtype) if blocks else DenseStep(weights.dtype)
 
         def generate(context, builder, signature, arguments):
             emit = Emitter(context, builder, portable)
@@ -136,8 +143,8 @@ _many, _many_portable = (_tile(*MANY, portable) for portable in (False, True))
 def product(weights, scales, x, out, steps, portable):
     """out (T, O) = x (T, I) @ weights.T; rows of `weights`, `scales` and `x` are `steps` steps long. For Numba.
 
-    `weights` (O, …): uint8 for 4-bit blocks, float32, uint16 for bfloat16, int16 for float16. `scales` (O, I/32), or
-    (1, 0) without blocks. `x`: see `arranged`.
+    `weights` (O, …): uint8 for INT4, int8 for Q4_0, float32, uint16 for bfloat16, int16 for float16. `scales` (O, I/32)
+    float32, or int16 for float16; (1, 0) without blocks. `x`: see `arranged`.
     """
     tokens, features = out.shape
     for task in prange((features + TASK - 1) // TASK):
@@ -166,16 +173,18 @@ def product(weights, scales, x, out, steps, portable):
 def arranged(x: np.ndarray, weights: np.ndarray) -> np.ndarray:
     """x (T, I), filled up with zeros to whole steps, in the order in which `product` reads it for these weights.
 
-    For 4-bit blocks, element 128 c + 8 l + j stands at (c, j, l): its lanes are neighbours.
+    For 4-bit blocks, element i(c, l, j) stands at (c, j, l): what the lanes take together are neighbours.
     """
-    size = CHUNK if weights.dtype == np.uint8 else LANES
+    size = step_size(weights)
     if x.shape[1] % size:
         x = np.pad(x, ((0, 0), (0, -x.shape[1] % size)))
     if weights.dtype == np.uint8:
-        x = x.reshape(len(x), -1, LANES, 8).swapaxes(2, 3)
+        x = x.reshape(len(x), -1, LANES, 8).transpose(0, 1, 3, 2)
+    elif weights.dtype == np.int8:
+        x = x.reshape(len(x), -1, 4, 2, 4, 4).transpose(0, 1, 5, 3, 2, 4)
     return np.ascontiguousarray(x).reshape(len(x), -1)
 
 
-def steps(x: np.ndarray, weights: np.ndarray) -> int:
-    """How many steps the rows of an arranged x have."""
-    return x.shape[1] // (CHUNK if weights.dtype == np.uint8 else LANES)
+def step_size(weights: np.ndarray) -> int:
+    """How many elements of a row one step takes."""
+    return CHUNK if weights.dtype in (np.uint8, np.int8) else LANES

@@ -18,17 +18,17 @@ from refimpl.weights import NormHead, Weight
 
 UNIT = 2.0**-24
 ROWS = [1, 2, 3, 5, 7, 31, 33, 127, 129]
-KINDS = ["int4", "bfloat16", "float16", "float32"]
+KINDS = ["int4", "q4_0", "bfloat16", "float16", "float32"]
 IDS = [5, 17, 9, 3, 80, 44, 2, 61, 9, 9, 33, 20]
 
 
 def matrix(kind: str, rows: int, columns: int, seed: int = 0):
     """A weight that reads as any other, and its exact values."""
     values = np.random.default_rng(seed).standard_normal((rows, columns)).astype(np.float32)
-    if kind == "int4":
-        blocks = formats.quantize(values, "int4", 32)
-        scales = np.repeat(blocks.scales, 32, axis=1).astype(np.float64)
-        return QuantizedWeight(blocks), blocks.codes * scales
+    if kind in ("int4", "q4_0"):
+        blocks = formats.quantize(values, kind, 32)
+        codes = blocks.codes.astype(np.float64) - 8 * (kind == "q4_0")
+        return QuantizedWeight(blocks), codes * np.repeat(blocks.scales, 32, axis=1).astype(np.float64)
     array = values.astype(getattr(ml_dtypes, kind, kind))
     return Weight(array), array.astype(np.float64)
 
@@ -48,7 +48,7 @@ def test_products_keep_their_bound(kind, columns):
             x = activations(tokens, columns)
             found = NumbaOps().linear(x, weight)
             assert found.shape == (tokens, rows) and found.dtype == np.float32
-            n = 8 + -(-columns // 128) + 4 if kind == "int4" else -(-columns // 16) + 4
+            n = 8 + -(-columns // 128) + 4 if kind in ("int4", "q4_0") else -(-columns // 16) + 4
             bound = n * UNIT / (1 - n * UNIT) * (np.abs(x).astype(np.float64) @ np.abs(exact).T)
             assert (np.abs(found - x.astype(np.float64) @ exact.T) <= bound).all(), (rows, tokens)
             twin = NumPyOps("float32").linear(x, weight)
