@@ -6,6 +6,7 @@ token), same top 1 (how often both find the same token likeliest), and perplexit
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +19,8 @@ from refimpl.model import Model
 
 @dataclass(frozen=True)
 class Quality:
-    """`model` against `reference` over the same tokens. KL in nats; `same_top` a share from 0 to 1."""
+    """`model` against `reference` over the same tokens. KL in nats; `same_top` a share from 0 to 1; `sqnr` of the
+    logits in dB: 10 log10(sum(b^2) / sum((a - b)^2)), infinite where both are the same."""
 
     tokens: int
     perplexity: float
@@ -26,6 +28,7 @@ class Quality:
     kl_mean: float
     kl_max: float
     same_top: float
+    sqnr: float
 
     def __str__(self) -> str:
         return (
@@ -44,10 +47,11 @@ def quality(model: Model, reference: Model, ids, window: int | None = None, dtyp
     window = min(window or reference.config.max_position_embeddings, len(ids))
     if window < 2:
         raise InputError("a text of fewer than two tokens has nothing to predict")
-    kls, losses, same = [], [], []
+    kls, losses, same, signal, noise = [], [], [], 0.0, 0.0
     for start in range(0, len(ids) - 1, window):
         piece = ids[start : start + window]
         a, b = (m(piece, dtype)[0, :-1].astype(np.float64) for m in (model, reference))
+        signal, noise = signal + float(np.sum(b * b)), noise + float(np.sum((a - b) ** 2))
         logp_a, logp_b = _log_softmax(a), _log_softmax(b)
         kls.append((np.exp(logp_b) * (logp_b - logp_a)).sum(-1))
         losses.append([cross_entropy(x, piece[1:]) for x in (a, b)])
@@ -56,6 +60,7 @@ def quality(model: Model, reference: Model, ids, window: int | None = None, dtyp
     return Quality(
         tokens=len(kl), perplexity=float(np.exp(loss[0])), reference_perplexity=float(np.exp(loss[1])),
         kl_mean=float(kl.mean()), kl_max=float(kl.max()), same_top=float(agree.mean()),
+        sqnr=10 * math.log10(signal / noise) if noise else math.inf,
     )  # fmt: skip
 
 

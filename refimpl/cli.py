@@ -141,6 +141,43 @@ def golden_show(arguments) -> int:
     return 0
 
 
+def calibrate(arguments) -> int:
+    """Find the range of every tensor on a text, and write AIMET encodings for 4-bit weights, 16-bit activations."""
+    from export.encodings import write_encodings
+    from golden.quality import read_documents
+    from refimpl.calibrate import calibrate
+    from refimpl.encodings import Recipe
+
+    model = _load(arguments)
+    ids = read_documents(Path(arguments.text), model)[: arguments.tokens]
+    recipe = Recipe(weight_bits=arguments.weight_bits, block_size=arguments.block_size, lpbq=arguments.lpbq)
+    found = calibrate(model, ids, recipe, arguments.method, arguments.percentile, arguments.window, arguments.dtype)
+    write_encodings(found, arguments.out, arguments.version)
+    print(f"{len(found.activations)} tensors and {len(found.parameters)} weights, from {len(ids)} tokens, "
+          f"have their encodings in {arguments.out}")  # fmt: skip
+    return 0
+
+
+def simulate(arguments) -> int:
+    """Predict what quantization by an encodings file costs, tensor by tensor, and what more bits would gain."""
+    from export.encodings import read_encodings
+    from golden.predict import outcome_table, outcomes_json, predict, what_if
+    from golden.quality import read_documents
+
+    model = _load(arguments)
+    encodings = read_encodings(arguments.encodings, model)
+    ids = read_documents(Path(arguments.text), model)[: arguments.tokens]
+    changes = [_change(text) for text in arguments.what_if]
+    noise = predict(model, encodings, ids, arguments.window, arguments.rounding, arguments.integer, arguments.dtype)
+    outcomes = what_if(model, encodings, ids, changes, arguments.window, arguments.rounding, arguments.integer,
+                       arguments.dtype)  # fmt: skip
+    if arguments.json:
+        print(f'{{"noise": {noise.to_json()}, "outcomes": {outcomes_json(outcomes)}}}')
+    else:
+        print(f"{noise}\n\n{outcome_table(outcomes)}")
+    return 0
+
+
 def export(arguments) -> int:
     """Emit the model as ONNX, part by part, with golden inputs and outputs."""
     from export import emit
@@ -202,6 +239,14 @@ def _integers(text: str) -> tuple[int, ...]:
         return tuple(int(number) for number in text.split(","))
     except ValueError:
         raise InputError(f"{text!r} is not a list of whole numbers such as 128,1") from None
+
+
+def _change(text: str) -> tuple[str, int]:
+    """A glob and bits, from PATTERN=BITS."""
+    pattern, _, bits = text.rpartition("=")
+    if not pattern or not bits.isdecimal():
+        raise InputError(f"{text!r} is no change such as '*.down_proj.weight=8'")
+    return pattern, int(bits)
 
 
 def _ids(arguments, model: Model):
@@ -308,6 +353,32 @@ def _parser() -> argparse.ArgumentParser:
 
     sub = verb(golden_show, "refimpl golden show b2-13b.golden", under=goldens)
     sub.add_argument("golden", metavar="GOLDEN")
+
+    text = options(
+        ("--text", dict(required=True, metavar="FILE", help="UTF-8 text, blank lines between documents")),
+        ("--tokens", dict(type=int, metavar="N", help="read no more than so many (default: all)")),
+        ("--window", dict(type=int, metavar="N", help="tokens at a time (default: the model's context)")),
+    )
+    example = "refimpl calibrate weights/B2-7B --text wiki.txt --out encodings.json"
+    sub = verb(calibrate, example, model, text, dtype)
+    sub.add_argument("--out", required=True, metavar="FILE")
+    sub.add_argument("--version", default="1.0.0", help="of the file: 0.6.1, 1.0.0 (default) or 2.0.0")
+    why = "how the ranges of activations are chosen (default: minmax)"
+    sub.add_argument("--method", choices=("minmax", "percentile", "mse"), default="minmax", help=why)
+    why = "with that method, the share that is kept at each end (default: 99.99)"
+    sub.add_argument("--percentile", type=float, default=99.99, metavar="P", help=why)
+    sub.add_argument("--weight-bits", type=int, default=4, help="of linears; the head has 8 (default: 4)")
+    sub.add_argument("--block-size", type=int, metavar="N", help="a scale for so many weights, not for each row")
+    sub.add_argument("--lpbq", action="store_true", help="scales of blocks as small multiples of the row's")
+
+    example = "refimpl simulate weights/B2-7B --encodings e.json --text wiki.txt --what-if '*.down_proj.weight=8'"
+    sub = verb(simulate, example, model, text, dtype, machine)
+    sub.add_argument("--encodings", required=True, metavar="FILE")
+    why = "raise what matches to so many bits, and say what is gained; may be given several times"
+    sub.add_argument("--what-if", action="append", default=[], metavar="PATTERN=BITS", help=why)
+    why = "half a step goes away from zero as in AIMET (default), or to even as in ONNX"
+    sub.add_argument("--rounding", choices=("away", "even"), default="away", help=why)
+    sub.add_argument("--integer", action="store_true", help="sum products of codes, exactly")
 
     example = "refimpl export weights/B2-7B --out build/b2-7b --tokens 128,1 --context 4096 --parts 5"
     sub = verb(export, example, model)

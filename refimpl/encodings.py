@@ -80,24 +80,26 @@ class Encodings:
                     raise InputError(f"the encoding of {name} has {encoding.bits} bits, expected 2 to 16")
         return self
 
-    def at(self, pattern: str, bits: int, weights: Weights) -> Encodings:
-        """These encodings with all that the glob matches on grids of `bits`, over the range that they have now.
+    def raised(self, pattern: str, bits: int, weights: Weights) -> Encodings:
+        """These encodings with all that the glob matches on grids of at least `bits`, over the range that they have.
 
         The grids of matrices are made anew from `weights`, the model's own, in rows or blocks as before.
         Raises InputError if the glob matches nothing, or for bits that are no whole number from 2 to 16.
         """
         if not 2 <= bits <= 16:
             raise InputError(f"bits is {bits}, expected 2 to 16")
-        matched = [name for name in self if not name.endswith(".bias") and fnmatch.fnmatchcase(name, pattern)]
+        matched = [name for name in self if fnmatch.fnmatchcase(name, pattern)]
         if not matched:
             raise InputError(f"no encoding is called {pattern!a:.99}{near(pattern, set(self))}")
         activations, parameters = dict(self.activations), dict(self.parameters)
         for name in matched:
             old = self[name]
-            if name in parameters and isinstance(old, Encoding) and old.scale.ndim:
+            if isinstance(old, Float16) or old.bits >= bits:
+                continue
+            if old.scale.ndim:
                 granularity = (old.block_size, old.block_scale is not None)
                 parameters[name] = matrix_encoding(name, weights[name], bits, *granularity)
-            elif isinstance(old, Encoding):
+            else:
                 new = from_range(old.low, old.high, bits, old.symmetric)
                 (activations if name in activations else parameters)[name] = new
         return Encodings(activations, parameters)
