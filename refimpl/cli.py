@@ -46,16 +46,16 @@ def demo(arguments) -> int:
 
 
 def info(arguments) -> int:
-    """Say what a checkpoint is."""
-    from refimpl.info import describe
+    """Say what a checkpoint is, and what is wrong with it."""
+    from refimpl.info import examine, table
 
-    facts = describe(_load(arguments))
-    if arguments.json:
-        print(json.dumps(facts, ensure_ascii=False))
-    else:
-        for name, value in facts.items():
-            print(f"{name:16} {value}")
-    return 0
+    facts = examine(_folder(arguments))
+    checkpoints = facts.get("checkpoints", [facts])
+    print(json.dumps(facts, ensure_ascii=False) if arguments.json else "\n\n".join(map(table, checkpoints)))
+    problems = [problem for one in checkpoints for problem in one["problems"]]
+    for problem in problems:
+        print(f"refimpl: {problem}", file=sys.stderr)
+    return 2 if problems else 0
 
 
 def generate(arguments) -> int:
@@ -107,7 +107,7 @@ def convert(arguments) -> int:
     if arguments.json:
         print(json.dumps(report))
         return 0
-    print(f"{report['tensors']} tensors, {report['bytes'] / 1e9:.2f} GB, are in {arguments.out}; SHA256SUMS checks them")
+    print(f"{report['tensors']} tensors, {report['bytes'] / 1e9:.2f} GB, are in {arguments.out}; see SHA256SUMS")
     if arguments.normalize_head:
         shortest, longest = report["row lengths"]
         print(f"the rows of lm_head have lengths from {shortest:.6f} to {longest:.6f}: what rounding leaves of 1")

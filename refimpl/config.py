@@ -161,6 +161,11 @@ def config_from_keys(keys: Mapping[str, Any]) -> Config:
     values = {k: v for k, v in keys.items() if k in known and k not in ("torch_dtype", "family")}
     values.update(max_position_embeddings=context, torch_dtype=str(dtype))
     if family.startswith("Baichuan"):
+        heads, kv = keys["num_attention_heads"], keys.get("num_key_value_heads")
+        if kv not in (None, heads):  # such as Qualcomm's wrapper, which declares Qwen2's sizes for Baichuan2-7B
+            raise InputError(
+                f"num_key_value_heads is {kv!r}, but a Baichuan has as many as heads, {heads!r}; is it a Qwen2?"
+            )
         values.pop("rope_theta", None)  # hard-coded in the official code, whatever config.json says
     return Config(family=family, **{**values, **FAMILIES[family]})
 

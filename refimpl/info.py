@@ -1,27 +1,42 @@
-"""What a checkpoint is, in a few lines."""
+"""What a checkpoint is, in a few lines: its family and sizes, its memory in each format, and what is wrong with it."""
 
 from __future__ import annotations
 
 import math
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
+from kernels import formats
+from refimpl import doctor
+from refimpl.config import Config, read_config
 from refimpl.errors import InputError
-from refimpl.weights import expected_shapes
+from refimpl.weights import expected_shapes, read_checkpoint, resolve
 
 if TYPE_CHECKING:
     from refimpl.model import Model
 
+# GPU memory in GiB that the official README gives for Baichuan2: in bfloat16, 8 bits (LLM.int8) and 4 bits (NF4).
+OFFICIAL_GIB = {
+    "Baichuan2-7B": {"bfloat16": 14.0, "int8": 8.0, "nf4": 5.1},
+    "Baichuan2-13B": {"bfloat16": 25.9, "int8": 14.2, "nf4": 8.6},
+}
+
 
 def describe(model: Model) -> dict[str, Any]:
-    """The facts of a model in reading order: family, sizes, how it tells positions, parameters, memory, tokenizer."""
-    c = model.config
-    parameters = sum(math.prod(shape) for shape in expected_shapes(c).values())
-    try:
-        tokenizer = f"{type(model.tokenizer).__name__}, {model.tokenizer.vocab_size} tokens"
-    except InputError:
-        tokenizer = "none"
-    return {
+    """The facts of a model that its config tells, in reading order: family, sizes, parameters, memory."""
+    return _facts(model.config)
+
+
+def _facts(config: Config) -> dict[str, Any]:
+    c = config
+    official = doctor.OFFICIAL.get(c.family) == tuple(getattr(c, key) for key in doctor.KEYS)
+    facts: dict[str, Any] = {
         "family": c.family,
+        "sizes": "the official ones" if official else "its own",
         "layers": c.num_hidden_layers,
         "hidden": c.hidden_size,
         "intermediate": c.intermediate_size,
@@ -30,8 +45,120 @@ def describe(model: Model) -> dict[str, Any]:
         "context": c.max_position_embeddings,
         "positions": "ALiBi" if c.rope_theta is None else f"RoPE, theta {c.rope_theta:g}",
         "head": "tied to the embedding" if c.tie_word_embeddings else "NormHead" if c.norm_head else "plain",
-        "parameters": parameters,
-        "stored as": ", ".join(sorted({str(w.dtype) for w in model.weights.values()})),
-        "bytes": sum(w.array.nbytes for name, w in model.weights.items() if name in expected_shapes(c)),
-        "tokenizer": tokenizer,
+        "parameters": sum(math.prod(shape) for shape in expected_shapes(c).values()),
+        "memory GiB": memory(config),
     }
+    return facts | ({"official GiB": OFFICIAL_GIB[c.family]} if official and c.family in OFFICIAL_GIB else {})
+
+
+def examine(folder: str | Path) -> dict[str, Any]:
+    """The facts of a checkpoint's folder; `remarks` and `problems`, lists of lines, come last.
+
+    With a problem, the checkpoint does not load; what could be told without its weights is there. A folder that
+    holds one checkpoint in each subfolder, such as the intermediate ones, gives `checkpoints`, a list of these.
+
+    Raises InputError for a folder without a config, or with one that is not understood.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise InputError(f"{folder} is not a folder; expected one with config.json and weights")
+    if not (folder / "config.json").exists():
+        steps = sorted(path.parent for path in folder.glob("*/config.json"))
+        if steps:
+            return {"checkpoints": [examine(step) for step in steps]}
+    config = read_config(folder)
+    facts = {"revision": _revision(folder), **_facts(config)}
+    problems = []
+    try:
+        tensors = read_checkpoint(folder)
+        weights = resolve(config, tensors)
+    except InputError as error:
+        problems.append(str(error))
+    else:
+        arrays = [part for value in tensors.values() for part in _arrays(value)]
+        stored = {str(w.dtype) for w in weights.values() if hasattr(w, "dtype")}
+        stored |= {w.blocks.format for w in weights.values() if hasattr(w, "blocks")}
+        facts["stored as"] = ", ".join(sorted(stored))
+        facts["files"] = _files(folder)
+        facts["bytes"] = sum(array.nbytes for array in arrays)
+        facts["shared storage"] = _shared(tensors)
+        facts["remarks"] = doctor.remarks(config, tensors)
+    try:
+        from refimpl.tokenizer import load_tokenizer
+
+        tokenizer = load_tokenizer(folder, config)
+        facts["tokenizer"] = (
+            "none" if tokenizer is None else f"{type(tokenizer).__name__}, {tokenizer.vocab_size} tokens"
+        )
+    except InputError as error:
+        problems.append(str(error))
+    return {**facts, "remarks": facts.pop("remarks", []), "problems": problems}
+
+
+def table(facts: dict[str, Any]) -> str:
+    """What `examine` found of one checkpoint, a line a fact; problems are left to the caller."""
+    rows = []
+    for name, value in facts.items():
+        for said in value if isinstance(value, list) else [value]:
+            if isinstance(said, dict):
+                said = ", ".join(f"{format} {size:.3g}" for format, size in said.items())
+            rows.append(f"{name:16} {said:,}" if isinstance(said, int) else f"{name:16} {said}")
+    return "\n".join(row for row in rows if not row.startswith("problems"))
+
+
+def memory(config: Config) -> dict[str, float]:
+    """GiB that the parameters take in each format, as `Model.quantize` makes it.
+
+    The formats of bitsandbytes leave the embedding, the head and the norms in 16 bits; INT4 takes the head, too.
+    """
+    shapes = expected_shapes(config)
+    total = sum(math.prod(shape) for shape in shapes.values())
+    layers = {name: s for name, s in shapes.items() if len(s) == 2 and name.startswith("model.layers.")}
+    linears = layers | {name: s for name, s in shapes.items() if name == "lm_head.weight"}
+
+    def quantized(matrices: Mapping[str, tuple[int, ...]], bits: Callable[[tuple[int, ...]], float]) -> float:
+        inside = sum(math.prod(shape) for shape in matrices.values())
+        return 2 * (total - inside) + sum(math.prod(shape) * bits(shape) / 8 for shape in matrices.values())
+
+    sizes = {
+        "float32": 4 * total,
+        "bfloat16": 2 * total,
+        "int8": quantized(layers, lambda shape: 8 + 32 / shape[1]),
+        "nf4": quantized(layers, lambda shape: 4 + 8 / 64 + 32 / (64 * formats.dynamic8.BLOCK_SIZE)),
+        "int4": quantized(linears, lambda shape: 4 + 32 / 32),
+    }
+    return {name: size / 2**30 for name, size in sizes.items()}
+
+
+def _revision(folder: Path) -> str:
+    """What the folder's name says: a commit in Hugging Face's cache, or how many tokens were trained on."""
+    folder = folder.resolve()
+    if folder.parent.name == "snapshots":
+        return f"commit {folder.name}"
+    step = re.search(r"(\d+)B$", folder.name)
+    return f"{folder.name}: after {int(step[1])} billion tokens" if step and "train" in folder.name else folder.name
+
+
+def _files(folder: Path) -> str:
+    kinds = {suffix: sorted(folder.glob(f"*{suffix}")) for suffix in (".safetensors", ".bin")}
+    files = kinds[".safetensors"] or kinds[".bin"]
+    return files[0].name if len(files) == 1 else f"{len(files)} of {files[0].suffix[1:]}"
+
+
+def _arrays(value: Any) -> list[np.ndarray]:
+    if isinstance(value, list):
+        return [array for item in value for array in _arrays(item)]
+    return [value] if isinstance(value, np.ndarray) else []
+
+
+def _shared(tensors: dict[str, Any]) -> str:
+    """The names of tensors that are the same bytes of the file, as tied ones are."""
+    seen: dict[tuple, str] = {}
+    pairs = []
+    for name, array in tensors.items():
+        if isinstance(array, np.ndarray) and array.size:
+            key = (array.__array_interface__["data"][0], array.shape, array.strides)
+            if key in seen:
+                pairs.append(f"{name} is {seen[key]}")
+            seen.setdefault(key, name)
+    return ", ".join(pairs) or "none"

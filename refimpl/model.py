@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from functools import cached_property
@@ -15,6 +16,7 @@ from refimpl import backends
 from refimpl.cache import KVCache, no_cache
 from refimpl.config import Config, read_config, read_json
 from refimpl.decoder import Decoder
+from refimpl.doctor import remarks
 from refimpl.errors import InputError, at_most
 from refimpl.positions import attention_bias, rope_tables, token_positions
 from refimpl.trace import Tap, Trace, feeding, recording, silent
@@ -34,13 +36,18 @@ def load(path: str | Path | None = None, backend: str | None = None) -> Model:
     `backend`: see `Model.with_backend`.
 
     Weights are mapped, not read: a 15 GB checkpoint opens at once and takes the memory of what is used.
-    Raises InputError, in one line, for whatever is missing, damaged or not understood.
+    Raises InputError, in one line, for whatever is missing, damaged or not understood; warns of weights that are not
+    what their config makes one expect (`refimpl.doctor`).
     """
     folder = EMBEDDED if path is None else Path(path)
     if not folder.is_dir():
         raise InputError(f"{folder} is not a folder; expected one with config.json and weights")
     config = read_config(folder)
-    return Model(config, resolve(config, read_checkpoint(folder)), folder, backend)
+    tensors = read_checkpoint(folder)
+    model = Model(config, resolve(config, tensors), folder, backend)
+    for remark in remarks(config, tensors):
+        warnings.warn(f"{folder}: {remark}", stacklevel=2)
+    return model
 
 
 class Model:

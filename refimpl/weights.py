@@ -19,6 +19,7 @@ import numpy as np
 from kernels import formats, int8
 from refimpl.bitsandbytes import split
 from refimpl.config import Config, read_json
+from refimpl.doctor import mismatch
 from refimpl.errors import InputError, at_most
 from refimpl.torch_files import map_torch
 
@@ -177,15 +178,17 @@ def resolve(config: Config, tensors: Mapping[str, Any]) -> Weights:
         for name, (blocks, dtype) in quantized.items()
     }
     shapes = expected_shapes(config)
-    known = {*tensors, *entries}
-    missing, unknown = [n for n in shapes if n not in known], sorted(known - set(shapes))
+    if lists := [name for name in shapes if isinstance(tensors.get(name), list)]:
+        raise InputError(f"{lists[0]} is a list, expected a tensor of shape {shapes[lists[0]]}")
+    known = {name: getattr(value, "shape", ()) for name, value in {**tensors, **entries}.items()}
+    if strange := mismatch(config, known):
+        raise InputError(f"config.json describes a {config.family}, but {strange}")
+    missing, unknown = [n for n in shapes if n not in known], sorted(set(tensors) - set(shapes))
     if missing or unknown:
         said = [f"lacks {at_most(missing, 3)}"] * bool(missing) + [f"has unknown {at_most(unknown, 3)}"] * bool(unknown)
         raise InputError(f"the checkpoint {' and '.join(said)}; config.json describes a {config.family}")
     for name, shape in shapes.items():
         found: Any = tensors.get(name, entries.get(name))
-        if not hasattr(found, "shape"):
-            raise InputError(f"{name} is a {type(found).__name__}, expected a tensor of shape {shape}")
         if found.shape != shape:
             raise InputError(f"{name} has shape {found.shape}, config.json ({config.family}) says {shape}")
         if name in tensors:

@@ -266,11 +266,8 @@ def test_a_list_in_the_place_of_a_tensor(tmp_path):
     storages = {str(k): a.tobytes() for k, a in enumerate(tensors.values())}
     changed = pickle.replace(tb.value("model.norm.weight"), entry + tb.value("x"))
     (folder / "pytorch_model.bin").write_bytes(tb.saved(changed, storages))
-    with pytest.raises(InputError, match="unknown x"):
+    with pytest.raises(InputError, match=r"model\.norm\.weight is a list, expected a tensor of shape \(64,\)"):
         refimpl.load(folder)
-    tensors.pop("model.norm.weight")
-    with pytest.raises(InputError, match=r"model.norm.weight is a list"):
-        resolve(refimpl.config.read_config(folder), {**tensors, "model.norm.weight": [1]})
 
 
 def test_config_and_weights_must_agree(tmp_path):

@@ -1,0 +1,102 @@
+"""What is wrong with a checkpoint, told from the shapes of its tensors: a config that belongs to other weights, and
+weights that have been through something.
+
+`mismatch` explains tensors that do not fit the config; `remarks` are for weights that load, but are not what their
+config makes one expect. Both read shapes, and a few rows at most.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from refimpl.config import Config
+
+# The sizes of the official checkpoints: vocabulary, hidden, intermediate, layers.
+OFFICIAL = {
+    "Baichuan-7B": (64000, 4096, 11008, 32),
+    "Baichuan-13B": (64000, 5120, 13696, 40),
+    "Baichuan2-7B": (125696, 4096, 11008, 32),
+    "Baichuan2-13B": (125696, 5120, 13696, 40),
+    "Qwen2-7B": (152064, 3584, 18944, 28),
+}
+KEYS = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")
+SAMPLE = 64  # rows of the head that are looked at
+# Rounding a row's length and its elements to bfloat16 leaves the length within 2^-8 of 1; rows as trained are far off.
+NEAR_ONE = 0.01
+
+
+def mismatch(config: Config, shapes: Mapping[str, tuple[int, ...]]) -> str | None:
+    """Whose weights these are and whose the config is, if their sizes differ; None if they do not or cannot be told."""
+    found = sizes(shapes)
+    if found is None:
+        return None
+    described = tuple(getattr(config, key) for key in KEYS)
+    packed = any(".W_pack." in name for name in shapes)
+    if found == described and packed == config.qkv_packed:
+        return None
+    differing = [
+        f"{key} {theirs} (config.json: {ours})"
+        for key, theirs, ours in zip(KEYS, found, described, strict=True)
+        if theirs != ours
+    ]
+    if packed != config.qkv_packed:
+        kinds = ("q_proj, k_proj, v_proj", "W_pack")
+        differing.append(f"{kinds[packed]} (config.json: {kinds[config.qkv_packed]})")
+    owner = next((family for family, known in OFFICIAL.items() if known == found), None)
+    whose = f"a {owner}'s" if owner else "another model's"
+    return f"the weights are {whose}, with {', '.join(differing)}; take the config.json that came with them"
+
+
+def sizes(shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, int, int, int] | None:
+    """(vocabulary, hidden, intermediate, layers) that the tensors have; None if an embedding or a layer is missing."""
+    layers = {int(match[1]) for name in shapes if (match := re.match(r"model\.layers\.(\d{1,4})\.", name))}
+    embedding, gate = shapes.get("model.embed_tokens.weight", ()), shapes.get("model.layers.0.mlp.gate_proj.weight", ())
+    if len(embedding) != 2 or len(gate) != 2 or not layers:
+        return None
+    return *embedding, gate[0], max(layers) + 1
+
+
+def remarks(config: Config, tensors: Mapping[str, Any]) -> list[str]:
+    """What to know about weights that load: a head that is normalised although it should not be, or is not although
+    it should be, and saved frequencies that are not RoPE's."""
+    return [text for text in (_head(config, tensors), _frequencies(config, tensors)) if text]
+
+
+def _head(config: Config, tensors: Mapping[str, Any]) -> str | None:
+    head = tensors.get("lm_head.weight")
+    if not config.family.startswith("Baichuan2") or config.tie_word_embeddings or not isinstance(head, np.ndarray):
+        return None
+    rows = head[np.unique(np.linspace(0, len(head) - 1, SAMPLE).astype(int))].astype(np.float64)
+    lengths = np.linalg.norm(rows, axis=-1)
+    lengths = lengths[lengths > 0]
+    if not len(lengths):
+        return None
+    normalised = bool((np.abs(lengths - 1) < NEAR_ONE).all())
+    measured = f"rows of lm_head have lengths from {lengths.min():.4g} to {lengths.max():.4g}"
+    if normalised and config.norm_head:
+        return (
+            f"the {measured}: the head was normalised before, for Baichuan 1 or by a forward before saving; NormHead "
+            "normalises it once more, which changes roundings only"
+        )
+    if not normalised and not config.norm_head:
+        return (
+            f"the {measured}, but config.json says norm_head false: its logits are not Baichuan2's; remove norm_head "
+            "or apply it (refimpl convert --normalize-head)"
+        )
+    return None
+
+
+def _frequencies(config: Config, tensors: Mapping[str, Any]) -> str | None:
+    saved = {name: array for name, array in tensors.items() if name.endswith(".rotary_emb.inv_freq")}
+    if not saved:
+        return None
+    half = config.head_dim // 2
+    expected = config.rope_theta ** (-np.arange(half) / half) if config.rope_theta else np.zeros(0)
+    for name, array in saved.items():
+        if array.shape != expected.shape or not np.allclose(array.astype(np.float64), expected, rtol=2**-7):
+            return f"{name} is not RoPE's at theta {config.rope_theta}; it is not read, as the official code does not"
+    return None
