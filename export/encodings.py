@@ -22,21 +22,26 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from onnx import ModelProto, TensorProto, numpy_helper
 
 import refimpl
-from kernels.affine import LPBQ_STEPS, Encoding
+from export.parts import GraphSpec
+from kernels.affine import LPBQ_STEPS, Encoding, from_range
 from refimpl.config import read_json
-from refimpl.encodings import INPUTS, Encodings, Float16, near
+from refimpl.encodings import COS, EMBED, INPUTS, MASK, SIN, Encodings, Float16, near
 from refimpl.errors import InputError
 from refimpl.model import Model
 from refimpl.names import taps
+from refimpl.simulate import SimulatedModel, on_grid
 
 VERSIONS = ("0.6.1", "1.0.0", "2.0.0")
 LARGEST = 1 << 30  # bytes of a file that is read: 7 B weights in LPBQ blocks of 64 are 0.3 GB
+MOVES = {"Reshape", "Transpose", "Split", "Slice", "Squeeze", "Unsqueeze", "Identity", "Cast", "Pad", "Expand"}
 _CACHE = re.compile(r"past_(key|value)_(\d{1,6})_(?:in|out)")
 
 
@@ -303,3 +308,83 @@ def _array(values: Any, shape: list[int], what: str) -> np.ndarray:
     if any(type(x) not in (int, float) or abs(x) > 1e38 or not math.isfinite(x) for x in flat):
         raise InputError(f"has a {what} that is no number")
     return np.array(flat, np.float64).reshape(shape)
+
+
+def graph_encodings(encodings: Encodings, spec: GraphSpec, proto: ModelProto) -> Encodings:
+    """The encodings of one graph, by the names of its own values and initializers, as its `model.encodings` has them.
+
+    What a tap shows has the tap's grid; the rest follows from it:
+
+    - the ends of the graph: keys and values that come in stand on the grid of those that go out, and the hidden state
+      on that of the part before; where that is the embedding, on its table's, because a Gather's output has none;
+    - operations that only move data hand on their input's grid, or take their output's if there is no other, and so do
+      a Concat, whose inputs share a grid, and a product with a constant, whose grid is that many times finer;
+    - a product with cos or sin is no larger than the other factor; scores + mask need the sum of both ranges;
+    - sigmoid's output is in [0, 1].
+
+    What then has none is what an RMSNorm computes inside, and what a Gather gives.
+    """
+    graph = proto.graph
+    infos = [*graph.input, *graph.value_info, *graph.output]
+    floats = {info.name for info in infos if info.type.tensor_type.elem_type == TensorProto.FLOAT}
+    known: dict[str, Encoding | Float16] = {n: e for n, e in encodings.activations.items() if n in floats}
+    for value in [*spec.inputs, *spec.outputs]:
+        tap = _tap_of(value.name)
+        if tap in encodings.activations:
+            known[value.name] = encodings.activations[tap]
+        elif value in spec.inputs and f"{tap}.weight" == EMBED and EMBED in encodings.parameters:
+            known[value.name] = encodings.parameters[EMBED]
+    scalars = {i.name: float(numpy_helper.to_array(i)) for i in graph.initializer if not i.dims and i.data_type == 1}
+    for node in graph.node:
+        new = _forward(node, known)
+        known.update({name: new for name in node.output if new and name in floats and name not in known})
+    gathered = {name for node in graph.node if node.op_type == "Gather" for name in node.output}
+    for node in reversed(graph.node):
+        new = known.get(node.output[0])
+        sources = list(node.input) if node.op_type == "Concat" else list(node.input[:1])
+        if node.op_type == "Mul" and isinstance(new, Encoding) and node.input[1] in scalars:
+            new = replace(new, scale=new.scale / scalars[node.input[1]])
+        elif node.op_type not in MOVES | {"Concat"}:
+            continue
+        sources = [name for name in sources if name in floats and name not in known and name not in gathered]
+        known.update({name: new for name in sources if new})
+    initializers = {initializer.name for initializer in graph.initializer}
+    ordered = {name: known[name] for name in dict.fromkeys(info.name for info in infos) if name in known}
+    return Encodings(ordered, {name: e for name, e in encodings.parameters.items() if name in initializers})
+
+
+def simulate_graph(model: SimulatedModel, spec: GraphSpec, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """What a quantized device should answer to the inputs of one graph: float32 on the grids, by ONNX name.
+
+    Inputs are put on their grids first, as a device does with floats that it is given.
+    """
+    known = model.encodings.activations
+    table = model.encodings.parameters.get(EMBED)
+    fed = {}
+    for name, x in inputs.items():
+        grid = table if f"{name}.weight" == EMBED else known.get(_tap_of(name))
+        fed[name] = on_grid(x, grid, model.rounding) if grid and x.dtype == np.float32 else x
+    ops = model.operations()
+    computed = spec.part.outputs(model.config, model.weights, ops, np.concatenate, fed, ops.quantizing())
+    return {value.name: np.ascontiguousarray(computed[value.name], value.dtype) for value in spec.outputs}
+
+
+def _forward(node: Any, known: Mapping[str, Encoding | Float16]) -> Encoding | Float16 | None:
+    """The grid that a node's outputs have by those of its inputs, or None if that does not follow."""
+    grids = [known.get(name) for name in node.input]
+    first = grids[0]
+    if node.op_type in MOVES:
+        return first
+    if node.op_type == "Concat":
+        return first if all(grid == first for grid in grids) else None
+    if not isinstance(first, Encoding):
+        return None
+    if node.op_type == "Sigmoid":
+        return from_range(0.0, 1.0, first.bits)
+    second = grids[1] if len(grids) > 1 else None
+    if node.op_type == "Mul" and node.input[1] in (COS, SIN) and second:
+        largest = max(-float(first.low), float(first.high))
+        return from_range(-largest, largest, first.bits)
+    if node.op_type == "Add" and node.input[1] == MASK and isinstance(second, Encoding):
+        return from_range(first.low + second.low, first.high + second.high, first.bits)
+    return None

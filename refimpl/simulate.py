@@ -51,8 +51,12 @@ class SimulatedModel(Model):
 
     def decoder(self, ops: NumPyOps, tap: Tap, cache: KVCache | None) -> Decoder:
         """The forward with taps and operations that quantize; `tap` sees what comes of it."""
-        simulated = SimulatedOps(ops.dtype, self.encodings, self.config, self.rounding, self.integer)
+        simulated = self.operations(ops.dtype)
         return super().decoder(simulated, simulated.quantizing(then=tap), cache)
+
+    def operations(self, dtype="float32") -> SimulatedOps:
+        """The operations, and with `quantizing()` the tap, of one run; for a run of a part of the model, too."""
+        return SimulatedOps(dtype, self.encodings, self.config, self.rounding, self.integer)
 
     def position_tables(self, positions, dtype):
         """cos and sin on their grids."""
