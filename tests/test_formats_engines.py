@@ -92,7 +92,7 @@ def bitsandbytes_quantizes(name, size, double):
         import torch
 
         torch.set_num_threads(1)
-        for weight in matrices():
+        for weight in matrices(9):
             packed, state = engine.quantize_4bit(
                 torch.from_numpy(weight), blocksize=size, quant_type=name, compress_statistics=double
             )
@@ -112,7 +112,7 @@ def bitsandbytes_reads(name, size):
         from bitsandbytes.backends.default.ops import _dequantize_4bit_compute as generic
         from bitsandbytes.backends.utils import _get_4bit_code
 
-        for weight in matrices():
+        for weight in matrices(9):
             blocks = formats.quantize(weight, name, size)
             arrays = torch.from_numpy(blocks.packed), torch.from_numpy(blocks.scales)
             code = _get_4bit_code(name, arrays[0].device)
@@ -141,7 +141,7 @@ def bitsandbytes_int8():
     import torch
 
     engine = importlib.import_module("bitsandbytes.functional")
-    for weight in matrices():
+    for weight in matrices(9):
         if not np.abs(weight).max(1).all():
             continue  # a row of zeros is 0 times infinity there
         codes, scales, _ = engine.int8_vectorwise_quant(torch.from_numpy(weight).half())
