@@ -99,11 +99,13 @@ def table(facts: dict[str, Any]) -> str:
     """What `examine` found of one checkpoint, a line a fact; problems are left to the caller."""
     rows = []
     for name, value in facts.items():
+        if name == "problems":
+            continue
         for said in value if isinstance(value, list) else [value]:
             if isinstance(said, dict):
                 said = ", ".join(f"{format} {size:.3g}" for format, size in said.items())
             rows.append(f"{name:16} {said:,}" if isinstance(said, int) else f"{name:16} {said}")
-    return "\n".join(row for row in rows if not row.startswith("problems"))
+    return "\n".join(rows)
 
 
 def memory(config: Config) -> dict[str, float]:
