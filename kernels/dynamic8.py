@@ -35,6 +35,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from kernels.search import reciprocal
+
 BLOCK_SIZE = 256  # scales that share one nested scale
 
 
@@ -95,7 +97,7 @@ def mean(x: np.ndarray) -> np.float32:
 def quantize(x: np.ndarray) -> dict[str, np.ndarray]:
     """Blocks (n, b) of float32 as `codes` (n, b) uint8 and `scales` (n, 1) float32, the largest magnitude of each."""
     scales = np.abs(x).max(-1, keepdims=True)
-    relative = x * (np.float32(1) / np.maximum(scales, np.float32(1e-38)))
+    relative = x * reciprocal(scales)
     steps = np.floor((relative + np.float32(1)) * np.float32(32767.5) + np.float32(0.5)).astype(np.uint16)
     return dict(codes=np.where(scales > 0, NEAREST[steps], 0).astype(np.uint8), scales=scales)
 
