@@ -68,7 +68,9 @@ class Seen:
 
     def _make_room(self) -> None:
         """Widens the bins until `low` and `high` are within BINS of them."""
-        width = self.width or 2.0 ** math.floor(math.log2(max(self.high - self.low, 1e-30) / BINS))
+        # not so narrow, for values that are far from 0 and alike, that a bin's number would lose its last digits
+        narrowest = max((self.high - self.low) / BINS, max(-self.low, self.high) * 2.0**-40, 1e-30)
+        width = self.width or 2.0 ** math.floor(math.log2(narrowest))
         while math.floor(self.high / width) - math.floor(self.low / width) >= BINS:
             width *= 2
         first, last = math.floor(self.low / width), math.floor(self.high / width)
