@@ -76,8 +76,8 @@ class Seen:
         first, last = math.floor(self.low / width), math.floor(self.high / width)
         counts = np.zeros(last - first + 1, np.int64)
         if self.width:
-            old = (self.first + np.arange(len(self.counts))) // round(width / self.width)
-            np.add.at(counts, old - first, self.counts)
+            old = np.floor((self.first + np.arange(len(self.counts))) / (width / self.width))  # exact: powers of two
+            np.add.at(counts, old.astype(np.int64) - first, self.counts)
         self.width, self.first, self.counts = width, first, counts
 
     @property

@@ -52,7 +52,7 @@ def test_ranges_are_those_of_the_traces(model, dtype):
         )
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(st.lists(st.floats(-1e6, 1e6, width=32), min_size=1, max_size=40), st.integers(1, 8))
 def test_a_histogram_does_not_depend_on_the_pieces(values, pieces):
     """Bins are made by doubling, so what was counted early lies where it would lie if all had come at once."""
