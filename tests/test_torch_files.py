@@ -351,6 +351,8 @@ def test_every_other_opcode_is_refused(mapped):
         (b"x" + saved(pickled({"a": tensor()})), "begins with b'xPK"),
         (saved(pickled({"a": tensor()})) + b"x", "no end record"),
         (saved(pickled({"a": tensor()}))[:-30], "no end record"),
+        (saved(pickled({"a": tensor()}))[:-2] + b"\1\0", "split over disks or has a comment"),
+        (saved(pickled({"a": tensor()}))[:-18] + b"\1" + saved(pickled({"a": tensor()}))[-17:], "split over disks"),
         (saved(pickled({"a": tensor()}), flags=8)[: -30] + bytes(30), "no end record"),
         (archive({"m/data.pkl": pickled({}), "n/data.pkl": pickled({})}), "expected the members of one torch.save"),
         (archive({"m/data.pkl": pickled({}), "m/code/x.py": b""}), "torch.save writes no such member"),
@@ -398,6 +400,9 @@ def test_the_archive_can_be_read_in_one_way_only(mapped):
     doubled = both[0] + whole[:directory_at] + tb.directory([both[1] + both[2], *moved], directory_at + len(first))
     with pytest.raises(InputError, match=r"two members 'm/data.pkl'"):
         mapped(doubled)
+    before = whole[:directory_at] + b"hidden" + tb.directory(entries, directory_at + 6)
+    with pytest.raises(InputError, match="but its directory begins at"):
+        mapped(before)
     inside = archive({"m/data.pkl": good, "m/data/0": archive({"m/data.pkl": evil})})
     with pytest.raises(InputError, match="in the archive, expected 16"):
         mapped(inside)
