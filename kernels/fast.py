@@ -118,6 +118,7 @@ def _product(weights: str, scales: str):
     return compiled(fast_linear.product, signature)
 
 
+@cache
 def compiled(function, signature):
     """`function` compiled for one signature, from the disk if it was before."""
     announce = Announcement(f"compiling {function.__module__}.{function.__name__} for {signature.args[0].dtype}, once")

@@ -1,0 +1,269 @@
+"""How fast a full size model runs here, each engine in turns within one run, against the speed of memory.
+
+The model has the true shapes of Baichuan2-7B and seeded random Q4_0 blocks, made in memory: 3.9 GB of distinct weights,
+because a machine's caches hold whole layers. Engines that are not installed are left out. What each one does:
+
+- `read`: every byte of those weights, read once by all threads. No engine can decode a token faster.
+- `refimpl`: this package; activations stay float32.
+- `llama.cpp`: the same blocks as a GGUF file; activations are rounded to 8 bits.
+- `onnxruntime`: the same bytes in MatMulNBits nodes, one graph a layer; matrix products alone.
+- `torch`: bfloat16 matrix products alone, of as many layers as take 3.6 GB, scaled up to the model.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from kernels.formats import Blocks
+from refimpl.config import FAMILIES, Config
+from refimpl.errors import InputError
+from refimpl.model import Model
+from refimpl.weights import QuantizedWeight, Weight, Weights, expected_shapes
+
+ENGINES = ("read", "refimpl", "llama.cpp", "onnxruntime", "torch")
+
+
+@dataclass
+class Row:
+    """The seconds that an engine took, round by round."""
+
+    name: str
+    seconds: list[float] = field(default_factory=list)
+
+    def facts(self, tokens: int, reference: Row, nbytes: int) -> dict[str, Any]:
+        """Tokens a second and, relative to `reference` round by round, how many times as fast."""
+        ratios = [r / s for r, s in zip(reference.seconds, self.seconds, strict=True)]
+        median = statistics.median(self.seconds)
+        return {
+            "engine": self.name,
+            "tokens_per_second": tokens / median,
+            "slowest": tokens / max(self.seconds),
+            "fastest": tokens / min(self.seconds),
+            f"times_{reference.name}": statistics.median(ratios),
+            "gigabytes_per_second": nbytes / median / 1e9,
+        }
+
+
+def run(what: str, layers: int, rounds: int, threads: int, engines: tuple[str, ...], tokens: int) -> list[dict]:
+    """Facts of each engine, `decode` for one token after another or `prefill` for `tokens` at once.
+
+    Raises InputError for an engine that is not known, and for no rounds.
+    """
+    for name in engines:
+        if name not in ENGINES:
+            raise InputError(f"the engine is {name!r}, expected some of {','.join(ENGINES)}")
+    if rounds < 1 or layers < 1 or tokens < 1:
+        raise InputError("rounds, layers and tokens are numbers from 1")
+    import numba
+
+    numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))
+    tokens = 1 if what == "decode" else tokens
+    model = synthetic(layers)
+    nbytes = sum(weight.blocks.nbytes for weight in matrices(model))
+    _say(f"{layers} layers of Baichuan2-7B, {nbytes / 1e9:.2f} GB of Q4_0 blocks, {threads} threads")
+    passes: dict[str, Callable[[], Any]] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for name in ENGINES:
+            if name in engines and not (name == "read" and what == "prefill"):
+                start = time.perf_counter()
+                try:
+                    passes[name] = _PASSES[name](model, tokens, threads, Path(folder))
+                    passes[name]()  # compile, touch, warm up
+                except ImportError as error:
+                    _say(f"{name} is left out: {error}")
+                    passes.pop(name, None)
+                else:
+                    _say(f"{name} is ready after {time.perf_counter() - start:.1f} s")
+        rows = {name: Row(name) for name in passes}
+        for _ in range(rounds):
+            for name, once in passes.items():
+                start = time.perf_counter()
+                scale = once()
+                rows[name].seconds.append((time.perf_counter() - start) * (scale or 1.0))
+    reference = rows.get("refimpl") or next(iter(rows.values()))
+    return [row.facts(tokens, reference, nbytes) for row in rows.values()]
+
+
+def show(facts: list[dict]) -> str:
+    """The facts as a table."""
+    lines = []
+    for row in facts:
+        times = next(key for key in row if key.startswith("times_"))
+        lines.append(
+            f"{row['engine']:12} {row['tokens_per_second']:8.2f} tokens/s ({row['slowest']:.2f} - {row['fastest']:.2f})"
+            f"   {row[times]:6.3f} x {times.removeprefix('times_')}   {row['gigabytes_per_second']:6.1f} GB/s"
+        )
+    return "\n".join(lines)
+
+
+def synthetic(layers: int = 32, seed: int = 0) -> Model:
+    """Baichuan2-7B with random Q4_0 blocks in memory. The embedding, which is only looked up, is one row for all."""
+    config = Config(family="Baichuan2-7B", num_hidden_layers=layers, **FAMILIES["Baichuan2-7B"])
+    rng = np.random.default_rng(seed)
+    entries: dict[str, Any] = {}
+    for name, shape in expected_shapes(config).items():
+        if len(shape) == 1:
+            entries[name] = Weight(np.ones(shape, np.float32))
+        elif name == "model.embed_tokens.weight":
+            row = rng.standard_normal((1, shape[1])).astype(ml_dtypes.bfloat16)
+            entries[name] = Weight(np.broadcast_to(row, shape))
+        else:
+            packed = np.frombuffer(rng.bytes(shape[0] * shape[1] // 2), np.uint8).reshape(shape[0], -1)
+            # Codes -8 … 7 have a standard deviation of 4.6: the scales make products keep the size of their input.
+            size = 1 / (4.6 * np.sqrt(shape[1]))
+            scales = (size * (0.75 + 0.5 * rng.random((shape[0], shape[1] // 32), np.float32))).astype(np.float16)
+            entries[name] = QuantizedWeight(Blocks("q4_0", (shape[0], shape[1]), 32, 1, packed, scales))
+    return Model(config, Weights(entries), backend="numba")
+
+
+def matrices(model: Model) -> Iterator[QuantizedWeight]:
+    """The quantized matrices of a model in the order of the forward."""
+    return (weight for weight in model.weights.values() if isinstance(weight, QuantizedWeight))
+
+
+def _read(model: Model, tokens: int, threads: int, folder: Path) -> Callable:
+    from kernels import fast_read
+
+    arrays = [array for weight in matrices(model) for array in (weight.blocks.packed, weight.blocks.scales)]
+    return lambda: [fast_read.read(array) for array in arrays] and None
+
+
+def _refimpl(model: Model, tokens: int, threads: int, folder: Path) -> Callable:
+    cache = model.new_cache(capacity=2048)
+
+    def once() -> None:
+        if cache.length + tokens > cache.capacity or tokens > 1:
+            cache.length = 0
+        model(np.zeros((1, tokens), np.int64), cache=cache)
+
+    return once
+
+
+def _llama(model: Model, tokens: int, threads: int, folder: Path) -> Callable:
+    llama = _engine("llama_cpp")
+    path = folder / "model.gguf"
+    write_gguf(model, path)
+    engine = llama.Llama(str(path), n_ctx=2048, n_batch=512, n_threads=threads, n_threads_batch=threads, verbose=False)
+
+    def once() -> None:
+        if engine.n_tokens + tokens > 2048 or tokens > 1:
+            engine.reset()
+        engine.eval([5] * tokens)
+
+    return once
+
+
+def write_gguf(model: Model, path: Path) -> None:
+    """The model as a GGUF file without a tokenizer. llama.cpp keeps queries, keys and values apart."""
+    gguf = _engine("gguf")
+    config, kinds = model.config, gguf.GGMLQuantizationType
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_tokenizer_model("no_vocab")
+
+    def q4_0(name: str, blocks: Blocks) -> None:
+        codes = blocks.packed.reshape(blocks.shape[0], -1, 16)
+        data = np.concatenate([blocks.scales[..., None].view(np.uint8), codes], axis=-1)  # 2 + 16 bytes a block
+        writer.add_tensor(name, data.reshape(blocks.shape[0], -1), raw_dtype=kinds.Q4_0)
+
+    weights = model.weights
+    writer.add_tensor("token_embd.weight", np.zeros((config.vocab_size, config.hidden_size), np.float16))
+    writer.add_tensor("output_norm.weight", np.ones(config.hidden_size, np.float32))
+    q4_0("output.weight", weights["lm_head.weight"].blocks)
+    for i in range(config.num_hidden_layers):
+        at, to = f"model.layers.{i}", f"blk.{i}"
+        packed = weights[f"{at}.self_attn.W_pack.weight"].blocks
+        for n, part in enumerate("qkv"):
+            rows = slice(n * config.hidden_size, (n + 1) * config.hidden_size)
+            q4_0(f"{to}.attn_{part}.weight", packed.rows(rows))
+        q4_0(f"{to}.attn_output.weight", weights[f"{at}.self_attn.o_proj.weight"].blocks)
+        for part in ("gate", "up", "down"):
+            q4_0(f"{to}.ffn_{part}.weight", weights[f"{at}.mlp.{part}_proj.weight"].blocks)
+        for part in ("attn_norm", "ffn_norm"):
+            writer.add_tensor(f"{to}.{part}.weight", np.ones(config.hidden_size, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def _onnxruntime(model: Model, tokens: int, threads: int, folder: Path) -> Callable:
+    onnx, ort = _engine("onnx"), _engine("onnxruntime")
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    helper, kinds = onnx.helper, onnx.TensorProto
+
+    def session(blocks: Blocks):
+        (rows, columns), raw = blocks.shape, onnx.numpy_helper.from_array
+        names, facts = (["x", "codes", "scales"], ["y"]), dict(K=columns, N=rows, bits=4, block_size=32)
+        node = helper.make_node("MatMulNBits", *names, domain="com.microsoft", **facts)
+        codes = raw(blocks.packed.reshape(rows, -1, 16), "codes")
+        scales = raw(blocks.scales.astype(np.float32).reshape(-1), "scales")
+        value = lambda name, size: helper.make_tensor_value_info(name, kinds.FLOAT, [tokens, size])
+        graph = helper.make_graph([node], "g", [value("x", columns)], [value("y", rows)], [codes, scales])
+        imports = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
+        proto = helper.make_model(graph, opset_imports=imports, ir_version=10)
+        return ort.InferenceSession(proto.SerializeToString(), options, ["CPUExecutionProvider"]), columns
+
+    sessions = [session(weight.blocks) for weight in matrices(model)]
+    inputs = {columns: np.ones((tokens, columns), np.float32) for _, columns in sessions}
+    return lambda: [s.run(None, {"x": inputs[columns]}) for s, columns in sessions] and None
+
+
+def _torch(model: Model, tokens: int, threads: int, folder: Path) -> Callable:
+    torch = _engine("torch")
+    torch.set_num_threads(threads)
+    shapes, total = [weight.shape for weight in matrices(model)], 0
+    weights: list = []
+    for rows, columns in shapes:
+        if 2 * (total + rows * columns) <= 3.6e9:
+            total += rows * columns
+            weights.append(torch.randn(rows, columns).to(torch.bfloat16))
+    scale = sum(rows * columns for rows, columns in shapes) / total
+    inputs = {columns: torch.ones(tokens, columns, dtype=torch.bfloat16) for _, columns in shapes}
+
+    def once() -> float:
+        with torch.inference_mode():
+            for weight in weights:
+                torch.nn.functional.linear(inputs[weight.shape[1]], weight)
+        return scale
+
+    return once
+
+
+_PASSES: dict[str, Callable[[Model, int, int, Path], Callable]] = {
+    "read": _read, "refimpl": _refimpl, "llama.cpp": _llama, "onnxruntime": _onnxruntime, "torch": _torch,
+}  # fmt: skip
+
+
+def _engine(name: str) -> Any:
+    """A package that is measured against, where it is installed. It is no part of this one: so it is found by name."""
+    return importlib.import_module(name)
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def default_threads() -> int:
+    """The cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
