@@ -198,6 +198,16 @@ def verify(arguments) -> int:
     return _report(arguments, verify(Path(arguments.folder), engine=arguments.engine))
 
 
+def bench(arguments) -> int:
+    """Measure a synthetic Baichuan2-7B against other engines and the speed of memory (extra: bench)."""
+    from refimpl import bench
+
+    facts = bench.run(arguments.what, arguments.layers, arguments.rounds, arguments.threads or bench.default_threads(),
+                      tuple(arguments.engines.split(",")), arguments.tokens)  # fmt: skip
+    print(json.dumps(facts) if arguments.json else bench.show(facts))
+    return 0
+
+
 def _say(arguments, ids) -> int:
     """Generates and prints pieces of text as they come, or ids where the folder has no tokenizer."""
     model = arguments.loaded
@@ -393,4 +403,12 @@ def _parser() -> argparse.ArgumentParser:
     sub = verb(verify, "refimpl verify build/b2-7b", machine)
     sub.add_argument("folder", metavar="DIR")
     sub.add_argument("--engine", choices=("auto", "onnxruntime", "reference"), default="auto")
+
+    sub = verb(bench, "refimpl bench decode --engines read,refimpl,llama.cpp", machine)
+    sub.add_argument("what", choices=("decode", "prefill"), help="one token after another, or many at once")
+    sub.add_argument("--layers", type=int, default=32, help="fewer than 32 fit into less memory, or into a cache")
+    sub.add_argument("--rounds", type=int, default=5, help="engines take turns so many times (default: 5)")
+    sub.add_argument("--threads", type=int, help="(default: all cores)")
+    sub.add_argument("--tokens", type=int, default=128, help="how many at once in prefill (default: 128)")
+    sub.add_argument("--engines", default="read,refimpl,llama.cpp,onnxruntime,torch", help="who takes part")
     return parser
