@@ -230,6 +230,52 @@ def test_bytes_of_bitsandbytes(name):
 DYNAMIC8 = "e732639a65f497b4"
 
 
+def test_an_incomplete_block_is_divided_by_its_scale():
+    # bitsandbytes 0.50.2, CPU: of these numbers the reciprocal makes code 10, the division code 9
+    pair = [0.109375, 0.022260137]
+    weight = np.array([[*pair, *62 * [0], *pair, 0]], np.float32)
+    blocks = formats.quantize(weight, "nf4", 64)
+    assert blocks.packed[[0, 32, 33]].tolist() == [0xFA, 0xF9, 0x77]
+    # and an incomplete block of zeros has a scale, a complete one has none
+    zeros = formats.quantize(np.zeros((1, 67), np.float32), "nf4", 64)
+    assert zeros.scales.tolist() == [0.0, 9.999999350456404e-39] and (zeros.packed == 0x77).all()
+    assert not formats.quantize(np.zeros((1, 67), np.float32), "fp4", 64).packed.any()
+
+
+def test_scales_of_scales_are_bitsandbytes_own():
+    # bitsandbytes 0.50.2, CPU: quantize_blockwise(x, blocksize=256), x beside the midpoints of the values
+    middles = (dynamic8.VALUES[:-1] + dynamic8.VALUES[1:]) / np.float32(2)
+    shas = {-3e-5: "1174c17f48259ce6", -1e-5: "97f468f969896c14", 0.0: "b774a9171790b7a2", 1e-5: "97b9dc2d868c92ea"}
+    for beside, expected in shas.items():
+        x = np.append(middles + np.float32(beside), np.float32(1))
+        assert sha(dynamic8.quantize(x[None])["codes"]) == expected
+    assert dynamic8.quantize(np.zeros((1, 256), np.float32))["codes"].max() == 0
+    # PyTorch 2.13.0, one thread: tensor.mean()
+    means = {7: 13.285714149475098, 100: 16.953332901000977, 1000: 17.003334045410156, 5000: 16.99886703491211}
+    for count, expected in {**means, 40000: 16.999340057373047}.items():
+        x = (np.arange(count) * 37 % 101 + 1).astype(np.float32) / np.float32(3)
+        assert float(dynamic8.mean(x)) == expected
+
+
+def test_halves_are_rounded_as_each_format_does():
+    halves = np.array([[0.5, 1.5, 2.5, -0.5, -1.5, -2.5]], np.float32)
+    blocks = {n: np.concatenate([halves, np.full((1, 26), s, np.float32)], 1) for n, s in (("int4", 7), ("q8_0", 127))}
+    assert int4.quantize(blocks["int4"])["codes"][0, :6].tolist() == [0, 2, 2, 0, -2, -2]
+    assert FORMATS["q8_0"].module.quantize(blocks["q8_0"])["codes"][0, :6].tolist() == [1, 2, 3, -1, -2, -3]
+    # a zero point of -8 + 2.5, with a scale of 1
+    parts = int4.quantize(np.array([[-2.5, 12.5, 0, 1]], np.float32), symmetric=False)
+    assert parts["scales"] == 1 and parts["zero_points"] == -6 and parts["codes"].tolist() == [[-8, 6, -6, -5]]
+
+
+def test_q4_k_of_one_sided_weights():
+    weight = np.abs(weights(7, (4, 512), 1.0))
+    for sided in (weight + 5, -weight - 5, weight):
+        blocks = formats.quantize(sided, "q4_k")
+        plain = formats.dequantize(formats.quantize(sided, "q4_k", search=0))
+        error = formats.error_between(sided, formats.dequantize(blocks))
+        assert error.rms <= formats.error_between(sided, plain).rms
+
+
 def test_int8_bytes_of_bitsandbytes():
     # bitsandbytes 0.50.2, CPU: int8_vectorwise_quant of the same matrix as float16
     parts = FORMATS["int8"].module.quantize(ramp(1, 138).reshape(2, 69))
