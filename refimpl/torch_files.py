@@ -24,6 +24,7 @@ Source: `torch.save` and `_legacy_save` in PyTorch's torch/serialization.py, and
 from __future__ import annotations
 
 import math
+import mmap
 import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -160,22 +161,33 @@ def map_torch(path: Path) -> dict[str, Any]:
     Raises InputError for whatever the module's grammar does not describe, and says what was found.
     """
     try:
-        data = np.memmap(path, np.uint8, "r").view(np.ndarray)
+        with open(path, "rb") as file:
+            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     except (OSError, ValueError) as error:  # ValueError: an empty file
         raise InputError(f"cannot read {path}: {error}; download it again") from None
+
+    def ahead(at: int) -> None:  # the disk fetches all headers at once, not one after the other
+        if hasattr(mapped, "madvise"):
+            mapped.madvise(mmap.MADV_WILLNEED, at // mmap.PAGESIZE * mmap.PAGESIZE, mmap.PAGESIZE)
+
     try:
-        start = data[:4].tobytes()
-        if start == b"PK\3\4":
-            value, storages = _read_zip(data)
-        elif start[:2] == b"\x80\x02":
-            value, storages = _read_legacy(data)
-        else:
-            raise InputError(f"it begins with {start!r}, expected a zip archive or a pickle of protocol 2")
-        if not isinstance(value, dict):
-            raise InputError(f"it holds a {type(value).__name__}, expected a dict of tensors")
-        return {name: _entry(name, entry, storages) for name, entry in value.items()}
+        return read_torch(np.frombuffer(mapped, np.uint8), ahead)
     except InputError as error:
         raise InputError(f"{path} is not a PyTorch file that can be read here: {error}") from None
+
+
+def read_torch(data: np.ndarray, ahead: Callable[[int], None] = lambda at: None) -> dict[str, Any]:
+    """What `map_torch` gives, of a file's bytes (N,) uint8. `ahead` hears which places will be read next."""
+    start = data[:4].tobytes()
+    if start == b"PK\3\4":
+        value, storages = _read_zip(data, ahead)
+    elif start[:2] == b"\x80\x02":
+        value, storages = _read_legacy(data)
+    else:
+        raise InputError(f"it begins with {start!r}, expected a zip archive or a pickle of protocol 2")
+    if not isinstance(value, dict):
+        raise InputError(f"it holds a {type(value).__name__}, expected a dict of tensors")
+    return {name: _entry(name, entry, storages) for name, entry in value.items()}
 
 
 def _entry(name: str, value: Any, storages: Mapping[str, np.ndarray]) -> Any:
@@ -212,9 +224,9 @@ def _storages(found: dict[str, Storage]) -> Callable[[tuple], Storage]:
     return persistent
 
 
-def _read_zip(data: np.ndarray) -> tuple[Any, dict[str, np.ndarray]]:
+def _read_zip(data: np.ndarray, ahead: Callable[[int], None]) -> tuple[Any, dict[str, np.ndarray]]:
     """The pickled value, and the bytes of each storage that it speaks of."""
-    members = stored_members(data)
+    members = stored_members(data, ahead)
     roots = {name.partition("/")[0] for name in members}
     root = next(iter(roots), "")
     if len(roots) != 1 or f"{root}/data.pkl" not in members:

@@ -16,6 +16,7 @@ Source: PKWARE's APPNOTE.TXT 6.3, section 4.3; PyTorch writes such archives with
 from __future__ import annotations
 
 import struct
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -35,12 +36,16 @@ class Member(NamedTuple):
     crc: int
 
 
-def stored_members(data: np.ndarray) -> dict[str, Member]:
+def stored_members(data: np.ndarray, ahead: Callable[[int], None] = lambda at: None) -> dict[str, Member]:
     """Name -> place of each member of the archive in `data` (N,) uint8, which may be mapped: headers alone are read.
+
+    `ahead` is called with the place of every local header before the first is read.
 
     Raises InputError for anything but the archives that this module's grammar describes.
     """
     entries, directory = _entries(data)
+    for entry in entries:
+        ahead(min(entry[-1], len(data) - 1))
     members: dict[str, Member] = {}
     free = 0  # where the next member must begin
     for name, flags, crc, size, offset in sorted(entries, key=lambda entry: entry[-1]):
