@@ -338,7 +338,6 @@ def graph_encodings(encodings: Encodings, spec: GraphSpec, proto: ModelProto) ->
     for node in graph.node:
         new = _forward(node, known)
         known.update({name: new for name in node.output if new and name in floats and name not in known})
-    gathered = {name for node in graph.node if node.op_type == "Gather" for name in node.output}
     for node in reversed(graph.node):
         new = known.get(node.output[0])
         sources = list(node.input) if node.op_type == "Concat" else list(node.input[:1])
@@ -346,7 +345,7 @@ def graph_encodings(encodings: Encodings, spec: GraphSpec, proto: ModelProto) ->
             new = replace(new, scale=new.scale / scalars[node.input[1]])
         elif node.op_type not in MOVES | {"Concat"}:
             continue
-        sources = [name for name in sources if name in floats and name not in known and name not in gathered]
+        sources = [name for name in sources if name in floats and name not in known]
         known.update({name: new for name in sources if new})
     initializers = {initializer.name for initializer in graph.initializer}
     ordered = {name: known[name] for name in dict.fromkeys(info.name for info in infos) if name in known}

@@ -134,20 +134,53 @@ def test_integer_sums_are_exact(encoded, recipe):
     assert np.array_equal(trace[f"{at}.mlp.down_proj"], expected)
 
 
-def test_integer_attention_is_exact(encoded):
-    model, encodings = encoded("Qwen2-7B")
+def test_integer_attention_is_exact(family, encoded):
+    model, encodings = encoded(family)
     trace = model.simulate(encodings, integer=True).trace(IDS)
     at, config = "model.layers.0.self_attn", model.config
-    q, k, p, v = (
-        integers(trace[f"{at}.{n}"], encodings[f"{at}.{n}"]).astype(np.int64)
-        for n in ("query", "key", "probs", "value")
-    )
+    kinds = ("query", "key", "probs", "value")
+    grids = {n: grid_of(encodings, config, f"{at}.{n}") for n in kinds}
+    assert config.rope_theta or grids["query"] == encodings[f"{at}.W_pack"], "without RoPE, queries are cut from it"
+    q, k, p, v = (integers(trace[f"{at}.{n}"], grids[n]).astype(np.int64) for n in kinds)
     k, v = (np.repeat(x, config.num_attention_heads // config.num_key_value_heads, 1) for x in (k, v))
-    scale = {n: float(encodings[f"{at}.{n}"].scale) for n in ("query", "key", "probs", "value")}
+    scale = {n: float(grid.scale) for n, grid in grids.items()}
     scores = ((q @ k.transpose(0, 1, 3, 2)) * (scale["query"] * scale["key"])).astype(F32) * config.head_dim**-0.5
     assert np.array_equal(trace[f"{at}.scores"], fake_quantize(scores, encodings[f"{at}.scores"]))
     context = ((p @ v) * (scale["probs"] * scale["value"])).astype(F32).transpose(0, 2, 1, 3).reshape(1, len(IDS), -1)
     assert np.array_equal(trace[f"{at}.context"], fake_quantize(context, encodings[f"{at}.context"]))
+
+
+def test_exact_and_float_sums_agree(family, encoded):
+    """Fed with the same inputs, every tensor is the same but for a code where a sum lies at half a step."""
+    model, encodings = encoded(family)
+    reference = model.simulate(encodings).trace(IDS)
+    exact = model.simulate(encodings, integer=True).trace(IDS, feed=reference)
+    for name, encoding in encodings.activations.items():
+        if name in exact:
+            lsb = np.abs(exact[name] - reference[name]) / F32(encoding.scale)
+            assert lsb.max() < 1.5 and (lsb > 0.5).mean() < 0.01, name
+
+
+def test_the_hosts_tensors_stand_on_their_grids(family, encoded):
+    model, encodings = encoded(family)
+    simulated, ones = model.simulate(encodings), np.ones((1, 6), np.int64)
+    ones[0, :2] = 0
+    bias = simulated.attention_bias(ones, 6, F32)
+    assert bias.min() == -50 and np.array_equal(fake_quantize(bias, encodings["attention_mask"]), bias)
+    assert np.abs(bias - np.maximum(model.attention_bias(ones, 6, F32), -50)).max() <= 50 / 65535 / 2 * 1.01
+    exact = model.position_tables(np.arange(6)[None], F32)
+    for x, y in zip(simulated.position_tables(np.arange(6)[None], F32), exact, strict=True):
+        assert (x is None) == (y is None) == (not model.config.rope_theta)
+        if x is not None:
+            assert 0 < np.abs(x - y).max() <= 1.01 * 2 / 65535, "1 is 32767 steps of 2 / 65535, half a step short"
+
+
+def test_padding_on_the_left_changes_no_more_than_a_last_bit(family, encoded):
+    model, encodings = encoded(family)
+    simulated = model.simulate(encodings, integer=True)
+    alone = simulated(IDS)[0]
+    padded = simulated([0, 0, 0, *IDS], attention_mask=[[0, 0, 0, *[1] * len(IDS)]])[0, 3:]
+    assert decibel(np.square(alone).sum(), np.square(alone - padded).sum()) > 60
 
 
 def test_a_prompt_in_pieces_is_the_prompt_at_once(family, encoded):
