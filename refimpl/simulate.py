@@ -54,6 +54,18 @@ class SimulatedModel(Model):
         simulated = self.operations(ops.dtype)
         return super().decoder(simulated, simulated.quantizing(then=tap), cache)
 
+    def with_backend(self, backend: str) -> Model:
+        """This model, if it is NumPy that is asked for: no other quantizes on the way."""
+        if backend != "numpy":
+            raise InputError(f"the backend is {backend!r}, but a simulation is computed by 'numpy'")
+        return self
+
+    def quantize(self, *arguments, **options) -> Model:
+        """Not after the simulation: its grids belong to the weights that it was made of."""
+        raise InputError("a simulated model cannot be quantized or simulated again; take the model that it was made of")
+
+    simulate = quantize
+
     def operations(self, dtype="float32") -> SimulatedOps:
         """The operations, and with `quantizing()` the tap, of one run; for a run of a part of the model, too."""
         return SimulatedOps(dtype, self.encodings, self.config, self.rounding, self.integer)

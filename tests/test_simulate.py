@@ -140,7 +140,10 @@ def test_integer_attention_is_exact(family, encoded):
     at, config = "model.layers.0.self_attn", model.config
     kinds = ("query", "key", "probs", "value")
     grids = {n: grid_of(encodings, config, f"{at}.{n}") for n in kinds}
-    assert config.rope_theta or grids["query"] == encodings[f"{at}.W_pack"], "without RoPE, queries are cut from it"
+    if not config.rope_theta:  # then queries are cut from W_pack
+        ops = model.simulate(encodings).operations()
+        ops.quantizing()(f"{at}.query", trace[f"{at}.query"])
+        assert ops.grids["query"] == grids["query"] == encodings[f"{at}.W_pack"]
     q, k, p, v = (integers(trace[f"{at}.{n}"], grids[n]).astype(np.int64) for n in kinds)
     k, v = (np.repeat(x, config.num_attention_heads // config.num_key_value_heads, 1) for x in (k, v))
     scale = {n: float(grid.scale) for n, grid in grids.items()}
@@ -408,6 +411,9 @@ def test_onnxruntime_computes_the_same_codes(name, number, encoded, tmp_path):
         (lambda m, e: m.simulate(Encodings({}, {"model.norm.weight": replaced(e, scale=np.ones(64))})), "expected 1"),
         (lambda m, e: m.simulate(Encodings({"model.norm": from_range(0, 1, 20)})), "20 bits, expected 2 to 16"),
         (lambda m, e: m.simulate(e, rounding="up"), "rounding is 'up', expected away or even"),
+        (lambda m, e: m.simulate(e).quantize("int4"), "take the model that it was made of"),
+        (lambda m, e: m.simulate(e).simulate(e), "take the model that it was made of"),
+        (lambda m, e: m.simulate(e).with_backend("numba"), "is computed by 'numpy'"),
         (lambda m, e: e.raised("*.nothing", 8, m.weights), "no encoding is called"),
         (lambda m, e: e.raised("*", 32, m.weights), "bits is 32, expected 2 to 16"),
         (lambda m, e: predict(m, e, IDS, window=-1), "window is -1"),
