@@ -222,8 +222,8 @@ def quantize(
 
     `block_size`: a number, "channel" (a row is a block) or "tensor" (INT4 only); by default the format's usual one.
     `axis`: 1, blocks along the rows, is the default; 0 down the columns (INT4 only). `importance`: (I,), what an
-    error in each input column costs, for `search` (see search.py). `double`: NF4 and FP4 with 8-bit scales. The
-    other options are the keywords of the format's own `quantize`.
+    error in each input column costs, for a search, by default of 16 scales (see search.py). `double`: NF4 and FP4
+    with 8-bit scales. The other options are the keywords of the format's own `quantize`.
 
     Raises ValueError for an unknown format, axis or option, a block size that does not fit, a weight that is NaN or
     infinite, and a scale that the format cannot hold.
@@ -237,10 +237,16 @@ def quantize(
     if unknown or (importance is not None and "importance" not in form.options):
         known = ", ".join(form.options) or "none"
         raise ValueError(f"{format} has no option {(unknown or ['importance'])[0]!r}; its options: {known}")
+    if importance is not None:
+        options.setdefault("search", 16)
+    tries = options.get("search", 0)
+    if not isinstance(tries, int) or tries < 0 or (importance is not None and not tries):
+        raise ValueError(f"search is {tries!r}, expected how many scales to try, above 0 for importance to matter")
     axis = form.axes[0] if axis is None else axis % 2
     axis = None if block_size == "tensor" else axis
     block_size, unit = _fitting(form, weight.shape, block_size, axis)
-    x = np.asarray(weight, np.float32)
+    with np.errstate(over="ignore"):
+        x = np.asarray(weight, np.float32)
     if not np.isfinite(x).all():
         raise ValueError("a weight is NaN or infinite; no scale fits it")
     if importance is not None:
@@ -367,7 +373,8 @@ def join(tiles: Sequence[Blocks]) -> Blocks:
     for tile in tiles:
         if tile.header() | {"shape": 0} != first.header() | {"shape": 0} or tile.shape[1] != first.shape[1]:
             raise ValueError(f"{tile!r} does not continue {first!r}")
-        if tile.axis == 0 or "nested_scales" in tile.extra:
+        per_tensor = tile.axis is None and FORMATS[tile.format].axes[0] is not None
+        if tile.axis == 0 or per_tensor or "nested_scales" in tile.extra:
             raise ValueError(f"{tile!r} cannot be joined: its parts belong to the whole matrix")
     if any(tile.shape[0] % tile_rows(first.format, first.shape[1], first.block_size) for tile in tiles[:-1]):
         raise ValueError(f"a tile of {first.format} ends within a block; give it a multiple of tile_rows(…) rows")

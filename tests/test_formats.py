@@ -377,6 +377,9 @@ def test_tiles_of_flattened_blocks_end_on_a_block():
     tiles = [formats.quantize(weights(shape=(1, 96)), "nf4", 64)] * 2
     with pytest.raises(ValueError, match="ends within a block"):
         formats.join(tiles)
+    for options in ({"block_size": "tensor"}, {"block_size": 1, "axis": 0}):
+        with pytest.raises(ValueError, match="its parts belong to the whole matrix"):
+            formats.join([formats.quantize(weights(shape=(1, 96)), "int4", **options)] * 2)
 
 
 def test_bits_per_weight():
@@ -479,6 +482,9 @@ def test_the_search_of_one_scale_is_near_the_best_of_all():
             "shape .6,., expected one number for each of 512",
         ),
         (dict(format="q4_0", importance=-np.ones(512), search=4), "finite and not negative"),
+        (dict(format="q4_0", search=-1), "search is -1, expected how many scales to try"),
+        (dict(format="q4_0", search=2.5), "search is 2.5, expected how many scales to try"),
+        (dict(format="q4_0", search=0, importance=np.ones(512)), "search is 0, expected .* above 0 for importance"),
         (dict(format="q4_0", double=True), "has no scales to quantize again"),
         (dict(format="qlinear8", dtype="float8"), "the weight's dtype is 'float8', expected one of float32"),
     ],
@@ -496,6 +502,8 @@ def test_weights_that_are_not_finite_are_refused(name, bad):
     weight[1, 200] = bad
     with pytest.raises(ValueError, match="a weight is NaN or infinite"):
         formats.quantize(weight, name)
+    with pytest.raises(ValueError, match="a weight is NaN or infinite"):
+        formats.quantize(np.full((1, 256), 1e300), name)  # infinite as float32
 
 
 @pytest.mark.parametrize("name", ["q4_0", "q4_1", "q4_k", "q8_0", "int8"])
