@@ -146,14 +146,14 @@ class GraphSpec:
     def inputs(self) -> list[Value]:
         """In the order of the graph: ids or hidden state, mask, position tables, then each layer's past."""
         config, part, S = self.config, self.part, self.tokens
-        bias_heads = 1 if config.rope_theta else config.num_attention_heads
+        bias_heads = config.num_attention_heads if config.alibi else 1
         if part.embeds:
             values = [Value("input_ids", (1, S), 1, "int32")]
         else:
             values = [Value(part.reads, (1, S, config.hidden_size), 1, tap=part.reads, source=part.reads)]
         if part.layers:
             values.append(Value("attention_mask", (1, bias_heads, S, self.context), 2))
-        if part.layers and config.rope_theta:
+        if part.layers and not config.alibi:
             table = (1, 1, S, config.head_dim // 2)
             values += [Value("position_ids_cos", table, 2), Value("position_ids_sin", table, 2)]
         for layer in part.layers:

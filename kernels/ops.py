@@ -94,7 +94,7 @@ class NumPyOps:
         exp(score - max), rounded to 16 bits, and divides by their unrounded sum afterwards; the row's largest prob is
         one over that sum. (Source: flash attention in PyTorch's aten/src/ATen/native/cpu/FlashAttentionKernel.cpp.)
         """
-        if probs.dtype == value.dtype:
+        if probs.dtype == value.dtype or self.dtype == self.wide:  # a cache may keep wide values in float16
             return self.matmul(probs, value)
         top = probs.max(-1, keepdims=True)
         numerators = (probs / top).astype(value.dtype)

@@ -16,12 +16,14 @@ class KVCache:
     """Room for `capacity` tokens of `batch` sequences, filled in place and handed out as views.
 
     `length` tokens are in it; `mask` (batch, capacity) says which of them are padding. The arrays (batch, K, capacity,
-    D) are made when the first keys arrive, in their number format; the operating system gives memory to what is
-    written only.
+    D) are made when the first keys arrive, in their number format or in `dtype`; the operating system gives memory to
+    what is written only.
     """
 
-    def __init__(self, layers: int, capacity: int, batch: int = 1):
-        self.layers, self.capacity, self.batch = layers, capacity, batch
+    def __init__(self, layers: int, capacity: int, batch: int = 1, dtype: str | None = None):
+        if dtype not in (None, "float32", "float16"):
+            raise InputError(f"the cache's dtype is {dtype!r}, expected 'float32' or 'float16'")
+        self.layers, self.capacity, self.batch, self.dtype = layers, capacity, batch, dtype
         self.length = 0
         self.mask = np.zeros((batch, capacity), np.int64)
         self._pairs: list[tuple[np.ndarray, np.ndarray] | None] = [None] * layers
@@ -32,8 +34,9 @@ class KVCache:
         pair = self._pairs[layer]
         if pair is None:
             shape = (batch, heads, self.capacity, dim)
-            pair = self._pairs[layer] = np.empty(shape, key.dtype), np.empty(shape, value.dtype)
-        if pair[0].dtype != key.dtype:
+            kinds = (self.dtype or key.dtype, self.dtype or value.dtype)
+            pair = self._pairs[layer] = np.empty(shape, kinds[0]), np.empty(shape, kinds[1])
+        if key.dtype != (self.dtype and "float32" or pair[0].dtype):
             raise InputError(f"the cache holds {pair[0].dtype}, but this call computes in {key.dtype}; use one dtype")
         stop = self.length + tokens
         for array, new in zip(pair, (key, value), strict=True):

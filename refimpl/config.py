@@ -37,43 +37,55 @@ class Config:
     z_loss_weight: float = 0.0
     pad_token_id: int | None = 0
     bos_token_id: int | None = 1
-    eos_token_id: int | None = 2
+    eos_token_id: int | list[int] | None = 2
     torch_dtype: str = "float32"
-    quantized: bool = False  # bitsandbytes has quantized the layers' matrices; each says how
-    # Facts of the official code that no key of config.json states.
+    # Facts that no key of config.json states: of the official code, and of the checkpoint.
     qkv_packed: bool = True  # one matrix W_pack instead of q_proj, k_proj, v_proj
     qkv_bias: bool = False
     norm_head: bool = True  # the rows of lm_head are scaled to length 1
     rope_upcast: bool = True  # 16-bit models rotate in float32, not in their own dtype
     fused_attention: bool = True  # 16-bit models keep scores and probs in float32 (scaled_dot_product_attention)
+    quantized: bool = False  # bitsandbytes has quantized the layers' matrices; each says how
 
     def __post_init__(self):
+        if self.family not in FAMILIES:
+            raise InputError(f"the family is {self.family!a:.40}, expected one of {', '.join(FAMILIES)}")
         if not self.num_key_value_heads:
             object.__setattr__(self, "num_key_value_heads", self.num_attention_heads)
-        for name in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-                     "num_key_value_heads", "vocab_size", "max_position_embeddings"):  # fmt: skip
+        for name, most in _SIZES.items():
             size = getattr(self, name)
-            if type(size) is not int or not 1 <= size <= 1 << 24:
-                raise InputError(f"{name} is {size!r}, expected a whole number from 1 to {1 << 24}")
+            if type(size) is not int or not 1 <= size <= most:
+                raise InputError(f"{name} is {size!r:.40}, expected a whole number from 1 to {most}")
         for name, limit in (("rms_norm_eps", 1.0), ("rope_theta", math.inf), ("z_loss_weight", math.inf)):
             number = getattr(self, name)
-            if number is None and name == "rope_theta":
+            if name == "rope_theta" and number is None:
                 continue
-            if isinstance(number, bool) or not isinstance(number, int | float) or not 0 <= number < limit:
-                raise InputError(f"{name} is {number!r}, expected a number from 0 to {limit}")
-        if not isinstance(self.tie_word_embeddings, bool):
-            raise InputError(f"tie_word_embeddings is {self.tie_word_embeddings!r}, expected true or false")
+            if type(number) not in (int, float) or not 0 <= number < limit or (name == "rope_theta" and not number):
+                raise InputError(f"{name} is {number!r:.40}, expected a positive number")
+        for name in ("tie_word_embeddings", *FACTS[1:]):
+            if type(getattr(self, name)) is not bool:
+                raise InputError(f"{name} is {getattr(self, name)!r:.40}, expected true or false")
+        for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
+            given = getattr(self, name)
+            ids = given if isinstance(given, list) and name == "eos_token_id" else [given]
+            if not all(number is None or type(number) is int for number in ids):
+                raise InputError(f"{name} is {given!r:.40}, expected a token id")
         if self.hidden_size % self.num_attention_heads:
             raise InputError(
                 f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads {self.num_attention_heads}"
             )
-        if self.rope_theta is not None and self.head_dim % 2:
+        if not self.alibi and self.head_dim % 2:
             raise InputError(f"the head dimension is {self.head_dim}, but RoPE rotates pairs and needs an even one")
         if self.num_attention_heads % self.num_key_value_heads:
             raise InputError(
                 f"num_attention_heads {self.num_attention_heads} is not a multiple of "
                 f"num_key_value_heads {self.num_key_value_heads}"
             )
+
+    @property
+    def alibi(self) -> bool:
+        """Whether positions are a bias on the scores (ALiBi) and not a rotation (RoPE)."""
+        return self.rope_theta is None
 
     @property
     def head_dim(self) -> int:
@@ -84,14 +96,27 @@ class Config:
         return ("W_pack",) if self.qkv_packed else ("q_proj", "k_proj", "v_proj")
 
 
+FACTS = ("family", "qkv_packed", "qkv_bias", "norm_head", "rope_upcast", "fused_attention", "quantized")
+# No model is larger, and what is built from a hostile file stays small.
+_SIZES = {
+    "vocab_size": 1 << 22, "hidden_size": 1 << 17, "intermediate_size": 1 << 19, "num_hidden_layers": 1 << 10,
+    "num_attention_heads": 1 << 12, "num_key_value_heads": 1 << 12, "max_position_embeddings": 1 << 24,
+}  # fmt: skip
+
 # What the official code does without a key in config.json that says so (Source: each repository's modeling file).
+_BAICHUAN = dict(qkv_packed=True, qkv_bias=False)
 FAMILIES: dict[str, dict[str, Any]] = {
-    "Baichuan-7B": dict(norm_head=False, rope_upcast=False, fused_attention=False),
-    "Baichuan-13B": dict(norm_head=False, rope_theta=None, fused_attention=False),
-    "Baichuan2-7B": dict(),
-    "Baichuan2-13B": dict(rope_theta=None, fused_attention=False),
-    "Qwen2-7B": dict(norm_head=False, qkv_packed=False, qkv_bias=True, rope_upcast=False, fused_attention=False),
-}
+    "Baichuan-7B": dict(
+        _BAICHUAN, rope_theta=1e4, norm_head=False, rope_upcast=False, fused_attention=False),
+    "Baichuan-13B": dict(
+        _BAICHUAN, rope_theta=None, norm_head=False, rope_upcast=True, fused_attention=False),
+    "Baichuan2-7B": dict(
+        _BAICHUAN, rope_theta=1e4, norm_head=True, rope_upcast=True, fused_attention=True),
+    "Baichuan2-13B": dict(
+        _BAICHUAN, rope_theta=None, norm_head=True, rope_upcast=True, fused_attention=False),
+    "Qwen2-7B": dict(  # its rope_theta is a key
+        qkv_packed=False, qkv_bias=True, norm_head=False, rope_upcast=False, fused_attention=False),
+}  # fmt: skip
 
 # Keys that say nothing about the arithmetic of inference. Any key that is neither here nor a field is refused.
 _NEUTRAL = {
@@ -100,7 +125,7 @@ _NEUTRAL = {
     "max_window_layers", "user_token_id", "assistant_token_id", "name_or_path", "return_dict", "is_decoder",
     "output_attentions", "output_hidden_states", "chunk_size_feed_forward", "id2label", "label2id", "problem_type",
     "max_new_tokens", "do_sample", "temperature", "top_k", "top_p", "repetition_penalty", "max_length", "pad_token",
-    "unk_token_id", "finetuning_task", "is_encoder_decoder", "pruned_heads",
+    "unk_token_id", "finetuning_task", "is_encoder_decoder",
 }  # fmt: skip
 
 # Keys that would change the numbers: understood only with these values, `None` standing for "not there".
@@ -110,6 +135,7 @@ _ONLY: dict[str, tuple] = {
     "use_sliding_window": (False, None),
     "attention_bias": (False, None),
     "mlp_bias": (False, None),
+    "pruned_heads": (None, {}),
 }
 
 
@@ -135,38 +161,43 @@ def config_from_keys(keys: Mapping[str, Any]) -> Config:
     """
     keys = dict(keys)
     family = _family(keys)
-    for name in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size"):
-        if name not in keys:
-            raise InputError(f"the key {name} is missing; a {family} cannot be built without it")
+    needed = ["hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size"]
     rope = keys.pop("rope_parameters", None)  # where transformers 5 keeps what used to be rope_theta
     if rope is not None:
         if not isinstance(rope, dict) or set(rope) - {"rope_theta", "rope_type"} or rope.get("rope_type") != "default":
-            raise InputError(f"rope_parameters is {rope!r}, which is not understood; expected the type 'default'")
+            raise InputError(f"rope_parameters is {rope!r:.60}, which is not understood; expected the type 'default'")
         keys["rope_theta"] = rope.get("rope_theta", keys.get("rope_theta"))
-    for key, allowed in _ONLY.items():
-        value = keys.pop(key, None)
-        if value not in allowed:
-            raise InputError(f"{key} is {value!r}, expected {allowed[0]!r}; this would change the numbers")
-    keys["quantized"] = _quantized(keys.pop("quantization_config", None))
-    keys.pop("sliding_window", None)  # without use_sliding_window it does nothing
-    if any(kind != "full_attention" for kind in keys.pop("layer_types", None) or ()):
-        raise InputError("layer_types has layers without full attention; this would change the numbers")
-
-    dtype = keys.get("torch_dtype") or keys.get("dtype") or "float32"
-    context = keys.get("max_position_embeddings", keys.get("model_max_length", 4096))
-    known = {field.name for field in fields(Config)}
-    unknown = [k for k in keys if k not in known and k not in _NEUTRAL and not k.startswith("_")]
-    if unknown:
-        raise InputError(f"unknown keys {at_most(unknown)}: they may change the numbers; remove those that do not")
-    values = {k: v for k, v in keys.items() if k in known and k not in ("torch_dtype", "family")}
-    values.update(max_position_embeddings=context, torch_dtype=str(dtype))
     if family.startswith("Baichuan"):
-        heads, kv = keys["num_attention_heads"], keys.get("num_key_value_heads")
+        heads, kv = keys.get("num_attention_heads"), keys.get("num_key_value_heads")
         if kv not in (None, heads):  # such as Qualcomm's wrapper, which declares Qwen2's sizes for Baichuan2-7B
             raise InputError(
                 f"num_key_value_heads is {kv!r}, but a Baichuan has as many as heads, {heads!r}; is it a Qwen2?"
             )
-        values.pop("rope_theta", None)  # hard-coded in the official code, whatever config.json says
+        keys.pop("rope_theta", None)  # hard-coded in the official code, whatever config.json says
+    else:
+        needed += ["num_key_value_heads", "rope_theta"]
+        keys.setdefault("pad_token_id", None)
+    for name in needed:
+        if keys.get(name) is None:
+            raise InputError(f"the key {name} is missing; a {family} cannot be built without it")
+    for key, allowed in _ONLY.items():
+        value = keys.pop(key, None)
+        if value not in allowed:
+            raise InputError(f"{key} is {value!r:.60}, expected {allowed[0]!r}; this would change the numbers")
+    quantized = _quantized(keys.pop("quantization_config", None))
+    keys.pop("sliding_window", None)  # without use_sliding_window it does nothing
+    kinds = keys.pop("layer_types", None) or []
+    if not isinstance(kinds, list) or any(kind != "full_attention" for kind in kinds):
+        raise InputError("layer_types has layers without full attention; this would change the numbers")
+
+    dtype = keys.get("torch_dtype") or keys.get("dtype") or "float32"
+    context = keys.get("max_position_embeddings", keys.get("model_max_length", 4096))
+    known = {field.name for field in fields(Config)} - set(FACTS)
+    unknown = [k for k in keys if k not in known and k not in _NEUTRAL and not k.startswith("_")]
+    if unknown:
+        raise InputError(f"unknown keys {at_most(unknown)}: they may change the numbers; remove those that do not")
+    values = {k: v for k, v in keys.items() if k in known}
+    values.update(max_position_embeddings=context, torch_dtype=str(dtype), quantized=quantized)
     return Config(family=family, **{**values, **FAMILIES[family]})
 
 
@@ -197,9 +228,15 @@ def _family(keys: Mapping[str, Any]) -> str:
         return "Qwen2-7B"
     if kind != "baichuan":
         raise InputError(f"model_type is {kind!r}, expected 'baichuan' or 'qwen2'")
-    vocabulary = {125696: True, 64000: False}
-    second = vocabulary.get(keys.get("vocab_size", 0), "tokenizer_class" in keys)
+    vocabulary, hidden = keys.get("vocab_size"), keys.get("hidden_size")
+    second = vocabulary == 125696 or (vocabulary != 64000 and "tokenizer_class" in keys)
     size = "7B" if "max_position_embeddings" in keys else "13B"
+    if (hidden, size) in ((4096, "13B"), (5120, "7B")):
+        has = "no" if size == "13B" else "a"
+        raise InputError(
+            f"hidden_size is {hidden}, with {has} max_position_embeddings; expected 4096 with one (7B, RoPE) or 5120 "
+            "without (13B, ALiBi); use the original config.json"
+        )
     return f"Baichuan{'2' if second else ''}-{size}"
 
 

@@ -43,7 +43,7 @@ def _facts(config: Config) -> dict[str, Any]:
         "heads": f"{c.num_attention_heads} of {c.head_dim}, {c.num_key_value_heads} for keys and values",
         "vocabulary": c.vocab_size,
         "context": c.max_position_embeddings,
-        "positions": "ALiBi" if c.rope_theta is None else f"RoPE, theta {c.rope_theta:g}",
+        "positions": "ALiBi" if c.alibi else f"RoPE, theta {c.rope_theta:g}",
         "head": "tied to the embedding" if c.tie_word_embeddings else "NormHead" if c.norm_head else "plain",
         "parameters": sum(math.prod(shape) for shape in expected_shapes(c).values()),
         "memory GiB": memory(config),

@@ -137,7 +137,7 @@ class Model:
 
     def position_tables(self, positions: np.ndarray, dtype) -> tuple[np.ndarray, np.ndarray] | tuple[None, None]:
         """cos and sin for positions (B, T), (B, 1, T, D/2) each; none for ALiBi, which works on the scores."""
-        if self.config.rope_theta is None:
+        if self.config.alibi:
             return None, None
         return rope_tables(positions, self.config.head_dim, self.config.rope_theta, dtype)
 
@@ -149,9 +149,13 @@ class Model:
         """The forward of this model with `ops`; `tap` sees each tensor as it goes on."""
         return Decoder(self.config, self.weights, ops, tap, cache or no_cache)
 
-    def new_cache(self, batch: int = 1, capacity: int | None = None) -> KVCache:
-        """An empty cache for `batch` sequences of up to `capacity` tokens (the model's context if not given)."""
-        return KVCache(self.config.num_hidden_layers, capacity or self.config.max_position_embeddings, batch)
+    def new_cache(self, batch: int = 1, capacity: int | None = None, dtype: str | None = None) -> KVCache:
+        """An empty cache for `batch` sequences of up to `capacity` tokens (the model's context if not given).
+
+        `dtype`: None keeps keys and values as they are computed; "float16" rounds those of a float32 run, which takes
+        half the memory, and half the time where contexts are long.
+        """
+        return KVCache(self.config.num_hidden_layers, capacity or self.config.max_position_embeddings, batch, dtype)
 
     def token_ids(self, ids) -> np.ndarray:
         """Token ids (B, T) int64 from a text, a list, or an array (T,) or (B, T), checked against the vocabulary."""

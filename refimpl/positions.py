@@ -61,7 +61,7 @@ def attention_bias(config: Config, mask: np.ndarray, tokens: int, dtype) -> np.n
     queries, keys = np.arange(size - tokens, size)[:, None], np.arange(size)[None, :]           # (T, 1), (1, S)
     allowed = (mask[:, None, :] == mask[:, -tokens:, None]) & (mask[:, None, :] > 0)            # (B, T, S)
     allowed = (allowed & (keys <= queries))[:, None]                                            # (B, 1, T, S)
-    if config.rope_theta is None:
+    if config.alibi:
         positions = token_positions(mask)                                                       # (B, S)
         distance = (positions[:, None, :] - positions[:, -tokens:, None]).astype(dtype)[:, None]  # (B, 1, T, S)
         bias = alibi_slopes(config.num_attention_heads).astype(dtype)[:, None, None] * distance  # (B, H, T, S)
