@@ -22,7 +22,7 @@ import numpy as np
 from numba import types
 from numba.core import event
 
-from kernels import fast_linear
+from kernels import fast_attention, fast_linear
 from kernels.ops import NumPyOps, Readable
 
 
@@ -42,6 +42,51 @@ class NumbaOps(NumPyOps):
         if bias is not None:
             out += bias.read(self.dtype)
         return out.reshape(*x.shape[:-1], -1)
+
+    def upcast(self, x: np.ndarray) -> np.ndarray:
+        """Float16 stays: here only a cache holds it, and the products below read it as float32."""
+        return x if x.dtype == np.float16 else super().upcast(x)
+
+    def matmul(self, a: np.ndarray, b: np.ndarray) -> np.ndarray:
+        """a (B, K, R, D) @ b (B, K, D, S), where b is a transposed view of keys (B, K, S, D), float32 or float16."""
+        keys = b.swapaxes(-1, -2)
+        if not _attends(a, keys) or keys.shape[-1] % fast_linear.LANES:
+            return super().matmul(a, b)
+        keys, heads_apart = _rows(keys)
+        out = np.empty((*a.shape[:-1], keys.shape[-2]), np.float32)
+        return self._attention(fast_attention.scores, keys, a, out, heads_apart, fast_linear.LANES)
+
+    def weighted_sum(self, probs: np.ndarray, value: np.ndarray) -> np.ndarray:
+        """probs (B, K, R, S) @ value (B, K, S, D): float32, whatever the cache keeps."""
+        width = fast_linear.LANES * fast_attention.WIDTH
+        if not _attends(probs, value) or value.shape[-1] % width:
+            return super().matmul(probs, value)
+        value, heads_apart = _rows(value)
+        out = np.empty((*probs.shape[:-1], value.shape[-1]), np.float32)
+        return self._attention(fast_attention.context, value, probs, out, heads_apart, width)
+
+    def _attention(self, function, stored, rows, out, heads_apart: int, step: int) -> np.ndarray:
+        stored = stored.view(np.int16) if stored.dtype == np.float16 else stored
+        rows = np.ascontiguousarray(rows).reshape(-1, rows.shape[-1])
+        flat = out.reshape(-1, *out.shape[-2:])
+        kernel = _attention(function, stored.dtype.name)
+        kernel(stored, _NO_SCALES, rows, flat, heads_apart, stored.shape[-1] // step, self.portable)
+        return out
+
+
+def _attends(a: np.ndarray, rows: np.ndarray) -> bool:
+    return a.ndim == 4 and a.dtype == np.float32 and rows.dtype in (np.float32, np.float16) and a.size > 0
+
+
+def _rows(stored: np.ndarray) -> tuple[np.ndarray, int]:
+    """Keys or values (B, K, S, D) whose heads lie evenly, and how many rows one is from the next: a cache as it is."""
+    item, (batch, head, row, element) = stored.itemsize, stored.strides
+    width = stored.shape[-1]
+    even = element == item and row == width * item and head % row == 0
+    if not even or (stored.shape[0] > 1 and batch != head * stored.shape[1]):
+        stored = np.ascontiguousarray(stored)
+        head = stored.strides[1]
+    return stored, head // (width * item)
 
 
 @dataclass(frozen=True)
@@ -116,6 +161,14 @@ def _product(weights: str, scales: str):
     x, out = matrix("float32"), types.Array(types.float32, 2, "C")
     signature = types.void(matrix(weights), matrix(scales), x, out, types.intp, types.boolean)
     return compiled(fast_linear.product, signature)
+
+
+@cache
+def _attention(function, stored: str):
+    """The kernel for keys or values of a dtype, anywhere in memory."""
+    anywhere = types.Array(numba.from_dtype(np.dtype(stored)), 4, "A", readonly=True, aligned=False)
+    rows, out = types.Array(types.float32, 2, "C", readonly=True), types.Array(types.float32, 3, "C")
+    return compiled(function, types.void(anywhere, rows, rows, out, types.intp, types.intp, types.boolean))
 
 
 @cache

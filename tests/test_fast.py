@@ -7,6 +7,7 @@ import sys
 import ml_dtypes
 import numpy as np
 import pytest
+from conftest import write_checkpoint
 
 import refimpl
 from kernels import formats
@@ -94,11 +95,52 @@ def test_every_number_of_every_format_is_read_exactly():
         assert np.array_equal(NumbaOps(portable).linear(np.eye(128, dtype=np.float32), weight).T, codes)
 
 
+def attention(keys: np.ndarray, queries: np.ndarray, probs: np.ndarray, **options) -> tuple[np.ndarray, np.ndarray]:
+    ops = NumbaOps(**options)
+    return ops.matmul(queries, keys.transpose(0, 1, 3, 2)), ops.weighted_sum(probs, keys)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("batch", [1, 2])
+def test_attention_keeps_its_bound_over_a_view_of_a_cache(dtype, batch):
+    rng = np.random.default_rng(4)
+    room = rng.standard_normal((batch, 3, 300, 64)).astype(dtype)
+    for size in [*ROWS, 65, 257, 300]:
+        keys = room[:, :, :size]
+        wide = keys.astype(np.float64)
+        for rows in (1, 2, 7):
+            queries = rng.standard_normal((batch, 3, rows, 64)).astype(np.float32)
+            probs = rng.random((batch, 3, rows, size), np.float32)
+            found = attention(keys, queries, probs)
+            pairs = ((queries.astype(np.float64), wide.swapaxes(-1, -2)), (probs.astype(np.float64), wide))
+            for out, (a, b), n in zip(found, pairs, (64 // 16 + 4, min(size, 64) + size // 64 + 1), strict=True):
+                bound = n * UNIT / (1 - n * UNIT) * (np.abs(a) @ np.abs(b))
+                assert out.dtype == np.float32 and (np.abs(out - a @ b) <= bound).all(), (size, rows)
+            for other in (attention(keys, queries, probs, portable=True), attention(keys.copy(), queries, probs)):
+                assert all(np.array_equal(a, b) for a, b in zip(found, other, strict=True))
+            alone = attention(keys, queries[:, :, :1], probs[:, :, :1])
+            assert all(np.array_equal(a[:, :, :1], b) for a, b in zip(found, alone, strict=True))
+
+
+@pytest.mark.parametrize("backend", ["numpy", "numba"])
+def test_a_cache_may_keep_float16(family, tiny_folder, backend, tmp_path):
+    model = refimpl.load(write_checkpoint(tmp_path, family, hidden_size=256), backend)
+    exact = model(IDS, "float64")
+    cache = model.new_cache(dtype="float16")
+    found = np.concatenate([model(IDS[:7], cache=cache), model(IDS[7:8], cache=cache), model(IDS[8:], cache=cache)], 1)
+    assert {array.dtype for pair in map(cache.__getitem__, range(2)) for array in pair} == {np.dtype(np.float16)}
+    assert 1e-5 < np.abs(found - exact).max() / np.abs(exact).max() < 2e-3
+    with pytest.raises(InputError, match="use one dtype"):
+        model(IDS[:1], "bfloat16", cache=cache)
+    with pytest.raises(InputError, match="expected 'float32' or 'float16'"):
+        model.new_cache(dtype="int3")
+
+
 PROGRAM = """
 import hashlib, sys
 sys.path.insert(0, {tests!r})
 import numba, numpy as np
-from test_fast import KINDS, activations, matrix
+from test_fast import KINDS, activations, attention, matrix
 from kernels.fast import NumbaOps
 numba.set_num_threads({threads})
 digest = hashlib.sha256()
@@ -106,6 +148,9 @@ for kind in KINDS:
     weight, _ = matrix(kind, 129, 384)
     for tokens in (1, 13):
         digest.update(NumbaOps().linear(activations(tokens, 384), weight).tobytes())
+        keys = activations(2 * 5 * 300, 64).reshape(2, 5, 300, 64)
+        for out in attention(keys, keys[:, :, :tokens], activations(10 * tokens, 300).reshape(2, 5, tokens, 300)):
+            digest.update(out.tobytes())
 print(digest.hexdigest())
 """
 
