@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from golden.quality import Quality, quality
 from kernels.affine import Rounding
+from refimpl.calibrate import WINDOW
 from refimpl.encodings import Encodings, grid_of
 from refimpl.errors import InputError
 from refimpl.model import Model
@@ -69,7 +70,7 @@ def predict(
     model: Model,
     encodings: Encodings,
     ids,
-    window: int | None = None,
+    window: int = WINDOW,
     rounding: Rounding = "away",
     integer: bool = False,
     dtype: str = "float32",
@@ -80,7 +81,7 @@ def predict(
     """
     simulated = model.simulate(encodings, rounding, integer)
     ids = model.token_ids(ids)[0]
-    size = min(window or len(ids), model.config.max_position_embeddings)
+    size = min(window, model.config.max_position_embeddings)
     if size < 1:
         raise InputError(f"window is {window}, expected a positive number of tokens")
     energy: dict[str, np.ndarray] = {}  # of the tensor, of its own error, of its total error
@@ -129,7 +130,7 @@ def what_if(
     encodings: Encodings,
     ids,
     changes: Sequence[tuple[str, int]],
-    window: int | None = None,
+    window: int = WINDOW,
     rounding: Rounding = "away",
     integer: bool = False,
     dtype: str = "float32",

@@ -38,6 +38,8 @@ if TYPE_CHECKING:
     from refimpl.model import Model
 
 BINS = 4096
+CHUNK = 1 << 20  # values that are counted at a time
+WINDOW = 512  # tokens that are run at a time: attention's scores grow with the square
 METHODS = ("minmax", "percentile", "mse")
 
 
@@ -63,8 +65,10 @@ class Seen:
         self.low, self.high, self.count = min(self.low, low), max(self.high, high), self.count + x.size
         if histogram:
             self._make_room()
-            at = np.floor(x.reshape(-1) / self.width).astype(np.int64) - self.first
-            self.counts += np.bincount(at, minlength=len(self.counts))
+            flat = x.reshape(-1)
+            for start in range(0, len(flat), CHUNK):
+                at = np.floor(flat[start : start + CHUNK] / self.width).astype(np.int64) - self.first
+                self.counts += np.bincount(at, minlength=len(self.counts))
 
     def _make_room(self) -> None:
         """Widens the bins until `low` and `high` are within BINS of them."""
@@ -134,14 +138,14 @@ def observing(seen: dict[str, Seen], histogram: bool, then: Tap = silent) -> Tap
     return tap
 
 
-def observe(model: Model, ids, window: int | None = None, dtype: str = "float32", histogram: bool = True):
+def observe(model: Model, ids, window: int = WINDOW, dtype: str = "float32", histogram: bool = True) -> dict[str, Seen]:
     """What every tap takes on over a text or its ids: name -> Seen, from one pass window by window.
 
-    Windows do not overlap and are as long as the context unless `window` says less. Memory holds one of them.
+    Windows do not overlap and are no longer than the context. Memory holds a few tensors of one of them.
     Raises InputError for ids outside the vocabulary, and if NaN or infinity is computed.
     """
     ids = model.token_ids(ids)[0]
-    size = min(window or len(ids), model.config.max_position_embeddings)
+    size = min(window, model.config.max_position_embeddings)
     if size < 1:
         raise InputError(f"window is {window}, expected a positive number of tokens")
     seen: dict[str, Seen] = {}
@@ -177,7 +181,7 @@ def calibrate(
     recipe: Recipe | None = None,
     method: str = "minmax",
     percent: float = 99.99,
-    window: int | None = None,
+    window: int = WINDOW,
     dtype: str = "float32",
 ) -> Encodings:
     """The encodings of a model from a text or its ids: `observe`, then `encode`."""

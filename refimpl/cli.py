@@ -367,7 +367,7 @@ def _parser() -> argparse.ArgumentParser:
     text = options(
         ("--text", dict(required=True, metavar="FILE", help="UTF-8 text, blank lines between documents")),
         ("--tokens", dict(type=int, metavar="N", help="read no more than so many (default: all)")),
-        ("--window", dict(type=int, metavar="N", help="tokens at a time (default: the model's context)")),
+        ("--window", dict(type=int, default=512, metavar="N", help="tokens at a time (default: 512)")),
     )
     example = "refimpl calibrate weights/B2-7B --text wiki.txt --out encodings.json"
     sub = verb(calibrate, example, model, text, dtype)
