@@ -260,7 +260,7 @@ def _tiles(shard: dict[str, Entry]) -> Iterator[np.ndarray]:
 
 def _row_lengths(entry: Entry) -> list[float]:
     """The shortest and the longest row of the head as written, rows of zeros left out."""
-    step = max(1, TILE_BYTES * 4 // entry.weight.shape[1])
+    step = max(1, TILE_BYTES // entry.weight.shape[1])
     lengths = np.concatenate([
         np.linalg.norm(entry.weight.read(entry.dtype, slice(start, start + step)).astype(np.float64), axis=-1)
         for start in range(0, entry.weight.shape[0], step)
