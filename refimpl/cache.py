@@ -15,28 +15,30 @@ def no_cache(layer: int, key: np.ndarray, value: np.ndarray) -> tuple[np.ndarray
 class KVCache:
     """Room for `capacity` tokens of `batch` sequences, filled in place and handed out as views.
 
-    `length` tokens are in it; `mask` (batch, capacity) says which of them are padding. The arrays (batch, K, capacity,
-    D) are made when the first keys arrive, in their number format or in `dtype`; the operating system gives memory to
-    what is written only.
+    `length` tokens are in it; `mask` (batch, length) says which of them are padding. The arrays (batch, K, capacity, D)
+    are made when the first keys arrive, in their number format or in `dtype`; the operating system gives memory to
+    what is written only. A call that fails changes nothing that counts: `advance` comes last.
     """
 
     def __init__(self, layers: int, capacity: int, batch: int = 1, dtype: str | None = None):
         if dtype not in (None, "float32", "float16"):
             raise InputError(f"the cache's dtype is {dtype!r}, expected 'float32' or 'float16'")
+        if capacity < 1 or batch < 1:
+            raise InputError(f"a cache for {batch} sequences of {capacity} tokens; expected at least one of each")
         self.layers, self.capacity, self.batch, self.dtype = layers, capacity, batch, dtype
         self.length = 0
-        self.mask = np.zeros((batch, capacity), np.int64)
+        self.mask = np.zeros((batch, 0), np.int64)
         self._pairs: list[tuple[np.ndarray, np.ndarray] | None] = [None] * layers
 
     def __call__(self, layer: int, key: np.ndarray, value: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Takes the new keys and values (B, K, T, D) of a layer; returns views of all of them, (B, K, S, D)."""
         batch, heads, tokens, dim = key.shape
         pair = self._pairs[layer]
-        if pair is None:
+        if pair is None or self.length == 0:
             shape = (batch, heads, self.capacity, dim)
             kinds = (self.dtype or key.dtype, self.dtype or value.dtype)
             pair = self._pairs[layer] = np.empty(shape, kinds[0]), np.empty(shape, kinds[1])
-        if key.dtype != (self.dtype and "float32" or pair[0].dtype):
+        if key.dtype != (pair[0].dtype if self.dtype is None else "float32"):
             raise InputError(f"the cache holds {pair[0].dtype}, but this call computes in {key.dtype}; use one dtype")
         stop = self.length + tokens
         for array, new in zip(pair, (key, value), strict=True):
@@ -46,28 +48,23 @@ class KVCache:
     def __getitem__(self, layer: int) -> tuple[np.ndarray, np.ndarray]:
         """Views of a layer's keys and values, (B, K, length, D) each."""
         pair = self._pairs[layer]
-        if pair is None:
+        if pair is None or not self.length:
             raise InputError(f"layer {layer} of the cache is empty; run the model with it first")
         return pair[0][:, :, : self.length], pair[1][:, :, : self.length]
 
-    def extend_mask(self, mask: np.ndarray | None, tokens: int) -> np.ndarray:
-        """Checks that `tokens` more fit, notes which of them are padding, and returns the mask of all (B, S).
+    def extended_mask(self, mask: np.ndarray | None, tokens: int) -> np.ndarray:
+        """The mask (B, S) of the past and `tokens` more. Raises InputError if they do not fit.
 
-        `mask` (B, S) covers the cache and the new tokens, as in transformers; None keeps what was said of the past
-        and takes all new tokens for real ones. Nothing counts as stored until `advance`.
+        `mask` (B, S) covers both, as in transformers; None keeps what was said of the past and takes all new tokens
+        for real ones.
         """
-        stop = self.length + tokens
-        if stop > self.capacity:
+        if self.length + tokens > self.capacity:
             raise InputError(
                 f"{self.length} tokens in the cache and {tokens} new ones exceed its capacity of {self.capacity}; "
                 "ask for a larger one with new_cache(capacity=...) or feed fewer"
             )
-        if mask is None:
-            self.mask[:, self.length : stop] = 1
-        else:
-            self.mask[:, :stop] = mask
-        return self.mask[:, :stop]
+        return np.pad(self.mask, ((0, 0), (0, tokens)), constant_values=1) if mask is None else mask
 
-    def advance(self, tokens: int) -> None:
-        """The last `tokens` that were taken are now part of the past."""
-        self.length += tokens
+    def advance(self, mask: np.ndarray) -> None:
+        """The tokens that were taken are now part of the past, with this mask (B, S) of all."""
+        self.mask, self.length = mask, mask.shape[1]

@@ -101,25 +101,26 @@ class Model:
                 f"{past + tokens} tokens exceed the context of {self.config.max_position_embeddings}; use fewer"
             )
         if attention_mask is not None:
-            attention_mask = np.asarray(attention_mask)
+            attention_mask = np.array(attention_mask)
             if attention_mask.shape != (batch, past + tokens) or attention_mask.dtype.kind not in "iub":
                 raise InputError(
                     f"attention_mask is {attention_mask.dtype} {attention_mask.shape}, expected integers of shape "
                     f"{(batch, past + tokens)}: it covers the cache and the new tokens"
                 )
+            attention_mask = attention_mask.astype(np.int64)
         if cache is None:
-            mask = np.ones_like(ids) if attention_mask is None else attention_mask.astype(np.int64)
+            mask = np.ones_like(ids) if attention_mask is None else attention_mask
         elif (cache.batch, cache.layers) != (batch, self.config.num_hidden_layers):
             said = f"{cache.batch} sequences of {cache.layers} layers"
             raise InputError(f"the cache is for {said}, not for this call; make one with new_cache({batch})")
         else:
-            mask = cache.extend_mask(attention_mask, tokens)
+            mask = cache.extended_mask(attention_mask, tokens)
 
         cos, sin = self.position_tables(token_positions(mask)[:, past:], ops.wide)
         bias = self.attention_bias(mask, tokens, ops.wide)
         logits = self.decoder(ops, tap, cache)(ids, cos, sin, bias)
         if cache is not None:
-            cache.advance(tokens)
+            cache.advance(mask)
         return logits
 
     def ops(self, dtype: str) -> NumPyOps:
@@ -155,7 +156,8 @@ class Model:
         `dtype`: None keeps keys and values as they are computed; "float16" rounds those of a float32 run, which takes
         half the memory, and half the time where contexts are long.
         """
-        return KVCache(self.config.num_hidden_layers, capacity or self.config.max_position_embeddings, batch, dtype)
+        longest = self.config.max_position_embeddings
+        return KVCache(self.config.num_hidden_layers, longest if capacity is None else capacity, batch, dtype)
 
     def token_ids(self, ids) -> np.ndarray:
         """Token ids (B, T) int64 from a text, a list, or an array (T,) or (B, T), checked against the vocabulary."""

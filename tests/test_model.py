@@ -195,6 +195,7 @@ def test_a_zero_row_of_the_head_gives_zero(tmp_path):
         (lambda m: m.trace([1], taps="nothing"), "no tensor is called 'nothing'"),
         (lambda m: m.trace([1, 2], feed=m.trace([1])), "feed a trace of the same ids"),
         (lambda m: [m([1], d, cache=c) for c in [m.new_cache()] for d in ("float32", "float64")], "use one dtype"),
+        (lambda m: m.new_cache(capacity=0), "at least one of each"),
         (lambda m: m.quantize("int3"), "the format is 'int3'"),
         (lambda m: m.quantize(block_size=48), "row length 64 is not a multiple of block_size 48; 16, 32"),
         (lambda m: m.quantize(keep=["no.such"]), "matches no matrix"),
@@ -210,15 +211,30 @@ def test_a_failed_call_leaves_the_cache_as_it_was(tiny_model):
     model = tiny_model("Baichuan2-7B")
     cache = model.new_cache(capacity=8)
     model(IDS[:6], cache=cache)
-    with pytest.raises(InputError):
-        model(IDS[6:], cache=cache)
-    assert np.array_equal(model(IDS[6:8], cache=cache), model.__call__(IDS[6:8], cache=_filled(model)))
+    untouched = model.new_cache()
+    model(IDS[:6], cache=untouched)
+    for wrong in (
+        lambda: model(IDS[6:], cache=cache),
+        lambda: model(IDS[6:8], "float64", cache=cache),
+        lambda: model(IDS[6:8], "float64", [[0] * 6 + [1] * 2], cache),
+    ):
+        with pytest.raises(InputError):
+            wrong()
+    assert np.array_equal(model(IDS[6:8], cache=cache), model(IDS[6:8], cache=untouched))
 
 
-def _filled(model):
+def test_a_cache_that_was_interrupted_can_be_used(tiny_model):
+    model = tiny_model("Baichuan2-7B")
     cache = model.new_cache()
-    model(IDS[:6], cache=cache)
-    return cache
+
+    def interrupt(name, x):
+        if name == "model.layers.1.self_attn.scores":
+            raise KeyboardInterrupt
+        return x
+
+    with pytest.raises(KeyboardInterrupt):
+        model.forward(IDS, "float64", None, cache, interrupt)
+    assert np.array_equal(model(IDS, cache=cache), model(IDS))
 
 
 def test_importing_is_light():
