@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from refimpl.errors import InputError
-from refimpl.loss import cross_entropy
+from refimpl.loss import cross_entropy, predictions
 from refimpl.model import Model
 
 
@@ -38,23 +38,19 @@ class Quality:
 
 
 def quality(model: Model, reference: Model, ids, window: int | None = None, dtype: str = "float32") -> Quality:
-    """Judges `model` by `reference` on a text (or its ids), window by window, so that logits never pile up.
+    """Judges `model` by `reference` on a text (or its ids), a piece at a time, so that logits never pile up.
 
-    Windows do not overlap and are as long as the context unless `window` says less; the first token of each is not
-    predicted. Raises InputError if there is nothing to predict.
+    Windows are those of `refimpl.loss.predictions`. Raises InputError if there is nothing to predict.
     """
-    ids = reference.token_ids(ids)[0]
-    window = min(window or reference.config.max_position_embeddings, len(ids))
-    if window < 2:
-        raise InputError("a text of fewer than two tokens has nothing to predict")
     kls, losses, same, signal, noise = [], [], [], 0.0, 0.0
-    for start in range(0, len(ids) - 1, window):
-        piece = ids[start : start + window]
-        a, b = (m(piece, dtype)[0, :-1].astype(np.float64) for m in (model, reference))
+    ids = reference.token_ids(ids)
+    pairs = zip(*(predictions(m, ids, dtype, window) for m in (model, reference)), strict=True)
+    for (a, following), (b, _) in pairs:
+        a, b = a.astype(np.float64), b.astype(np.float64)
         signal, noise = signal + float(np.sum(b * b)), noise + float(np.sum((a - b) ** 2))
         logp_a, logp_b = _log_softmax(a), _log_softmax(b)
         kls.append((np.exp(logp_b) * (logp_b - logp_a)).sum(-1))
-        losses.append([cross_entropy(x, piece[1:]) for x in (a, b)])
+        losses.append([cross_entropy(x, following) for x in (a, b)])
         same.append(a.argmax(-1) == b.argmax(-1))
     kl, agree, loss = np.concatenate(kls), np.concatenate(same), np.concatenate(losses, axis=1).mean(1)
     return Quality(

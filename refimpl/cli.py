@@ -18,7 +18,6 @@ from refimpl.errors import InputError
 
 if TYPE_CHECKING:
     from golden.compare import Report
-
     from refimpl.model import Model
 
 
@@ -74,6 +73,7 @@ def chat(arguments) -> int:
 def trace(arguments) -> int:
     """Show or save every tensor of one forward."""
     import numpy as np
+
     from golden.bundle import write_trace
 
     model = _load(arguments)

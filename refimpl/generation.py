@@ -96,7 +96,8 @@ def generate(
     defaults = model.generation_config
 
     def option(name, value, fallback, valid, expected):
-        value = defaults.get(name, fallback) if value is None else value
+        for given in (defaults.get(name), fallback):
+            value = given if value is None else value
         if isinstance(value, bool) or not isinstance(value, int | float) or not valid(value):
             raise InputError(f"{name} is {value!r}, expected {expected}")
         return value
@@ -110,15 +111,27 @@ def generate(
         raise InputError(f"the prompt of {tokens} tokens leaves no room in the context of {context}; shorten it")
     wanted = option("max_new_tokens", max_new_tokens, room, lambda n: n == int(n) >= 1, "a whole number from 1")
     wanted = min(int(wanted), room)
-    positive = lambda x: 0 < x < float("inf")
+
+    def positive(number):
+        return 0 < number < float("inf")
+
     penalty = option("repetition_penalty", repetition_penalty, 1.0, positive, "a positive number")
     settings = {"repetition_penalty": penalty}
     if do_sample:
         settings["temperature"] = option("temperature", temperature, 1.0, positive, "a positive number")
         settings["top_k"] = option("top_k", top_k, 0, lambda k: k == int(k) >= 0, "a whole number, 0 for no limit")
         settings["top_p"] = option("top_p", top_p, 1.0, lambda p: 0 < p <= 1, "a number above 0 and up to 1")
-    ends = np.atleast_1d(defaults.get("eos_token_id", model.config.eos_token_id) or []).astype(np.int64)
-    padding = defaults.get("pad_token_id", model.config.pad_token_id) or 0
+        if seed is not None and seed < 0:
+            raise InputError(f"seed is {seed}, expected a whole number from 0")
+    ends = _ids_of("eos_token_id", defaults, model)
+    padding = (*_ids_of("pad_token_id", defaults, model), 0)[0]
+    model.ops(dtype)  # refuses a dtype that there is not, before anything is yielded
+    mask = np.ones_like(ids) if attention_mask is None else np.array(attention_mask)
+    if mask.shape != ids.shape or not mask[:, -1].all():
+        raise InputError(
+            f"attention_mask has shape {mask.shape}, expected {ids.shape}, with padding on the left: what follows a "
+            "prompt follows its last column"
+        )
 
     def steps():
         rng = np.random.default_rng(seed)
@@ -127,8 +140,7 @@ def generate(
         history = ids
         for start in range(0, tokens, PIECE):
             stop = min(start + PIECE, tokens)
-            mask = None if attention_mask is None else np.asarray(attention_mask)[:, :stop]
-            logits = model(ids[:, start:stop], dtype, mask, cache)
+            logits = model(ids[:, start:stop], dtype, mask[:, :stop], cache)
         while True:
             scores = process(logits[:, -1].astype(np.float32), history, **settings)
             chosen = _draw(softmax(scores.astype(np.float64)), rng) if do_sample else scores.argmax(-1)
@@ -143,7 +155,17 @@ def generate(
     return steps()
 
 
+def _ids_of(name: str, defaults: dict[str, Any], model: Model) -> list[int]:
+    """The token ids of a key: of generation_config.json, else of the config; none, one or several."""
+    found = defaults.get(name, getattr(model.config, name))
+    ids = [] if found is None else found if isinstance(found, list) else [found]
+    if not all(type(number) is int for number in ids):
+        raise InputError(f"{name} is {found!r:.40}, expected a token id; mend generation_config.json")
+    return ids
+
+
 def _draw(probs: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """One index of each row of probs (B, V), by where a uniform number falls in the running sum."""
     running = np.cumsum(probs, axis=-1)
-    return (running < rng.random((len(probs), 1)) * running[:, -1:]).sum(-1)
+    chosen = (running < rng.random((len(probs), 1)) * running[:, -1:]).sum(-1)
+    return np.minimum(chosen, probs.shape[1] - 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -30,10 +31,17 @@ def loss(model: Model, ids, labels, dtype: str = "float32", attention_mask=None,
 
     Source: `BaichuanForCausalLM.forward` in the official modeling_baichuan.py.
     """
+    ids, labels = model.token_ids(ids), np.asarray(labels)
+    if labels.size == ids.size:  # a plain list of one text, say
+        labels = labels.reshape(ids.shape)
+    if labels.shape != ids.shape or labels.dtype.kind not in "iu":
+        raise InputError(f"the labels are {labels.dtype} {labels.shape}, expected one for each id, {ids.shape}")
+    counted = labels != IGNORE
+    if (wrong := labels[counted & ((labels < 0) | (labels >= model.config.vocab_size))]).size:
+        raise InputError(f"the labels are token ids, or {IGNORE} where they do not count, but one is {wrong[0]}")
     logits = model(ids, dtype, attention_mask)[:, :-1]
     logits = logits.astype(np.promote_types(logits.dtype, np.float32))
-    labels = np.asarray(labels).reshape(len(logits), -1)[:, 1:]
-    counted = labels != IGNORE
+    labels, counted = labels[:, 1:], counted[:, 1:]
     if not counted.any():
         raise InputError("no label counts: all are -100 or the text is shorter than two tokens")
     weight = model.config.z_loss_weight if z_loss_weight is None else z_loss_weight
@@ -41,21 +49,29 @@ def loss(model: Model, ids, labels, dtype: str = "float32", attention_mask=None,
     return float(cross_entropy(logits, labels).sum() / counted.sum() + z)
 
 
-def perplexity(model: Model, ids, dtype: str = "float32", window: int | None = None) -> float:
-    """exp of the mean cross entropy per token over a long text, cut into windows that do not overlap.
+def predictions(
+    model: Model, ids, dtype: str = "float32", window: int | None = None, piece: int = 128
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """The model's predictions over a long text: pieces of logits (n, V) and of the ids (n,) that did follow.
 
-    `window` is at most, and by default, the model's context. The first token of each window is not predicted.
+    The text is cut into windows that do not overlap, as long as the context unless `window` says less; the first
+    token of each is not predicted. A window is fed `piece` tokens at a time, so that logits never pile up.
+
+    Raises InputError if there is nothing to predict.
     """
-    ids = model.token_ids(ids)[0]
-    window = min(window or model.config.max_position_embeddings, len(ids))
+    text = model.token_ids(ids)[0]
+    window = min(window or model.config.max_position_embeddings, len(text))
     if window < 2:
-        raise InputError("a text of fewer than two tokens has no perplexity")
-    total, count = 0.0, 0
-    for start in range(0, len(ids) - 1, window):
-        piece = ids[start : start + window]
-        if len(piece) < 2:
-            break
-        logits = model(piece, dtype)[0, :-1]
-        total += float(cross_entropy(logits.astype(np.float64), piece[1:]).sum())
-        count += len(piece) - 1
-    return float(np.exp(total / count))
+        raise InputError("a text of fewer than two tokens has nothing to predict")
+    for start in range(0, len(text) - 1, window):
+        row = text[start : start + window]
+        cache = model.new_cache(capacity=len(row))
+        for begin in range(0, len(row) - 1, piece):
+            end = min(begin + piece, len(row) - 1)
+            yield model(row[begin:end], dtype, cache=cache)[0], row[begin + 1 : end + 1]
+
+
+def perplexity(model: Model, ids, dtype: str = "float32", window: int | None = None) -> float:
+    """exp of the mean cross entropy per token over a long text; windows as in `predictions`."""
+    losses = [cross_entropy(x.astype(np.float64), y) for x, y in predictions(model, ids, dtype, window)]
+    return float(np.exp(np.concatenate(losses).mean()))

@@ -5,7 +5,7 @@ import pytest
 
 from refimpl import InputError
 from refimpl.generation import keep_top_k, keep_top_p, penalize_repetition, process
-from refimpl.loss import cross_entropy, loss, perplexity
+from refimpl.loss import cross_entropy, loss, perplexity, predictions
 
 IDS = [5, 17, 9]
 
@@ -79,6 +79,17 @@ def test_it_stops_at_the_end_of_sequence(tiny_model):
     assert [int(step[0]) for step in both] == free[:stop] + [0] * (len(both) - stop)
 
 
+def test_what_generation_config_may_say(tiny_model):
+    """Hugging Face files may hold null, which says nothing, and several ids that end a sequence."""
+    model = tiny_model("Baichuan2-7B")
+    plain = list(model.generate(IDS, max_new_tokens=4))
+    model.generation_config = {"temperature": None, "top_p": None, "max_new_tokens": None, "eos_token_id": None}
+    assert list(model.generate(IDS, max_new_tokens=4, do_sample=True, top_k=1, seed=0)) == plain
+    model.generation_config = {"eos_token_id": "x"}
+    with pytest.raises(InputError, match="eos_token_id is 'x'"):
+        model.generate(IDS)
+
+
 def test_it_stops_at_the_end_of_the_context(tiny_model):
     assert len(list(tiny_model("Baichuan-13B").generate([5] * 60))) <= 4
 
@@ -93,6 +104,11 @@ def test_it_stops_at_the_end_of_the_context(tiny_model):
         ({"do_sample": True, "top_p": 0.0}, "top_p is 0.0"),
         ({"do_sample": True, "top_k": 1.5}, "top_k is 1.5"),
         ({"do_sample": True, "top_k": "5"}, "top_k is '5'"),
+        ({"do_sample": True, "seed": -1}, "seed is -1"),
+        ({"dtype": "int7"}, "dtype is 'int7'"),
+        ({"attention_mask": [[1] * 9]}, r"attention_mask has shape \(1, 9\), expected \(1, 3\)"),
+        ({"attention_mask": [1, 1, 1]}, r"attention_mask has shape \(3,\)"),
+        ({"attention_mask": [[1, 1, 0]]}, "padding on the left"),
     ],
 )
 def test_options_out_of_range(tiny_model, options, message):
@@ -118,6 +134,22 @@ def test_loss_is_what_its_words_say(tiny_model):
     everything = -(logp[0, 17] + logp[1, 9] + logp[2, 3]) / 3
     assert perplexity(model, ids[0], "float64") == pytest.approx(np.exp(everything), rel=1e-12)
     assert cross_entropy(logits[:1], np.array([-100])).tolist() == [0.0]
+
+
+@pytest.mark.parametrize("labels", [[5, 9], [5, 9, -5], [5, 9, 96], [0.0, 1.0, 2.0], None])
+def test_labels_that_do_not_fit(tiny_model, labels):
+    with pytest.raises(InputError, match="the labels are"):
+        loss(tiny_model("Baichuan2-7B"), [[5, 17, 9]], labels)
+
+
+def test_perplexity_does_not_depend_on_the_pieces(family, tiny_model):
+    model = tiny_model(family)
+    ids = np.arange(3, 43)
+    logits = model(ids, "float64")[0, :-1]
+    expected = np.exp(cross_entropy(logits, ids[1:]).mean())
+    for piece in (1, 7, 39, 64):
+        found = np.concatenate([cross_entropy(x, y) for x, y in predictions(model, ids, "float64", piece=piece)])
+        assert np.exp(found.mean()) == pytest.approx(expected, rel=1e-12)
 
 
 def test_a_loss_of_nothing(tiny_model):
