@@ -19,7 +19,7 @@ from refimpl.decoder import Decoder
 from refimpl.doctor import remarks
 from refimpl.errors import InputError, at_most
 from refimpl.positions import attention_bias, rope_tables, token_positions
-from refimpl.trace import Tap, Trace, feeding, recording, silent
+from refimpl.trace import Tap, Trace, expect_same_prompt, feeding, prompt_of, recording, silent
 from refimpl.weights import Weights, read_checkpoint, resolve
 
 if TYPE_CHECKING:
@@ -80,14 +80,18 @@ class Model:
 
         `taps`: a glob on names, to keep some of them. `feed`: a trace whose values replace the computed ones as soon
         as they have been computed and recorded, so that each recorded tensor shows its own error and none that it
-        inherited.
+        inherited. Raises InputError for one of other token ids, or with names that this model does not have.
         """
-        about = {"engine": "refimpl", "family": self.config.family, "dtype": dtype, "config": asdict(self.config)}
-        trace = Trace(meta=about)
-        self.forward(ids, dtype, attention_mask, None, recording(trace, taps, then=feeding(feed or {})))
-        if taps is not None and not trace:
-            from refimpl.names import taps as known
+        from refimpl.names import taps as known
 
+        ids, feed = self.token_ids(ids), Trace() if feed is None else feed
+        about = {"engine": "refimpl", "family": self.config.family, "dtype": dtype, "config": asdict(self.config)}
+        trace = Trace(meta={**about, "ids": prompt_of(ids), "fed": bool(feed)})
+        expect_same_prompt(trace, feed)
+        if odd := feed.keys() - known(self.config).keys():
+            raise InputError(f"this model has no tensor {at_most(sorted(odd), 3)}; feed a trace of the same model")
+        self.forward(ids, dtype, attention_mask, None, recording(trace, taps, then=feeding(feed)))
+        if taps is not None and not trace:
             raise InputError(f"no tensor is called {taps!r}; names are such as {at_most(list(known(self.config)), 3)}")
         return trace
 

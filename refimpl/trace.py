@@ -17,8 +17,11 @@ with. So one mechanism records a run, replaces its values, quantizes them or bre
 from __future__ import annotations
 
 import fnmatch
+import hashlib
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
+
+import numpy as np
 
 from refimpl.errors import InputError
 
@@ -35,6 +38,20 @@ class Trace(dict):
     def __repr__(self) -> str:
         total = sum(getattr(array, "nbytes", 0) for array in self.values())
         return f"Trace({len(self)} tensors, {total / 1e6:.1f} MB, {self.meta})"
+
+
+def prompt_of(ids: np.ndarray) -> list | str:
+    """Token ids (B, T) as a trace's `meta["ids"]` has them: in full, or, where there are many, their sha256."""
+    if ids.size <= 512:
+        return ids.tolist()
+    return f"{ids.shape} sha256 {hashlib.sha256(ids.astype('<i8').tobytes()).hexdigest()}"
+
+
+def expect_same_prompt(a: Mapping, b: Mapping) -> None:
+    """Raises InputError if two traces say that they are of different token ids; one that says nothing fits all."""
+    one, other = (getattr(side, "meta", {}).get("ids") for side in (a, b))
+    if one is not None and other is not None and one != other:
+        raise InputError(f"one trace is of the ids {one!s:.40}, the other of {other!s:.40}; run both on the same ids")
 
 
 def silent(name: str, x):
