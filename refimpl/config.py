@@ -185,6 +185,11 @@ def config_from_keys(keys: Mapping[str, Any]) -> Config:
         if value not in allowed:
             raise InputError(f"{key} is {value!r:.60}, expected {allowed[0]!r}; this would change the numbers")
     quantized = _quantized(keys.pop("quantization_config", None))
+    facts = dict(FAMILIES[family])
+    if (
+        keys.pop("lm_head_normalized", False) is not False
+    ):  # `refimpl convert --normalize-head` says so; checked at load
+        facts["norm_head"] = False
     keys.pop("sliding_window", None)  # without use_sliding_window it does nothing
     kinds = keys.pop("layer_types", None) or []
     if not isinstance(kinds, list) or any(kind != "full_attention" for kind in kinds):
@@ -198,7 +203,7 @@ def config_from_keys(keys: Mapping[str, Any]) -> Config:
         raise InputError(f"unknown keys {at_most(unknown)}: they may change the numbers; remove those that do not")
     values = {k: v for k, v in keys.items() if k in known}
     values.update(max_position_embeddings=context, torch_dtype=str(dtype), quantized=quantized)
-    return Config(family=family, **{**values, **FAMILIES[family]})
+    return Config(family=family, **{**values, **facts})
 
 
 def _quantized(keys: Any) -> bool:

@@ -70,8 +70,8 @@ def convert(
     `normalize_head` applies NormHead, so that what was made for Baichuan 1 runs a Baichuan2: each row of lm_head is
     divided by its length, in the format that is written, as the official README's script does in the format that it
     finds. In bfloat16 both the length and the quotient are rounded, and a row's length is 1 only to about 0.4 %
-    (`row lengths` in the result); `dtype="float32"` keeps it to 1e-7. The config then says `norm_head: false`, which
-    this package reads; the official Baichuan2 code would normalise once more, and round once more.
+    (`row lengths` in the result); `dtype="float32"` keeps it to 1e-7. The config then says `lm_head_normalized`,
+    which this package reads and checks; the official Baichuan2 code would normalise, and round, once more.
 
     Raises InputError for a source that cannot be loaded, an `out` that exists, numbers that a format cannot hold, an
     adapter that is not understood, and a disk that is too small.
@@ -281,7 +281,7 @@ def _write_config(source: Path, work: Path, dtype: str | None, normalize_head: b
     if dtype is not None:
         keys["dtype" if "dtype" in keys else "torch_dtype"] = dtype  # transformers 5 renamed it
     if normalize_head:
-        keys["norm_head"] = False
+        keys["lm_head_normalized"] = True
     _write_json(work / "config.json", keys)
 
 

@@ -1,8 +1,8 @@
 """What is wrong with a checkpoint, told from the shapes of its tensors: a config that belongs to other weights, and
 weights that have been through something.
 
-`mismatch` explains tensors that do not fit the config; `remarks` are for weights that load, but are not what their
-config makes one expect. Both read shapes, and a few rows at most.
+`mismatch` explains tensors that do not fit the config, and `broken_promise` a head; `remarks` are for weights that
+load, but are not what their config makes one expect. All read shapes, and a few rows at most.
 """
 
 from __future__ import annotations
@@ -60,43 +60,54 @@ def sizes(shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, int, int, int] | 
     return *embedding, gate[0], max(layers) + 1
 
 
+def broken_promise(config: Config, tensors: Mapping[str, Any]) -> str | None:
+    """What is wrong if config.json says that a Baichuan2's head is normalised in the file, and it is not."""
+    lengths = _head_lengths(config, tensors)
+    if lengths is None or config.norm_head or _near_one(lengths):
+        return None
+    return (
+        f"{_measured(lengths)}, but config.json says lm_head_normalized; remove that key, or normalise it with "
+        "refimpl convert --normalize-head"
+    )
+
+
 def remarks(config: Config, tensors: Mapping[str, Any]) -> list[str]:
-    """What to know about weights that load: a head that is normalised although it should not be, or is not although
-    it should be, and saved frequencies that are not RoPE's."""
-    return [text for text in (_head(config, tensors), _frequencies(config, tensors)) if text]
+    """What to know about weights that load: a head that is normalised although its config does not say so, and saved
+    frequencies that are not RoPE's."""
+    found = []
+    lengths = _head_lengths(config, tensors)
+    if lengths is not None and config.norm_head and _near_one(lengths):
+        found.append(
+            f"{_measured(lengths)}: the head was normalised before, for Baichuan 1 or by a forward before saving; "
+            "NormHead normalises it once more, which changes roundings only"
+        )
+    return found + _frequencies(config, tensors)
 
 
-def _head(config: Config, tensors: Mapping[str, Any]) -> str | None:
+def _head_lengths(config: Config, tensors: Mapping[str, Any]) -> np.ndarray | None:
+    """The lengths of some rows of a Baichuan2's head, without rows of zeros."""
     head = tensors.get("lm_head.weight")
     if not config.family.startswith("Baichuan2") or config.tie_word_embeddings or not isinstance(head, np.ndarray):
         return None
     rows = head[np.unique(np.linspace(0, len(head) - 1, SAMPLE).astype(int))].astype(np.float64)
     lengths = np.linalg.norm(rows, axis=-1)
-    lengths = lengths[lengths > 0]
-    if not len(lengths):
-        return None
-    normalised = bool((np.abs(lengths - 1) < NEAR_ONE).all())
-    measured = f"rows of lm_head have lengths from {lengths.min():.4g} to {lengths.max():.4g}"
-    if normalised and config.norm_head:
-        return (
-            f"the {measured}: the head was normalised before, for Baichuan 1 or by a forward before saving; NormHead "
-            "normalises it once more, which changes roundings only"
-        )
-    if not normalised and not config.norm_head:
-        return (
-            f"the {measured}, but config.json says norm_head false: its logits are not Baichuan2's; remove norm_head "
-            "or apply it (refimpl convert --normalize-head)"
-        )
-    return None
+    return lengths[lengths > 0] if lengths.any() else None
 
 
-def _frequencies(config: Config, tensors: Mapping[str, Any]) -> str | None:
-    saved = {name: array for name, array in tensors.items() if name.endswith(".rotary_emb.inv_freq")}
-    if not saved:
-        return None
+def _near_one(lengths: np.ndarray) -> bool:
+    return bool((np.abs(lengths - 1) < NEAR_ONE).all())
+
+
+def _measured(lengths: np.ndarray) -> str:
+    return f"the rows of lm_head have lengths from {lengths.min():.4g} to {lengths.max():.4g}"
+
+
+def _frequencies(config: Config, tensors: Mapping[str, Any]) -> list[str]:
     half = config.head_dim // 2
     expected = config.rope_theta ** (-np.arange(half) / half) if config.rope_theta else np.zeros(0)
-    for name, array in saved.items():
+    for name, array in tensors.items():
+        if not name.endswith(".rotary_emb.inv_freq"):
+            continue
         if array.shape != expected.shape or not np.allclose(array.astype(np.float64), expected, rtol=2**-7):
-            return f"{name} is not RoPE's at theta {config.rope_theta}; it is not read, as the official code does not"
-    return None
+            return [f"{name} is not RoPE's at theta {config.rope_theta}; it is not read, as the official code does not"]
+    return []

@@ -19,7 +19,7 @@ import numpy as np
 from kernels import formats, int8
 from refimpl.bitsandbytes import split
 from refimpl.config import Config, read_json
-from refimpl.doctor import mismatch
+from refimpl.doctor import broken_promise, mismatch
 from refimpl.errors import InputError, at_most
 from refimpl.torch_files import map_torch
 
@@ -199,6 +199,8 @@ def resolve(config: Config, tensors: Mapping[str, Any]) -> Weights:
             raise InputError(f"{name} is quantized, expected the matrices of the layers alone to be")
     if config.quantized and not quantized:
         raise InputError("config.json has a quantization_config, but no matrix is quantized; remove it, or quantize()")
+    if broken := broken_promise(config, tensors):
+        raise InputError(broken)
     head = entries["model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"]
     return Weights({**entries, "lm_head.weight": NormHead(head.array) if config.norm_head else head})
 

@@ -93,7 +93,7 @@ def test_a_head_that_was_normalised_before(tmp_path):
         refimpl.load(folder)
     convert(folder, tmp_path / "plain", dtype="bfloat16", normalize_head=True)
     keys = json.loads((tmp_path / "plain" / "config.json").read_text())
-    del keys["norm_head"]
+    del keys["lm_head_normalized"]
     (tmp_path / "plain" / "config.json").write_text(json.dumps(keys))
     with pytest.warns(UserWarning, match="the head was normalised before"):
         refimpl.load(tmp_path / "plain")
@@ -101,13 +101,11 @@ def test_a_head_that_was_normalised_before(tmp_path):
 
 
 def test_a_head_that_should_have_been_normalised(tmp_path):
-    folder = write_checkpoint(tmp_path / "x", "Baichuan2-7B", norm_head=False)
+    folder = write_checkpoint(tmp_path / "x", "Baichuan2-7B", lm_head_normalized=True)
     rewrite(folder, **{"lm_head.weight": 3 * np.random.default_rng(0).standard_normal((96, 64)).astype(np.float32)})
-    with pytest.warns(UserWarning, match="but config.json says norm_head false"):
+    with pytest.raises(InputError, match=r"lengths from 2.* but config.json says lm_head_normalized; remove that key"):
         refimpl.load(folder)
-    convert(folder, tmp_path / "same")
-    with pytest.raises(InputError, match="no NormHead to apply"):
-        convert(folder, tmp_path / "out", normalize_head=True)
+    assert "lm_head_normalized" in examine(folder)["problems"][0]
 
 
 @pytest.mark.parametrize("rows", [np.zeros((96, 64)), np.ones((96, 64)) * np.inf])
