@@ -2,6 +2,9 @@
 
 import itertools
 import json
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -151,6 +154,31 @@ def test_integer_attention_is_exact(family, encoded):
     assert np.array_equal(trace[f"{at}.scores"], fake_quantize(scores, encodings[f"{at}.scores"]))
     context = ((p @ v) * (scale["probs"] * scale["value"])).astype(F32).transpose(0, 2, 1, 3).reshape(1, len(IDS), -1)
     assert np.array_equal(trace[f"{at}.context"], fake_quantize(context, encodings[f"{at}.context"]))
+
+
+def test_exact_sums_do_not_depend_on_who_sums(tmp_path):
+    """The same bits with other BLAS kernels and more threads. (On a BLAS that is not OpenBLAS this says less.)"""
+    folder = write_checkpoint(tmp_path / "model", "Baichuan2-7B", hidden_size=256, intermediate_size=512)
+    code = (
+        "import sys, hashlib, numpy as np, refimpl; from refimpl import encodings\n"
+        "from kernels.affine import from_range; from refimpl.names import taps\n"
+        "model = refimpl.load(sys.argv[1]); recipe = encodings.Recipe(); grids = recipe.inputs(model.config)\n"
+        "for name in taps(model.config):\n"
+        "    grid = recipe.activation(model.config, name)\n"
+        "    if grid: grids[name] = from_range(*(grid.fixed or (-8, 8)), grid.bits, grid.symmetric)\n"
+        "both = encodings.Encodings(grids, recipe.parameters(model.config, model.weights))\n"
+        "for integer in (True, False):\n"
+        "    trace = model.simulate(both, integer=integer).trace(np.arange(60))\n"
+        "    print(hashlib.sha256(b''.join(x.tobytes() for x in trace.values())).hexdigest())"
+    )
+
+    def hashes(kernel, threads):
+        env = {**os.environ, "OPENBLAS_CORETYPE": kernel, "OPENBLAS_NUM_THREADS": threads, "OMP_NUM_THREADS": threads}
+        run = subprocess.run([sys.executable, "-c", code, folder], env=env, capture_output=True, text=True, check=True)
+        return run.stdout.split()
+
+    one, other = hashes("Prescott", "1"), hashes("Haswell", "2")
+    assert one[0] == other[0]
 
 
 def test_exact_and_float_sums_agree(family, encoded):
