@@ -6,9 +6,13 @@
 False
 >>> print(report)
 differs: 1 of 2 tensors beyond tolerance or missing, first y in computing order; worst y, missing
-      tensor   needed  allowed  max_abs     rmse      SQNR     cosine  worst at
-FAIL  y             –  2.0e-01        –        –         –          –  missing
-ok    x       1.2e-01  2.0e-01  5.0e-01  2.9e-01     19 dB  0.9956382  (1): 2.5, reference 2
+      tensor   needed  allowed  of max   max_abs     rmse      SQNR     cosine  worst at
+FAIL  y             –  2.0e-01        –        –        –         –          –  missing
+ok    x       1.2e-01  2.0e-01  1.2e-01  5.0e-01  2.9e-01     19 dB  0.9956382  (1): 2.5, reference 2
+
+**By what an error is measured.** By the largest value of its row, which in most tensors is one token, or one head of
+one token. Language models have a few tokens whose activations are a thousand times those of all others; beside their
+largest value, an error in any other token would look like rounding.
 """
 
 from __future__ import annotations
@@ -28,18 +32,23 @@ from refimpl.errors import InputError, at_most
 from refimpl.trace import Trace
 
 CHUNK = 1 << 16  # elements that are widened to float64 at a time
+ROW = 32  # the largest of fewer numbers may be small by chance
+TINY = 2.0**-24  # what float32 loses beside a value
 
 
 @dataclass(frozen=True)
 class Difference:
     """How far one tensor is from the reference b. Everything is computed in float64.
 
-    - `max_abs`: max|a - b|; `scale`: max|b|; `max_rel`: max_abs / scale, the tensor's relative error
+    - `needed`: the largest of max|a - b| / max|b| of each row, or infinite where there is a `problem`. A row is the
+      last axis, or as many of the last axes as have 32 elements together. One of zeros, or of less than 2^-24 of
+      the tensor's scale, is measured by that scale.
+    - `allowed`: the tolerance of needed
+    - `max_abs`: max|a - b|; `scale`: max|b|; `rel_to_max`: max_abs / scale, both of the whole tensor
     - `rmse`: sqrt(mean((a - b)^2)); `sqnr`: 10 log10(sum(b^2) / sum((a - b)^2)) in dB; `cosine` of the angle between
       a and b as vectors
-    - `index`: where |a - b| is largest, `value` in a and `reference` in b there; `ulp`: their distance in units of the
-      last place of the reference's value, in the coarser of both formats
-    - `allowed` and `needed`: relative tolerances; needed is max_rel, or infinite where there is a `problem`
+    - `index`: where |a - b| is largest in the row that needs most, `value` in a and `reference` in b there; `ulp`:
+      their distance in units of the last place of the reference's value, in the coarser of both formats
     - `problem`: "" or why the numbers cannot be compared: missing, other shape, NaN or infinity on one side
 
     Elements where both sides are NaN, or the same infinity, agree and are left out of the figures.
@@ -50,6 +59,7 @@ class Difference:
     reason: str
     problem: str = ""
     shape: tuple[int, ...] = ()
+    needed: float = math.inf
     max_abs: float = math.nan
     scale: float = math.nan
     rmse: float = math.nan
@@ -61,14 +71,10 @@ class Difference:
     reference: float = math.nan
 
     @property
-    def max_rel(self) -> float:
+    def rel_to_max(self) -> float:
         if self.max_abs == 0:
             return 0.0
         return self.max_abs / self.scale if self.scale else math.inf
-
-    @property
-    def needed(self) -> float:
-        return math.inf if self.problem else self.max_rel
 
     @property
     def excess(self) -> float:
@@ -127,7 +133,7 @@ class Report:
         """The worst tensors, a line each."""
         shown = self.worst[:limit]
         width = max([len(tensor.name) for tensor in shown] + [6])
-        head = f"{'tensor':{width}}   needed  allowed  max_abs     rmse      SQNR     cosine  worst at"
+        head = f"{'tensor':{width}}   needed  allowed  of max   max_abs     rmse      SQNR     cosine  worst at"
         lines = [f"      {head}"] + [_line(tensor, width) for tensor in shown]
         rest = self.worst[limit:]
         if rest:
@@ -140,7 +146,7 @@ class Report:
 
     def to_json(self) -> str:
         """The whole report as JSON, worst first; NaN and infinity, such as what a missing tensor needs, are null."""
-        tensors = [{**asdict(t), "needed": t.needed, "max_rel": t.max_rel, "ok": bool(t)} for t in self.worst]
+        tensors = [{**asdict(t), "rel_to_max": t.rel_to_max, "ok": bool(t)} for t in self.worst]
         content = {"agrees": bool(self), "summary": self.summary, "missing": self.missing, "extra": self.extra}
         return json.dumps(_finite({**content, "tensors": tensors}), ensure_ascii=False, allow_nan=False)
 
@@ -162,7 +168,7 @@ def compare(
 
     `tolerance`: one for all tensors or one for each; by default what the traces say about themselves
     (`golden.tolerance.stated`). A name that `a` lacks, another shape, nothing in common, and NaN or infinity on one
-    side only are failures and no exceptions. Memory does not grow with the tensors.
+    side only are failures and no exceptions. Memory holds a piece of each tensor, and two numbers for each row.
 
     Raises InputError for what is not numbers, and for a name that `tolerance` leaves out.
     """
@@ -192,39 +198,37 @@ def _trace(side: Mapping[str, Any]) -> Trace:
     return trace
 
 
+@np.errstate(over="ignore", invalid="ignore")  # squares of huge values may be infinite
 def _difference(of: Difference, a: np.ndarray | None, b: np.ndarray) -> Difference:
-    """`of` with its figures filled in, from one pass over both arrays."""
+    """`of` with its figures filled in, from one pass over both arrays and another over the row that needs most."""
     if a is None:
         return replace(of, problem="missing", shape=b.shape)
     if a.shape != b.shape:
         return replace(of, problem=f"shape {a.shape}, reference {b.shape}", shape=b.shape)
-    largest, at, scale, clash, start, left_out = -1.0, 0, 0.0, -1, 0, 0
-    errors = squares_a = squares_b = products = 0.0
-    with np.errstate(over="ignore", invalid="ignore"):  # squares of huge values may be infinite
-        for x, y in _chunks(a, b):
-            error = np.abs(x - y)
-            worst = int(error.argmax())  # the first NaN, if there is one
-            if not math.isfinite(error[worst]):
-                scale = max(scale, float(np.abs(y[np.isfinite(y)]).max(initial=0.0)))
-                finite = np.isfinite(x) & np.isfinite(y)
-                odd = ~finite & (x != y) & ~(np.isnan(x) & np.isnan(y))
-                if clash < 0 and odd.any():
-                    clash = start + int(odd.argmax())
-                x, y = np.where(finite, x, 0.0), np.where(finite, y, 0.0)
-                error, left_out = np.abs(x - y), left_out + int((~finite).sum())
-                worst = int(error.argmax())
-            if error[worst] > largest:
-                largest, at = float(error[worst]), start + worst
-            scale = max(scale, float(np.abs(y).max()))
-            errors, products = errors + float(error @ error), products + float(x @ y)
-            squares_a, squares_b = squares_a + float(x @ x), squares_b + float(y @ y)
-            start += len(x)
     if not b.size:
-        return replace(of, shape=b.shape, max_abs=0.0, scale=0.0)
-    index = tuple(int(i) for i in np.unravel_index(clash if clash >= 0 else at, b.shape))
+        return replace(of, shape=b.shape, needed=0.0, max_abs=0.0, scale=0.0)
+    length = row_length(b.shape)
+    largest, scales = np.zeros((2, b.size // length))  # max|a - b| and max|b| of each row
+    clash, left_out = -1, 0
+    errors = squares_a = squares_b = products = 0.0
+    for start, x, y, error, odd, differs in _chunks(a, b, 0, b.size):
+        first, last = start // length, (start + len(x) - 1) // length + 1
+        cuts = np.maximum(np.arange(first, last) * length - start, 0)  # where each row begins in this chunk
+        for most, values in ((largest, error), (scales, np.abs(y))):
+            np.maximum(most[first:last], np.maximum.reduceat(values, cuts), out=most[first:last])
+        left_out, clash = left_out + odd, differs if clash < 0 else clash
+        errors, products = errors + float(error @ error), products + float(x @ y)
+        squares_a, squares_b = squares_a + float(x @ x), squares_b + float(y @ y)
+    scale = float(scales.max())
+    yard = np.where(scales > TINY * scale, scales, scale)
+    ratio = np.divide(largest, yard, out=np.where(largest > 0, np.inf, 0.0), where=yard > 0)
+    row = int(ratio.argmax())
+    at = clash if clash >= 0 else _place(a, b, row * length, length)
+    index = tuple(int(i) for i in np.unravel_index(at, b.shape))
     value, reference = float(a[index]), float(b[index])
     return replace(
-        of, shape=b.shape, max_abs=largest, scale=scale, index=index, value=value, reference=reference,
+        of, shape=b.shape, max_abs=float(largest.max()), scale=scale, index=index, value=value,
+        reference=reference, needed=math.inf if clash >= 0 else float(ratio[row]),
         problem="NaN or infinity on one side" if clash >= 0 else "",
         rmse=math.sqrt(errors / max(b.size - left_out, 1)),
         sqnr=math.inf if not errors else 10 * math.log10(squares_b / errors) if squares_b else -math.inf,
@@ -233,15 +237,47 @@ def _difference(of: Difference, a: np.ndarray | None, b: np.ndarray) -> Differen
     )  # fmt: skip
 
 
-def _chunks(a: np.ndarray, b: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Both arrays in C order as float64, a piece at a time, whatever their strides and formats."""
+def row_length(shape: tuple[int, ...]) -> int:
+    """How many elements share a yardstick: the last axis, and those before it until there are ROW."""
+    length = 1
+    for axis in reversed(shape):
+        length *= axis
+        if length >= ROW:
+            break
+    return length
+
+
+def _place(a: np.ndarray, b: np.ndarray, start: int, length: int) -> int:
+    """Where in a row |a - b| is largest."""
+    most, place = -1.0, start
+    for begin, _, _, error, _, _ in _chunks(a, b, start, start + length):
+        at = int(error.argmax())
+        if error[at] > most:
+            most, place = float(error[at]), begin + at
+    return place
+
+
+def _chunks(a: np.ndarray, b: np.ndarray, start: int, stop: int) -> Iterator[tuple]:
+    """(start, x, y, |x - y|, odd, differs) of the elements from start to stop in C order, as float64, piece by piece.
+
+    x, y and the error are 0 where a or b is not finite: at `odd` places. `differs` is the first of these where they do
+    not agree, or -1.
+    """
     pieces = np.nditer(
-        [a, b], flags=["external_loop", "buffered", "zerosize_ok"], op_flags=[["readonly"], ["readonly"]], order="C",
+        [a, b], flags=["external_loop", "buffered", "ranged"], op_flags=[["readonly"], ["readonly"]], order="C",
         op_dtypes=[np.float64, np.float64], casting="unsafe", buffersize=CHUNK,
     )  # fmt: skip
+    pieces.iterrange = start, stop  # type: ignore[misc]  # NumPy's stubs call it read-only
     for x, y in pieces:
-        if x.size:
-            yield x, y
+        error, odd, differs = np.abs(x - y), 0, -1
+        if not math.isfinite(error.max()):
+            finite = np.isfinite(x) & np.isfinite(y)
+            wrong = ~finite & (x != y) & ~(np.isnan(x) & np.isnan(y))
+            differs = start + int(wrong.argmax()) if wrong.any() else -1
+            x, y, odd = np.where(finite, x, 0.0), np.where(finite, y, 0.0), int((~finite).sum())
+            error = np.abs(x - y)
+        yield start, x, y, error, odd, differs
+        start += len(x)
 
 
 def _last_place(value: float, dtype: np.dtype) -> float:
@@ -256,10 +292,12 @@ def _last_place(value: float, dtype: np.dtype) -> float:
 def _line(tensor: Difference, width: int) -> str:
     start = f"{'ok' if tensor else 'FAIL':4}  {tensor.name:{width}}"
     if not math.isfinite(tensor.max_abs):
-        return f"{start}        –  {tensor.allowed:7.1e}        –        –         –          –  {tensor.problem}"
+        return (
+            f"{start}        –  {tensor.allowed:7.1e}        –        –        –         –          –  {tensor.problem}"
+        )
     where = f"{tensor.index}: {tensor.value:.6g}, reference {tensor.reference:.6g}".replace(",)", ")")
-    figures = f"{tensor.needed:7.1e}  {tensor.allowed:7.1e}  {tensor.max_abs:7.1e}  {tensor.rmse:7.1e}"
-    return f"{start}  {figures}  {tensor.sqnr:5.0f} dB  {tensor.cosine:9.7f}  {where}"
+    figures = f"{tensor.needed:7.1e}  {tensor.allowed:7.1e}  {tensor.rel_to_max:7.1e}  {tensor.max_abs:7.1e}"
+    return f"{start}  {figures}  {tensor.rmse:7.1e}  {tensor.sqnr:5.0f} dB  {tensor.cosine:9.7f}  {where}"
 
 
 def _finite(value: Any) -> Any:

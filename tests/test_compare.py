@@ -3,7 +3,8 @@
 import json
 import math
 import sys
-from dataclasses import asdict
+import tracemalloc
+from dataclasses import asdict, replace
 
 import ml_dtypes
 import numpy as np
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes
 
 from golden import Report, Tolerance, compare, tolerances
+from golden.compare import TINY, row_length
 from golden.tolerance import FORMATS, SAFETY, stated
 from kernels.ops import NumPyOps
 from refimpl import InputError, Trace
@@ -41,15 +43,19 @@ def test_the_figures_are_their_definitions(shape, formats, seed, flip, chunk):
     rng = np.random.default_rng(seed)
     a, b = (np.asarray(rng.standard_normal(shape)).astype(np.dtype(f)) for f in formats)
     if flip:  # strides that are not C order
-        a, b = a.T, b.T[...]
+        a, b, shape = a.T, b.T[...], shape[::-1]
     with pytest.MonkeyPatch.context() as patch:  # by its full name, since golden.compare is the function
         patch.setattr(sys.modules["golden.compare"], "CHUNK", chunk)
         found = only(compare({"x": a}, {"x": b}, ANY))
     x, y = a.astype(np.float64), b.astype(np.float64)
     error = np.abs(x - y)
     assert found.max_abs == error.max() and found.scale == np.abs(y).max()
-    assert found.max_rel == found.needed == error.max() / np.abs(y).max()
-    assert found.index == np.unravel_index(error.argmax(), x.shape)
+    assert found.rel_to_max == error.max() / np.abs(y).max()
+    rows = (-1, row_length(shape))
+    needed = error.reshape(rows).max(1) / np.abs(y).reshape(rows).max(1)
+    assert found.needed == needed.max()
+    place = needed.argmax() * rows[1] + error.reshape(rows)[needed.argmax()].argmax()
+    assert found.index == np.unravel_index(place, x.shape)
     assert (found.value, found.reference) == (x[found.index], y[found.index])
     assert found.rmse == pytest.approx(np.sqrt((error**2).mean()), rel=1e-12)
     assert found.sqnr == pytest.approx(10 * np.log10((y**2).sum() / (error**2).sum()) if error.any() else math.inf)
@@ -74,6 +80,48 @@ def test_the_verdict_is_needed_against_allowed():
     zeros = {"x": np.zeros(3)}
     assert compare(zeros, zeros, Tolerance(0, ""))
     assert not compare({"x": np.array([0, 0, 1e-30])}, zeros, Tolerance(0.5, ""))  # nothing to be relative to
+
+
+def test_one_massive_activation_hides_no_other_token():
+    """The residual of a language model: one value of 3000 at the first token, others of about 1, and 30 % noise."""
+    rng = np.random.default_rng(0)
+    b = rng.standard_normal((1, 128, 4096)).astype(np.float32)
+    b[0, 0, 1415] = 3000.0
+    a = b.copy()
+    a[0, 1:] += 0.3 * rng.standard_normal((127, 4096)).astype(np.float32)
+    widest = tolerances(Config(), "float32", 128)["lm_head"]
+    found = only(compare({"x": a}, {"x": b}, widest))
+    assert not found and found.excess > 100
+    assert found.rel_to_max < widest.relative, "measured by the largest value, it would pass"
+    assert found.index[1] > 0 and abs(found.value - found.reference) > 0.5
+    assert compare({"x": b * np.float32(1 + 1e-6)}, {"x": b}, widest)
+
+
+def test_a_row_of_zeros_is_measured_by_the_tensor():
+    b = np.random.default_rng(0).standard_normal((4, 64))
+    for small in (0.0, TINY / 4):
+        b[2] = small
+        a = b.copy()
+        a[2, 5] += 1e-9
+        found = only(compare({"x": a}, {"x": b}, Tolerance(1e-8, "")))
+        assert found and found.index == (2, 5) and found.needed == pytest.approx(1e-9 / np.abs(b).max(), rel=1e-3)
+    b[2] = 1e-3
+    assert only(compare({"x": b + 1e-9}, {"x": b}, ANY)).needed == pytest.approx(1e-6)
+
+
+def test_a_row_has_numbers_enough_for_a_scale():
+    lengths = {(): 1, (5,): 5, (70,): 70, (2, 128, 4096): 4096, (1, 8, 7, 7): 49, (1, 8, 1, 1): 8, (3, 2, 16): 32}
+    assert {shape: row_length(shape) for shape in lengths} == lengths
+
+
+def test_memory_is_that_of_a_piece_and_of_two_numbers_a_row():
+    a = np.broadcast_to(np.float32(1), (1 << 13, 1 << 10))  # 32 MB, were it not one number
+    tracemalloc.start()
+    try:
+        assert compare({"x": a}, {"x": a}, Tolerance(0, ""))
+        assert tracemalloc.get_traced_memory()[1] < 6_000_000
+    finally:
+        tracemalloc.stop()
 
 
 def test_what_is_missing_fails_and_what_is_extra_does_not():
@@ -301,6 +349,19 @@ def test_a_classic_bug_is_far_outside(bug, of, tiny_model, monkeypatch):
         trace = model.trace(IDS, dtype, feed=reference if fed else None)
         report = compare(trace, reference, tolerances(model.config, dtype, len(IDS), fed))
         assert report.worst[0].excess > factor, f"{dtype}: {report}"
+
+
+@pytest.mark.parametrize(("bug", "of"), [(bug, of) for bug, families in BUGS for of in families])
+def test_a_classic_bug_is_outside_at_full_size(bug, of, tiny_model, monkeypatch):
+    """Judged, everywhere, by what float32 may do to the logits of 32 layers of 4096 after 4096 tokens."""
+    model = tiny_model(of)
+    reference = model.trace(IDS, "float64")
+    widest = tolerances(replace(Config(), rope_theta=model.config.rope_theta), "float32", 4096)["lm_head"]
+    assert compare(model.trace(IDS), reference, widest)
+    monkeypatch.setattr(model, "weights", model.weights)  # so that it is put back
+    bug(model, monkeypatch)
+    report = compare(model.trace(IDS), reference, widest)
+    assert not report and report.worst[0].excess > 30, report
 
 
 def test_eps_outside_the_root_shows_in_float64(tiny_model, monkeypatch):
