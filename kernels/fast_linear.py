@@ -125,6 +125,10 @@ def _tile(rows: int, tokens: int, portable: bool):
             lanes = [[emit.variable(emit.floats(0.0)) for _ in range(tokens)] for _ in range(rows)]
             with emit.loop(steps) as index:
                 here = [[emit.forward(line, emit.times(index, size)) for line in group] for group, size in places]
+                if tokens == 1:  # the next tile's rows: what comes from memory is several streams, hard to guess
+                    for r in range(rows):
+                        ahead = emit.times(steps, rows * step.weight_bytes)
+                        emit.prefetch(here[0][r], ahead)
                 step(emit, *here, lanes)
             for r in range(rows):
                 for t in range(tokens):

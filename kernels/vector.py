@@ -55,6 +55,14 @@ class Emitter:
         target = self.builder.bitcast(self.forward(pointer, offset), value.type.as_pointer())
         self.builder.store(value, target).align = 1
 
+    def prefetch(self, pointer: ir.Value, offset: ir.Value | int) -> None:
+        """Asks for the cache line there, which need not exist."""
+        read, keep, data = (ir.Constant(I32, n) for n in (0, 3, 1))
+        place = self.forward(pointer, offset)
+        kind = ir.FunctionType(ir.VoidType(), [place.type, I32, I32, I32])
+        prefetch = cgutils.get_or_insert_function(self.builder.module, kind, "llvm.prefetch.p0")
+        self.builder.call(prefetch, [place, read, keep, data])
+
     def variable(self, value: ir.Value) -> Variable:
         """A variable that LLVM keeps in a register."""
         return Variable(self.builder, value)

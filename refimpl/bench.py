@@ -141,12 +141,12 @@ def _read(model: Model, tokens: int, threads: int, folder: Path) -> Callable:
 
 
 def _refimpl(model: Model, tokens: int, threads: int, folder: Path) -> Callable:
-    cache = model.new_cache(capacity=2048)
+    caches = [model.new_cache(capacity=2048)]
 
     def once() -> None:
-        if cache.length + tokens > cache.capacity or tokens > 1:
-            cache.length = 0
-        model(np.zeros((1, tokens), np.int64), cache=cache)
+        if caches[0].length + tokens > 2048 or tokens > 1:
+            caches[0] = model.new_cache(capacity=2048)
+        model(np.zeros((1, tokens), np.int64), cache=caches[0])
 
     return once
 
