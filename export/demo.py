@@ -14,13 +14,14 @@ from export.emit import emit
 from export.verify import verify
 from golden.compare import Report
 from golden.quality import quality, read_documents
-from refimpl.errors import InputError
+from refimpl.errors import InputError, at_most
 from refimpl.info import describe
 from refimpl.model import EMBEDDED, Model, load
 
 PROMPT = "登鹳雀楼->王之涣\n夜雨寄北->"  # the one-shot example of Baichuan2's own model card
 ANSWER = "李商隐"
 GOLDEN = Path(golden.__file__).parent / "data" / "embedded"
+OURS = {"float", "int4", "report.txt", "report.json"}
 TOKENS = 4096  # of held-out text, for the cost of four bits
 
 
@@ -30,8 +31,9 @@ def run(out: Path) -> bool:
     Graphs and reports go to the folder `out`, which is made, or must hold an earlier demo. Raises InputError if it
     is something else.
     """
-    if out.exists() and not (out / "report.json").exists():
-        raise InputError(f"{out} is there already and not from an earlier demo; choose another place with --out")
+    strangers = {path.name for path in out.iterdir()} - OURS if out.is_dir() else set([out.name] * out.exists())
+    if strangers:
+        raise InputError(f"{out} holds {at_most(sorted(strangers), 3)}, not a demo; choose another place with --out")
     begin = time.perf_counter()
     model = load()
     facts = describe(model)

@@ -69,7 +69,7 @@ def build(model: Model, spec: GraphSpec, opset: int, ir_version: int) -> Built:
     ops = OnnxOps(graph, opset)
     inputs = {v.name: graph.input(v.name, v.shape, ONNX_TYPES[v.dtype]) for v in spec.inputs}
     weights = {name: Parameter(name, weight) for name, weight in model.weights.items()}
-    outputs = spec.part.outputs(model.config, weights, ops, ops.concat, inputs, graph.tap)
+    outputs = spec.part.outputs(model.config, weights, ops, inputs, graph.tap)
     for name, tensor in outputs.items():
         tensor.name = name
     return graph.build(spec.name, list(inputs.values()), list(outputs.values()), opset, ir_version)
@@ -217,7 +217,7 @@ def goldens(model: Model, plan: Plan, prompt: list[int]) -> Iterator[tuple[Graph
         for spec in run:
             host = host_inputs(model, spec, ids)
             inputs = {v.name: carry(spec, v, flow) if v.source else host[v.name] for v in spec.inputs}
-            computed = spec.part.outputs(model.config, model.weights, NumPyOps("float64"), np.concatenate, inputs)
+            computed = spec.part.outputs(model.config, model.weights, NumPyOps("float64"), inputs)
             outputs = {v.name: np.ascontiguousarray(computed[v.name], v.dtype) for v in spec.outputs}
             flow |= outputs
             yield spec, inputs, outputs

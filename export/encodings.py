@@ -364,7 +364,7 @@ def simulate_graph(model: SimulatedModel, spec: GraphSpec, inputs: Mapping[str, 
         grid = table if f"{name}.weight" == EMBED else known.get(_tap_of(name))
         fed[name] = on_grid(x, grid, model.rounding) if grid and x.dtype == np.float32 else x
     ops = model.operations()
-    computed = spec.part.outputs(model.config, model.weights, ops, np.concatenate, fed, ops.quantizing())
+    computed = spec.part.outputs(model.config, model.weights, ops, fed, ops.quantizing())
     return {value.name: np.ascontiguousarray(computed[value.name], value.dtype) for value in spec.outputs}
 
 

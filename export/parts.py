@@ -16,7 +16,7 @@ time in a window of `context`:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,14 +53,14 @@ class StaticCache:
 
     inputs: Mapping[str, Any]
     outputs: dict[str, Any]
-    concat: Callable[[Sequence, int], Any]
+    ops: Any
 
     def __call__(self, layer: int, key, value):
         """Takes new keys and values (1, K, S, D); returns all that attention may see, (1, K, context, D) each."""
         key, value = key.transpose(1, 0, 3, 2), value.transpose(1, 0, 2, 3)  # (K, 1, D, S), (K, 1, S, D)
         self.outputs[f"past_key_{layer}_out"], self.outputs[f"past_value_{layer}_out"] = key, value
-        key = self.concat((self.inputs[f"past_key_{layer}_in"], key), 3)  # (K, 1, D, context)
-        value = self.concat((self.inputs[f"past_value_{layer}_in"], value), 2)  # (K, 1, context, D)
+        key = self.ops.concat((self.inputs[f"past_key_{layer}_in"], key), 3)  # (K, 1, D, context)
+        value = self.ops.concat((self.inputs[f"past_value_{layer}_in"], value), 2)  # (K, 1, context, D)
         return key.transpose(1, 0, 3, 2), value.transpose(1, 0, 2, 3)  # (1, K, context, D) each
 
 
@@ -84,15 +84,10 @@ class Part:
         """The name of the first output."""
         return "logits" if self.heads else boundary(self.layers.stop)
 
-    def outputs(
-        self, config: Config, weights: Mapping, ops: Any, concat: Callable, inputs: Mapping, tap: Tap = silent
-    ) -> dict[str, Any]:
-        """What the part computes of `inputs`, by ONNX name, in the order of the graph.
-
-        `concat(pieces, axis)` joins tensors of the kind that `ops` works on.
-        """
+    def outputs(self, config: Config, weights: Mapping, ops: Any, inputs: Mapping, tap: Tap = silent) -> dict[str, Any]:
+        """What the part computes of `inputs`, by ONNX name, in the order of the graph."""
         new: dict[str, Any] = {}
-        decoder = Decoder(config, weights, ops, tap, StaticCache(inputs, new, concat))
+        decoder = Decoder(config, weights, ops, tap, StaticCache(inputs, new, ops))
         x = decoder.embed(inputs["input_ids"]) if self.embeds else ops.upcast(inputs[self.reads])
         cos, sin = inputs.get("position_ids_cos"), inputs.get("position_ids_sin")
         for layer in self.layers:
@@ -230,8 +225,7 @@ def host_inputs(model: Model, spec: GraphSpec, ids: Sequence[int]) -> dict[str, 
     """What the host computes for `ids`, as many as are real: ids, mask, position tables.
 
     All is aligned to the right of its window: `[padding, past, padding, ids]`. Positions count what is not padding.
-    With ALiBi, which measures distance in places of the window, only a first call may have padding before its ids.
-    A masked place gets the low finite number of `refimpl.positions.attention_bias`.
+    A masked place gets the low number of `refimpl.positions.attention_bias`, which float16 holds, too.
     """
     mask = np.zeros((1, spec.context), np.int64)
     start = spec.context - spec.tokens

@@ -121,6 +121,6 @@ class NumPyOps:
         """The last axis cut into pieces of these sizes."""
         return np.split(x, np.cumsum(sizes)[:-1], axis=-1)
 
-    def concat(self, pieces: Sequence[np.ndarray]) -> np.ndarray:
-        """The pieces joined along the last axis."""
-        return np.concatenate(pieces, axis=-1)
+    def concat(self, pieces: Sequence[np.ndarray], axis: int = -1) -> np.ndarray:
+        """The pieces joined along an axis."""
+        return np.concatenate(pieces, axis=axis)

@@ -11,6 +11,9 @@ import numpy as np
 
 from refimpl.config import Config
 
+# exp(-30000) is 0 in every format, and ALiBi takes at most 3500 off at 4096 tokens; float16 ends at -65504.
+LOWEST = -3e4
+
 
 def rope_tables(positions: np.ndarray, head_dim: int, theta: float, dtype) -> tuple[np.ndarray, np.ndarray]:
     """cos and sin of each pair's angle: positions (B, T) -> two arrays (B, 1, T, D/2) of `dtype`.
@@ -28,6 +31,9 @@ def rope_tables(positions: np.ndarray, head_dim: int, theta: float, dtype) -> tu
 
 def alibi_slopes(heads: int) -> np.ndarray:
     """How steeply each head forgets: (H,) float64, a geometric series from 2^(-8/H) to 2^-8.
+
+    8 heads have 1/2, 1/4 … 1/256. A key 10 tokens back has 5 taken off its score in the first head, which makes it
+    e^5 = 148 times less likely to be looked at, and 0.04 in the last, which hardly forgets.
 
     If H is not a power of two: the series of the largest power of two below H, then every second term of the next.
 
@@ -53,9 +59,11 @@ def attention_bias(config: Config, mask: np.ndarray, tokens: int, dtype) -> np.n
     padding, and of the same value in `mask` (B, S). The values are 0 for padding and 1 for tokens; others keep packed
     sequences apart, as the official 13B code has it. Elsewhere the bias is so low that softmax gives exactly 0.
 
-    The lowest value is finite, because a row of padding looks at nothing, and softmax of nothing but -inf is NaN.
-    The official 13B code adds slope * key, the same after softmax, but rounds it to the model's 16-bit format, so
-    that at key 2000 steep heads lose their locality (bfloat16 has steps of 8 there). We keep the bias in `dtype`.
+    The lowest value, LOWEST, is finite, because a row of padding looks at nothing, and softmax of nothing but -inf is
+    NaN; and float16 holds it, because a device may compute in that.
+
+    The official 13B code adds slope * key, the same after softmax, but rounds it to the model's 16-bit format, so that
+    at key 2000 steep heads lose their locality (bfloat16 has steps of 8 there). We keep the bias in `dtype`.
     """
     size = mask.shape[1]
     queries, keys = np.arange(size - tokens, size)[:, None], np.arange(size)[None, :]           # (T, 1), (1, S)
@@ -67,5 +75,4 @@ def attention_bias(config: Config, mask: np.ndarray, tokens: int, dtype) -> np.n
         bias = alibi_slopes(config.num_attention_heads).astype(dtype)[:, None, None] * distance  # (B, H, T, S)
     else:
         bias = np.zeros((1, 1, 1), dtype)
-    lowest = np.asarray(np.finfo(dtype).min / 2, dtype)
-    return np.where(allowed, bias, lowest)
+    return np.where(allowed, bias, np.asarray(LOWEST, dtype))

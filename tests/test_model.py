@@ -97,6 +97,19 @@ def test_padding_between_past_and_new_tokens_changes_nothing(family, tiny_model)
     assert np.abs(found - expected).max() < 1e-12 * np.abs(expected).max()
 
 
+def test_a_mask_rounded_to_float16_still_masks(family, tiny_model, monkeypatch):
+    """On a device that computes in float16, -inf would make a padded row NaN, and 0 * NaN the rest."""
+    model = tiny_model(family)
+    from refimpl import positions
+
+    rounded = lambda *args: positions.attention_bias(*args).astype(np.float16).astype(np.float64)
+    expected = model([[0, 0, *IDS]], "float64", [[0, 0] + [1] * 12])
+    monkeypatch.setattr("refimpl.model.attention_bias", rounded)
+    found = model([[0, 0, *IDS]], "float64", [[0, 0] + [1] * 12])
+    assert np.isfinite(found).all()
+    assert np.abs(found - expected)[:, 2:].max() < (2e-3 if model.config.alibi else 1e-12) * np.abs(expected).max()
+
+
 def test_packed_sequences_do_not_see_each_other(tiny_model):
     model = tiny_model("Baichuan2-13B")
     both = model(IDS, "float64", attention_mask=[[1] * 5 + [2] * 7])[0]
