@@ -8,12 +8,14 @@ The command line stands above all packages, so this file alone in refimpl import
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import refimpl
 from refimpl.errors import InputError
 
 if TYPE_CHECKING:
@@ -23,18 +25,26 @@ if TYPE_CHECKING:
 
 def main(argv: list[str] | None = None) -> int:
     """Runs one verb and returns its exit code."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a terminal without Chinese shows its code points
+            stream.reconfigure(errors="backslashreplace")
     try:
         arguments = _parser().parse_args(argv)
-        return arguments.run(arguments)
+        code = arguments.run(arguments)
+        sys.stdout.flush()
+        return code
     except InputError as error:
         print(f"refimpl: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("refimpl: interrupted", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # the reader, such as `head`, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+    except OSError as error:  # of standard output, since verbs turn those of files into an InputError
+        _stop_printing()
+        if isinstance(error, BrokenPipeError):  # the reader, such as `head`, has seen enough
+            return 0
+        print(f"refimpl: cannot print: {error.strerror}", file=sys.stderr)
+        return 2
 
 
 def demo(arguments) -> int:
@@ -65,8 +75,12 @@ def generate(arguments) -> int:
 def chat(arguments) -> int:
     """Answer a message."""
     model = _load(arguments)
-    messages = [{"role": "system", "content": arguments.system}] if arguments.system else []
-    ids = model.tokenizer.chat([*messages, {"role": "user", "content": arguments.message}], arguments.max_new_tokens)
+    said = [("system", arguments.system), ("user", arguments.message)]
+    messages = [{"role": role, "content": _text(text)} for role, text in said if text]
+    room = model.config.max_position_embeddings
+    if (arguments.max_new_tokens or 0) >= room:
+        raise InputError(f"max_new_tokens is {arguments.max_new_tokens}, which leaves no room in a context of {room}")
+    ids = model.tokenizer.chat(messages, arguments.max_new_tokens)
     return _say(arguments, ids)
 
 
@@ -265,25 +279,39 @@ def _ids(arguments, model: Model):
         return list(_integers(arguments.ids))
     if not arguments.prompt:
         raise InputError("the prompt is empty; give a text, or token ids with --ids")
-    return model.tokenizer.encode(_unescape(arguments.prompt))
+    return model.tokenizer.encode(_text(arguments.prompt))
 
 
 def _prompts(arguments) -> list:
-    prompts: list[Any] = [_unescape(text) for text in arguments.prompt]
+    prompts: list[Any] = [_text(text) for text in arguments.prompt]
     return prompts + [list(_integers(ids)) for ids in arguments.ids]
 
 
-def _unescape(text: str) -> str:
-    return text.replace("\\n", "\n")
+def _text(argument: str) -> str:
+    """A text from the command line, which is UTF-8 whatever the terminal is; `\\n` stands for a new line."""
+    try:
+        return os.fsencode(argument).decode("utf-8").replace("\\n", "\n")
+    except UnicodeDecodeError:
+        raise InputError("the text is not UTF-8; type it in a UTF-8 terminal, or give token ids") from None
 
 
 def _report(arguments, report: Report) -> int:
-    print(report.to_json() if arguments.json else report)
+    """Prints the verdict; its exit code holds however much of the report is read."""
+    try:
+        print(report.to_json() if arguments.json else report, flush=True)
+    except BrokenPipeError:
+        _stop_printing()
     return 0 if report else 1
+
+
+def _stop_printing() -> None:
+    """Nobody reads on: what Python still flushes at its end goes nowhere."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="refimpl", description="The numerical oracle for Baichuan2.")
+    parser.add_argument("--version", action="version", version=f"refimpl {refimpl.__version__}")
     verbs = parser.add_subparsers(metavar="VERB", required=True)
 
     def verb(run, example: str, *parents, under=verbs) -> argparse.ArgumentParser:

@@ -95,6 +95,9 @@ def test_export_and_verify(tmp_path, capsys):
         ["generate", "-p", "秋", "--dtype", "int7"],
         ["generate", "-p", "秋" * 600],
         ["generate", "-p", "秋", "--max-new-tokens", "0"],
+        ["generate", "-p", "秋", "--sample", "--seed", "-1"],
+        ["chat", "-m", "秋", "--max-new-tokens", "600"],
+        ["chat", "-m", ""],
         ["trace", "-p", "秋", "--taps", "no.such.tensor"],
         ["golden", "check", "/no/such/golden"],
         ["golden", "show", "/no/such/golden"],
@@ -129,6 +132,31 @@ def test_a_reader_that_leaves_early_is_no_error():
     command = f"{sys.executable} -m refimpl trace -p 秋风 | head -1"
     run = subprocess.run(command, shell=True, capture_output=True, text=True, env={**os.environ, "PYTHONUTF8": "1"})
     assert run.stdout.startswith("model.embed_tokens") and "Traceback" not in run.stderr
+
+
+def run(command, **environment):
+    """A command line in a shell of its own, its exit code that of refimpl whoever reads."""
+    command = f"set -o pipefail; {command.replace('refimpl', sys.executable + ' -m refimpl')}"
+    given = {**os.environ, **environment}
+    return subprocess.run(["bash", "-c", command], capture_output=True, env=given)
+
+
+def test_a_red_verdict_stays_red_when_nobody_reads_on(tmp_path):
+    config = json.loads((DATA / "qwen2-tiny" / "model" / "config.json").read_text())
+    write_checkpoint(tmp_path, "Qwen2-7B", seed=1, **config)
+    assert run(f"refimpl golden check {tmp_path} {DATA}/qwen2-tiny/golden | head -1").returncode == 1
+
+
+def test_a_terminal_that_is_not_utf8():
+    ascii_only = dict(LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0", PYTHONIOENCODING="ascii")
+    for command in ("generate --help", "generate -p 夜雨寄北 --max-new-tokens 4", "info"):
+        found = run(f"refimpl {command}", **ascii_only)
+        assert found.returncode == 0 and not found.stderr, command
+
+
+def test_a_full_disk_behind_standard_output():
+    found = run("refimpl info > /dev/full")
+    assert found.returncode == 2 and found.stderr.count(b"\n") == 1
 
 
 def test_the_demo_tells_the_story(tmp_path, capsys):
