@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Mapping
 from importlib.util import find_spec
 from pathlib import Path
@@ -14,8 +13,9 @@ from tqdm import tqdm
 
 from export.emit import FORMAT, TEST_DATA, Arrays
 from export.parts import GraphSpec, Plan, Value, carry
+from golden.bundle import sha256
 from golden.compare import Report, compare
-from golden.tolerance import Tolerance
+from golden.tolerance import LARGEST, Tolerance
 from refimpl.config import Config, read_json
 from refimpl.errors import InputError
 from refimpl.trace import Trace
@@ -100,7 +100,7 @@ def read_arrays(folder: Path, spec: GraphSpec, kind: str, values: list[Value]) -
             if proto.data_location == onnx.TensorProto.EXTERNAL:
                 raise ValueError("its data is elsewhere")
             arrays[value.name] = onnx.numpy_helper.to_array(proto)
-        except (DecodeError, ValueError, TypeError) as error:
+        except (DecodeError, ValueError, TypeError, KeyError) as error:
             raise InputError(f"{path} is not a tensor: {error}; export again") from None
     return checked(arrays, values, spec.name)
 
@@ -134,14 +134,14 @@ def read_manifest(folder: Path) -> tuple[Plan, dict[str, Tolerance]]:
         plan = Plan(config, **{**stated, "tokens": tuple(stated["tokens"])})
         specs = [spec for run in plan.runs for spec in run]
         limits = {v.tap: Tolerance(**manifest["tolerances"][v.tap]) for s in specs for v in s.outputs if v.tap}
-        if not all(isinstance(limit.relative, float) and 0 <= limit.relative < 1 for limit in limits.values()):
-            raise ValueError("a tolerance is no number from 0 to 1")
+        if not all(isinstance(limit.relative, float) and 0 <= limit.relative <= LARGEST for limit in limits.values()):
+            raise ValueError(f"a tolerance is no number from 0 to {LARGEST}")
         expected = {name: (files[name]["bytes"], files[name]["sha256"]) for spec in specs for name in file_names(spec)}
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise InputError(f"{path} is damaged: {type(error).__name__} {error}; export again") from None
-    for name, (size, sha256) in tqdm(expected.items(), "reading", unit="file", disable=None, leave=False):
+    for name, (size, digest) in tqdm(expected.items(), "reading", unit="file", disable=None, leave=False):
         file = folder / name
-        if not file.is_file() or file.stat().st_size != size or sha256_of(file) != sha256:
+        if not file.is_file() or file.stat().st_size != size or sha256(file) != digest:
             raise InputError(f"{file} is not the file of {size} bytes that was exported; export again")
     return plan, limits
 
@@ -152,12 +152,3 @@ def file_names(spec: GraphSpec) -> list[str]:
     for kind, values in (("input", spec.inputs), ("output", spec.outputs)):
         names += [f"{TEST_DATA.format(spec.name)}/{kind}_{i}.pb" for i in range(len(values))]
     return names
-
-
-def sha256_of(path: Path) -> str:
-    """The sha256 of a file, in hexadecimal."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()

@@ -20,6 +20,18 @@ def test_top_k_keeps_ties():
     assert keep_top_k(np.array([[1.0, 3.0, 2.0, 3.0, 2.0]]), 3).tolist() == [[-np.inf, 3.0, 2.0, 3.0, 2.0]]
 
 
+def test_top_p_drops_what_reaches_the_rest_exactly():
+    """As transformers: sorted upwards, tokens go while their sum is at most 1 - p, the bound included."""
+    assert np.isinf(keep_top_p(np.zeros((1, 2)), 0.5)).sum() == 1
+
+
+def test_the_penalty_comes_before_the_temperature():
+    """A penalty on scores that a temperature has divided would be the same; one below zero, after top-k, would not."""
+    scores = np.array([[4.0, 3.0, -1.0]])
+    found = process(scores, np.array([[0]]), repetition_penalty=2.0, top_k=1)
+    assert np.isinf(found).tolist() == [[True, False, True]]
+
+
 def test_top_p_keeps_the_likeliest_that_reach_it():
     scores = np.log(np.array([[0.5, 0.2, 0.2, 0.1]]))
     assert np.isinf(keep_top_p(scores, 0.6)).sum() == 2

@@ -84,6 +84,7 @@ def test_missing_files(tmp_path):
         (lambda t: t.update(extra=np.ones(3, np.float32)), "has unknown extra"),
         (lambda t: t.update({"model.norm.weight": np.ones(3, np.float32)}), r"\(3,\), config.json .* \(64,\)"),
         (lambda t: t.update({"model.norm.weight": np.ones(64, np.int8)}), "is int8, expected float32"),
+        (lambda t: t.update({"model.layers.0.mlp.up_proj.weight": np.ones((64, 128), np.float32)}), r"\(64, 128\)"),
     ],
 )
 def test_tensors_that_do_not_fit_the_config(tmp_path, change, message):
