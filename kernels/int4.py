@@ -10,6 +10,9 @@
                       code = clip(round(w / scale) + zero point, -8, 7)
     w' = (code - zero point) * scale                   4 + 32/block_size bits, 4/block_size more for zero points
 
+A scale of max/7 keeps the largest weight exact whatever its sign; max/8 would be finer by an eighth and clip one of
+two signs. One outlier makes the whole block coarse: that is why blocks are small.
+
 `round` takes ties to even. Symmetric codes of round-to-nearest stay within -7 … 7. Of the granularities of ONNX,
 blocks are `block_size`=32 and so on, per channel is one block a row, per tensor one block a matrix. Blocks may also
 run down the columns (axis 0), which is what a MatMul's (I, O) weight needs. UINT4 is the same with 8 added to codes

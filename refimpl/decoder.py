@@ -74,7 +74,7 @@ class Decoder:
         k, v = self.cache(i, self.tap(f"{at}.key", k), self.tap(f"{at}.value", v))           # (B, K, S, D)
         S = k.shape[2]
 
-        if config.fused_attention:  # then 16-bit models, too, have scores and probs in float32
+        if config.fused_attention:  # scaled_dot_product_attention has scores and probs in float32 for 16-bit models
             q, k = ops.upcast(q), ops.upcast(k)
         # H/K query heads share one key head: they are so many more rows of the same product.
         scores = ops.matmul(q.reshape(B, K, H // K * T, D), k.transpose(0, 1, 3, 2))         # (B, K, H/K*T, S)
@@ -87,7 +87,10 @@ class Decoder:
         return self.linear(f"{at}.o_proj", self.tap(f"{at}.context", context))               # (B, T, C)
 
     def rope(self, x, cos, sin):
-        """Turns each pair (element i of the first half and i of the second) by the angle of its position."""
+        """Turns each pair (element i of the first half and i of the second, not neighbours) by its position's angle.
+
+        Both q and k are turned, so that their product depends on how far apart the two tokens are, and on no more.
+        """
         ops = self.ops
         a, b = ops.split(ops.upcast(x), (self.config.head_dim // 2,) * 2)                    # (B, *, T, D/2) each
         if not self.config.rope_upcast:
@@ -103,7 +106,7 @@ class Decoder:
         return self.linear(f"{at}.down_proj", product)                                       # (B, T, C)
 
     def rms_norm(self, name, x):
-        """x over the root of its mean square, times a gain. 16-bit models do the first part in float32."""
+        """x over the root of (its mean square + eps), in float32 at least, times a gain. No mean is subtracted."""
         wide = self.ops.upcast(x)
         wide = wide * self.ops.rsqrt(self.ops.mean(wide * wide) + self.config.rms_norm_eps)  # (B, T, C)
         return self.tap(name, self.ops.parameter(self.weights[f"{name}.weight"]) * self.ops.type_as(wide, x))

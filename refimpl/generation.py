@@ -6,6 +6,8 @@ scores (B, V) to scores; a token that is out gets -inf.
 
 from __future__ import annotations
 
+import math
+import numbers
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -98,7 +100,8 @@ def generate(
     def option(name, value, fallback, valid, expected):
         for given in (defaults.get(name), fallback):
             value = given if value is None else value
-        if isinstance(value, bool) or not isinstance(value, int | float) or not valid(value):
+        number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+        if not number or not math.isfinite(value) or not valid(value):
             raise InputError(f"{name} is {value!r}, expected {expected}")
         return value
 
@@ -113,13 +116,14 @@ def generate(
     wanted = min(int(wanted), room)
 
     def positive(number):
-        return 0 < number < float("inf")
+        return np.float32(number) > 0
 
     penalty = option("repetition_penalty", repetition_penalty, 1.0, positive, "a positive number")
     settings = {"repetition_penalty": penalty}
     if do_sample:
         settings["temperature"] = option("temperature", temperature, 1.0, positive, "a positive number")
-        settings["top_k"] = option("top_k", top_k, 0, lambda k: k == int(k) >= 0, "a whole number, 0 for no limit")
+        limit = option("top_k", top_k, 0, lambda k: k == int(k) >= 0, "a whole number, 0 for no limit")
+        settings["top_k"] = int(limit)
         settings["top_p"] = option("top_p", top_p, 1.0, lambda p: 0 < p <= 1, "a number above 0 and up to 1")
         if seed is not None and seed < 0:
             raise InputError(f"seed is {seed}, expected a whole number from 0")

@@ -109,8 +109,8 @@ class Tokenizer:
         `max_new_tokens` of the context are kept free; without it, as many as generation_config.json says. `plain`:
         see `encode`; the original has no such thing. Raises InputError for messages that the family does not take.
         """
-        if max_new_tokens is not None and max_new_tokens < 0:
-            raise InputError(f"max_new_tokens is {max_new_tokens}, expected a positive number")
+        if max_new_tokens is not None and (type(max_new_tokens) is not int or max_new_tokens < 0):
+            raise InputError(f"max_new_tokens is {max_new_tokens!r:.40}, expected a whole number")
         settings = replace(self.chat_settings, max_new_tokens=max_new_tokens or self.chat_settings.max_new_tokens)
         return LAYOUTS[self.family](messages, partial(self.encode, plain=plain), settings)
 

@@ -70,6 +70,10 @@ class Weight:
 class NormHead(Weight):
     """The head of Baichuan2: each row divided by its Euclidean length, in the format that is computed in.
 
+    A logit is then the cosine between the hidden state and the token's row, times the hidden state's length: a rare
+    token, whose row training has left short, is not held back for it. What divides is known before any token is: so
+    dividing once, offline, gives a plain head that answers the same (`refimpl convert --normalize-head`).
+
     Source: `NormHead` in the official modeling_baichuan.py, `nn.functional.normalize(weight)`, whose length is
     rounded to the weight's format and kept from falling below 1e-12: a row of zeros stays zero. (In float16 the
     official code makes such a row NaN, because 1e-12 is zero there; here it stays zero.)

@@ -117,6 +117,8 @@ def test_it_stops_at_the_end_of_the_context(tiny_model):
         ({"do_sample": True, "top_k": 1.5}, "top_k is 1.5"),
         ({"do_sample": True, "top_k": "5"}, "top_k is '5'"),
         ({"do_sample": True, "seed": -1}, "seed is -1"),
+        ({"do_sample": True, "temperature": 1e-46}, "temperature is 1e-46"),
+        ({"max_new_tokens": float("inf")}, "max_new_tokens is inf"),
         ({"dtype": "int7"}, "dtype is 'int7'"),
         ({"attention_mask": [[1] * 9]}, r"attention_mask has shape \(1, 9\), expected \(1, 3\)"),
         ({"attention_mask": [1, 1, 1]}, r"attention_mask has shape \(3,\)"),
@@ -126,6 +128,13 @@ def test_it_stops_at_the_end_of_the_context(tiny_model):
 def test_options_out_of_range(tiny_model, options, message):
     with pytest.raises(InputError, match=message):
         tiny_model("Baichuan2-7B").generate(IDS, **options)
+
+
+def test_options_may_be_numpy_s(tiny_model):
+    model = tiny_model("Baichuan2-7B")
+    plain = list(model.generate(IDS, max_new_tokens=3, do_sample=True, top_k=4, temperature=0.5, seed=1))
+    options = dict(max_new_tokens=np.int64(3), top_k=np.float32(4), temperature=np.float32(0.5), seed=np.int64(1))
+    assert list(model.generate(np.array(IDS), do_sample=True, **options)) == plain
 
 
 def test_a_prompt_that_fills_the_context(tiny_model):
