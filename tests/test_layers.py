@@ -33,6 +33,14 @@ def test_imports_point_one_way(package):
             assert package in ONLY_IN.get(name, [package]), f"{path} imports {name}"
 
 
+@pytest.mark.parametrize("package", ORDER)
+def test_every_module_stands_in_its_package_s_readme(package):
+    """A newcomer finds each file on the map."""
+    told = (ROOT / package / "README.md").read_text()
+    modules = {path.name for path in (ROOT / package).glob("*.py")} - {"__init__.py", "__main__.py"}
+    assert not [name for name in sorted(modules) if f"`{name}`" not in told]
+
+
 def test_transformers_does_not_take_our_kernels_for_its_own():
     assert kernels.__version__ == "0.0.0"
 
