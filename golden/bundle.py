@@ -25,10 +25,10 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save_file
 
-from golden.tolerance import FORMATS, Tolerance
+from golden.tolerance import ROUNDINGS, Tolerance
 from refimpl.config import Config, read_json
 from refimpl.errors import InputError, at_most
-from refimpl.trace import Trace
+from refimpl.trace import Trace, prompt_of
 from refimpl.weights import map_safetensors
 
 GOLDEN, TRACE = "refimpl golden 1", "refimpl trace 1"
@@ -69,6 +69,7 @@ class Golden:
         stated = {name: self.entries[prefix + name] for name in names}
         meta = {
             "engine": "pytorch", "family": self.config.family, "dtype": dtype, "config": asdict(self.config),
+            "ids": prompt_of(self.cases[case].ids),
             "origin": {name: entry["origin"] for name, entry in stated.items()},
             "tolerance": {name: entry["tolerance"] for name, entry in stated.items()},
         }  # fmt: skip
@@ -143,8 +144,8 @@ def read(folder: str | Path, verify: bool = True) -> Golden:
         config = Config(**manifest["config"])
         cases = {name: _case(name, stored, config) for name, stored in manifest["cases"].items()}
         dtypes = tuple(manifest["dtypes"])
-        if not dtypes or not set(dtypes) <= set(FORMATS) - {"int4"}:
-            raise InputError(f"the number formats are {dtypes!r:.60}, expected some of {', '.join(FORMATS)}")
+        if not dtypes or not set(dtypes) <= ROUNDINGS.keys():
+            raise InputError(f"the number formats are {dtypes!r:.60}, expected some of {', '.join(ROUNDINGS)}")
         if not cases or not entries or not isinstance(manifest["provenance"], dict):
             raise InputError("it has no cases, no tensors or no provenance")
         for key, entry in entries.items():

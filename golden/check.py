@@ -18,12 +18,18 @@ if TYPE_CHECKING:
     from refimpl.model import Model
 
 
-def check(model: Model | str | Path, golden: str | Path, dtype: str | None = None) -> Report:
+NARROW = ("bfloat16", "float16")
+
+
+def check(model: Model | str | Path, golden: str | Path, dtype: str | None = None, fed: bool | None = None) -> Report:
     """Runs the model on the golden's prompts and compares every tensor, under `{case}/{dtype}/{name}`.
 
     Each recorded number format is judged by itself, with the tolerances stored beside it. With a `dtype`, that one
     alone; if PyTorch did not record it, against the finest recorded, with the rule for `dtype`. Padding is left out:
     what stands there is garbage on both sides.
+
+    `fed`: whether each run goes on with the golden's tensors instead of its own, so that each shows its own error. By
+    default those of 16 bits do, whose errors would soon be larger than anything that one could judge by.
 
     Raises InputError if the golden cannot be read, or is of a model of other sizes.
     """
@@ -43,7 +49,8 @@ def check(model: Model | str | Path, golden: str | Path, dtype: str | None = Non
             reference = truth.trace(name, by)
             if not reference:  # not every case is recorded in every format
                 continue
-            trace = model.trace(case.ids, ran, attention_mask=case.attention_mask)
+            trace = model.trace(case.ids, ran, attention_mask=case.attention_mask,
+                                feed=reference if (ran in NARROW if fed is None else fed) else None)  # fmt: skip
             judged = Trace(((tap, x) for tap, x in trace.items() if tap in reference), trace.meta)
             ours, theirs = (without_padding(side, model.config, case) for side in (judged, reference))
             report += compare(ours, theirs).within(f"{name}/{ran}/")

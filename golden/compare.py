@@ -27,9 +27,9 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from golden.tolerance import Tolerance, stated
+from golden.tolerance import LARGEST, Tolerance, stated
 from refimpl.errors import InputError, at_most
-from refimpl.trace import Trace
+from refimpl.trace import Trace, expect_same_prompt
 
 CHUNK = 1 << 16  # elements that are widened to float64 at a time
 ROW = 32  # the largest of fewer numbers may be small by chance
@@ -83,14 +83,24 @@ class Difference:
             return 0.0
         return self.needed / self.allowed if self.allowed else math.inf
 
+    @property
+    def judged(self) -> bool:
+        """Whether there is a verdict: a tolerance of LARGEST or more knows none, except on a `problem`."""
+        return bool(self.problem) or self.allowed < LARGEST
+
+    @property
+    def verdict(self) -> str:
+        return "not judged" if not self.judged else "ok" if self else "FAIL"
+
     def __bool__(self) -> bool:
-        return self.excess <= 1
+        return self.judged and self.excess <= 1
 
 
 @dataclass(frozen=True)
 class Report:
     """A verdict, and what it rests on. True if every tensor of the reference is there and within tolerance.
 
+    A tensor whose tolerance is too wide to judge by is neither agreement nor failure; if all are such, it is False.
     `tensors`: a Difference for each tensor of the reference, in its order; `extra`: names that only the judged side
     has, which no verdict depends on; `note`: why there is nothing to compare.
     """
@@ -100,17 +110,17 @@ class Report:
     note: str = ""
 
     def __bool__(self) -> bool:
-        return bool(self.tensors) and not self.note and all(self.tensors)
+        return any(self.tensors) and not self.note and not self.failures
 
     @cached_property
     def worst(self) -> list[Difference]:
-        """The tensors, largest needed / allowed first, then in computing order."""
-        return sorted(self.tensors, key=lambda tensor: -tensor.excess)
+        """The tensors, largest needed / allowed first, then in computing order; last those that were not judged."""
+        return sorted(self.tensors, key=lambda tensor: (not tensor.judged, -tensor.excess))
 
     @property
     def failures(self) -> list[Difference]:
         """The tensors that are beyond tolerance, in computing order: the first one is where it went wrong."""
-        return [tensor for tensor in self.tensors if not tensor]
+        return [tensor for tensor in self.tensors if tensor.judged and not tensor]
 
     @property
     def missing(self) -> list[str]:
@@ -123,9 +133,13 @@ class Report:
         if self.note or not self.tensors:
             return f"differs: {self.note or 'nothing was compared'}{extra}"
         first, count = self.worst[0], len(self.tensors)
+        if open_ := sum(not tensor.judged for tensor in self.tensors):
+            extra = f"; {open_} not judged, since rounding may do {LARGEST} or more{extra}"
+        if not first.judged:
+            return f"differs: nothing was judged{extra}; feed the run with the reference's tensors"
         by = f"worst {first.name}, " + (first.problem or f"needs {first.needed:.1e} of {first.allowed:.1e} allowed")
         if self:
-            return f"agrees: {count} tensors within tolerance; {by}{extra}"
+            return f"agrees: {count - open_} tensors within tolerance; {by}{extra}"
         begin = f"first {self.failures[0].name} in computing order"
         return f"differs: {len(self.failures)} of {count} tensors beyond tolerance or missing, {begin}; {by}{extra}"
 
@@ -133,12 +147,13 @@ class Report:
         """The worst tensors, a line each."""
         shown = self.worst[:limit]
         width = max([len(tensor.name) for tensor in shown] + [6])
+        mark = max([len(tensor.verdict) for tensor in shown] + [4])
         head = f"{'tensor':{width}}   needed  allowed  of max   max_abs     rmse      SQNR     cosine  worst at"
-        lines = [f"      {head}"] + [_line(tensor, width) for tensor in shown]
+        lines = [f"{'':{mark}}  {head}"] + [f"{tensor.verdict:{mark}}  {_line(tensor, width)}" for tensor in shown]
         rest = self.worst[limit:]
         if rest:
-            failing = sum(not tensor for tensor in rest)
-            lines.append(f"      and {len(rest)} more, {failing or 'none'} of them beyond tolerance")
+            failing = len(self.failures) - sum(tensor.verdict == "FAIL" for tensor in shown)
+            lines.append(f"{'':{mark}}  and {len(rest)} more, {failing or 'none'} of them beyond tolerance")
         return "\n".join(lines)
 
     def __str__(self) -> str:
@@ -146,7 +161,7 @@ class Report:
 
     def to_json(self) -> str:
         """The whole report as JSON, worst first; NaN and infinity, such as what a missing tensor needs, are null."""
-        tensors = [{**asdict(t), "rel_to_max": t.rel_to_max, "ok": bool(t)} for t in self.worst]
+        tensors = [{**asdict(t), "rel_to_max": t.rel_to_max, "judged": t.judged, "ok": bool(t)} for t in self.worst]
         content = {"agrees": bool(self), "summary": self.summary, "missing": self.missing, "extra": self.extra}
         return json.dumps(_finite({**content, "tensors": tensors}), ensure_ascii=False, allow_nan=False)
 
@@ -170,9 +185,10 @@ def compare(
     (`golden.tolerance.stated`). A name that `a` lacks, another shape, nothing in common, and NaN or infinity on one
     side only are failures and no exceptions. Memory holds a piece of each tensor, and two numbers for each row.
 
-    Raises InputError for what is not numbers, and for a name that `tolerance` leaves out.
+    Raises InputError for traces of different prompts, what is not numbers, and a name that `tolerance` leaves out.
     """
     a, b = _trace(a), _trace(b)
+    expect_same_prompt(a, b)
     allowed = stated(a, b) if tolerance is None else tolerance
     tensors = []
     for name, reference in b.items():
@@ -290,7 +306,7 @@ def _last_place(value: float, dtype: np.dtype) -> float:
 
 
 def _line(tensor: Difference, width: int) -> str:
-    start = f"{'ok' if tensor else 'FAIL':4}  {tensor.name:{width}}"
+    start = f"{tensor.name:{width}}"
     if not math.isfinite(tensor.max_abs):
         return (
             f"{start}        –  {tensor.allowed:7.1e}        –        –        –         –          –  {tensor.problem}"

@@ -2,26 +2,26 @@
 
 A bound is a rule of (config, number format, tap), never a number picked by hand:
 
-    allowed = SAFETY * unit * sqrt(n_1 + n_2 + ... + n_k)         relative to the largest value of the tensor
+    allowed = SAFETY * unit * sqrt(n_1 + n_2 + ... + n_k)         relative to the largest value of the row
 
-- `unit` is the format's unit roundoff (`FORMATS`): 2^-53 for float64, 2^-24 for float32, 2^-8 for bfloat16.
+- `unit` is the format's unit roundoff (`ROUNDINGS`): 2^-53 for float64, 2^-24 for float32, 2^-8 for bfloat16.
 - n is what one operation contributes. The error of a sum of n products is, with high probability, below
   sqrt(n) * unit of its terms (Higham and Mary), so a matrix product counts its length. 16-bit formats sum in float32
   and round the result, so there each tensor counts 2: its rounding and that of the weights or of a step on the way.
 - Roundings are independent, so variances add up over all operations 1..k up to the tensor, which is what it inherits.
 - A position of S tokens is a float: the angle of RoPE and the bias of ALiBi are known to 2 * S * unit at worst. That is
   no random error; it counts as the n for which SAFETY * sqrt(n) = 2 * S.
-- SAFETY = 8: both sides round (x 1.4), and a layer may amplify a relative error (x 5 has been measured, in a SwiGLU
-  that multiplies two outliers).
+- SAFETY = 8: both sides round (x 1.4), a row may be smaller than what it is a sum of, and a layer may amplify a
+  relative error, as a SwiGLU does that multiplies two outliers.
 
-A correct float32 run needs 0.05 of its bound, at worst 0.3; a dropped NormHead, swapped RoPE halves or a mask off by
-one exceed it a thousandfold (`tests/test_compare.py` measures both). float64's bound is about 1e-13: implementations
-agree that closely if they compute the tables of positions in float64 too. In bfloat16 a bound on a whole network is
-wide, and a mild bug may hide in it; judge 16 bits `fed` with the reference's tensors, one operation at a time.
+A correct run needs a twentieth to a tenth of its bound, and less than 0.4 of it in the worst tensor of all; a dropped
+NormHead, swapped RoPE halves or a mask off by one exceed that of float32 a thousandfold. `tests/test_compare.py` and
+`tests/test_goldens.py` measure both. float64's bound is about 1e-13: implementations agree that closely if they compute
+the tables of positions in float64 too.
 
-int4 rounds weights alone, to 15 steps over a block: `unit` is the rms error in terms of the block's largest weight,
-and each matrix product counts 1, an error that 20 dB of SQNR (normal weights) stay well within. Over a whole network
-that bounds little, which is a fact about 4 bits; judge such a model `fed`, too. No bound is above LARGEST.
+In bfloat16 rounding alone may turn a whole network's output by more than any verdict could allow: a bound that reaches
+LARGEST is cut there, and judges nothing. So 16 bits are judged `fed`: the run goes on with the reference's tensors, and
+each tensor counts its own operations only, and those of tensors before it that were not fed.
 
 Source: Higham and Mary, "A New Approach to Probabilistic Rounding Error Analysis", SIAM J. Sci. Comput. 41 (2019).
 
@@ -35,7 +35,7 @@ Source: Higham and Mary, "A New Approach to Probabilistic Rounding Error Analysi
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,22 +46,27 @@ from refimpl.errors import InputError
 from refimpl.names import taps
 
 SAFETY = 8
-LARGEST = 0.5  # a tolerance of 1 would accept a tensor of zeros
+LARGEST = 0.5  # where a bound no longer judges; a tolerance of 1 would accept zeros
 
 
 @dataclass(frozen=True)
 class Tolerance:
-    """|a - b| may be at most `relative` times the largest |b| of the tensor; `reason` says why."""
+    """|a - b| may be at most `relative` times the largest |b| of the row; `reason` says why."""
 
     relative: float
     reason: str
+
+    @property
+    def judges(self) -> bool:
+        """Whether it is narrow enough to tell right from wrong."""
+        return self.relative < LARGEST
 
     def __str__(self) -> str:
         return f"{self.relative:.1e} ({self.reason})"
 
 
 @dataclass(frozen=True)
-class Format:
+class Rounding:
     """How a number format rounds: `unit`, and its text; whether sums are rounded at each term (else once, at the end).
 
     `positions` is the unit of the tables of positions, which 16-bit models keep in float32.
@@ -73,29 +78,29 @@ class Format:
     positions: float = 2.0**-24
 
 
-FORMATS = {
-    "float64": Format(2.0**-53, "2^-53", sums=True, positions=2.0**-53),
-    "float32": Format(2.0**-24, "2^-24", sums=True),
-    "float16": Format(2.0**-11, "2^-11"),
-    "bfloat16": Format(2.0**-8, "2^-8"),
-    "int4": Format(1 / (14 * math.sqrt(3)), "1/(14 sqrt 3)"),
+ROUNDINGS = {
+    "float64": Rounding(2.0**-53, "2^-53", sums=True, positions=2.0**-53),
+    "float32": Rounding(2.0**-24, "2^-24", sums=True),
+    "float16": Rounding(2.0**-11, "2^-11"),
+    "bfloat16": Rounding(2.0**-8, "2^-8"),
 }
-_PRODUCTS = {"W_pack", "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head"}
 
 
-def tolerances(config: Config, dtype: str, tokens: int, fed: bool = False) -> dict[str, Tolerance]:
+def tolerances(config: Config, dtype: str, tokens: int, fed: bool | Container[str] = False) -> dict[str, Tolerance]:
     """The Tolerance of every tap of a model that computes in `dtype` over up to `tokens` tokens.
 
-    `fed`: the run goes on with the reference's tensors instead of its own, so each one shows its own error alone.
-    Raises InputError for a format that is not in `FORMATS`.
+    `fed`: the run goes on with the reference's tensors instead of its own, with all of them or with those of these
+    names, so each tensor shows its own error and what it inherits from others. Raises InputError for a format that is
+    not in `ROUNDINGS`.
     """
-    if dtype not in FORMATS:
-        raise InputError(f"there is no rounding rule for {dtype!r}, expected one of {', '.join(FORMATS)}")
-    variance, rules = 0.0, {}
+    replaced = taps(config) if fed is True else fed or ()
+    if dtype not in ROUNDINGS:
+        raise InputError(f"there is no rounding rule for {dtype!r}, expected one of {', '.join(ROUNDINGS)}")
+    inherited, rules = 0.0, {}
     for name in taps(config):
         own = _variance(name.rsplit(".", 1)[-1], config, dtype, tokens)
-        variance = own if fed else variance + own
-        rules[name] = _rule(dtype, variance)
+        rules[name] = _rule(dtype, inherited + own)
+        inherited += 0.0 if name in replaced else own
     return rules
 
 
@@ -104,10 +109,12 @@ def stated(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, Tolerance]:
 
     The first of these that there is: the tolerance stored with `b` if it is a golden and `a` is of the same format
     or a finer one; the rule for the config in either one's `meta`; the rule for the deepest of the five families.
-    The format is the coarser one of the two. Whole numbers must be equal.
+    The format is the coarser one of the two. Whole numbers must be equal. If `a` was fed, with `b` it is taken to be,
+    nothing stored holds, and rules do not count what `b` replaced.
     """
     of_a, of_b = getattr(a, "meta", {}), getattr(b, "meta", {})
-    stored, keys = of_b.get("tolerance", {}), of_b.get("config") or of_a.get("config")
+    fed = b if of_a.get("fed") else ()
+    stored, keys = {} if fed else of_b.get("tolerance", {}), of_b.get("config") or of_a.get("config")
     tokens = max((np.shape(x)[1] for x in b.values() if np.ndim(x) == 3), default=0)
     config, tokens = (Config(**keys), tokens) if keys else (_DEEPEST, _DEEPEST.max_position_embeddings)
     rules: dict[str, dict[str, Tolerance]] = {}
@@ -115,12 +122,12 @@ def stated(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, Tolerance]:
     for name in b:
         own = _coarser(of_b.get("dtype"), b[name].dtype)
         dtype = _coarser(own, of_a.get("dtype"), a[name].dtype) if name in a else own
-        if dtype not in FORMATS:
+        if dtype not in ROUNDINGS:
             found[name] = Tolerance(0.0, f"{dtype} is exact")
         elif name in stored and dtype == own:
             found[name] = Tolerance(**stored[name])
         else:
-            rule = rules.setdefault(dtype, tolerances(config, dtype, tokens))
+            rule = rules.setdefault(dtype, tolerances(config, dtype, tokens, fed))
             found[name] = rule.get(name) or max(rule.values(), key=lambda tolerance: tolerance.relative)
             if not keys:
                 reason = f"no config is known; {dtype} rounding in Baichuan2-13B over {tokens} tokens"
@@ -137,11 +144,11 @@ _DEEPEST = Config(
 def _coarser(*dtypes: np.dtype | str | None) -> str:
     """The format with the largest unit."""
     names = [str(dtype) for dtype in dtypes if dtype is not None]
-    return max(names, key=lambda name: FORMATS[name].unit if name in FORMATS else 0)
+    return max(names, key=lambda name: ROUNDINGS[name].unit if name in ROUNDINGS else 0)
 
 
 def _rule(dtype: str, variance: float) -> Tolerance:
-    form = FORMATS[dtype]
+    form = ROUNDINGS[dtype]
     relative = SAFETY * form.unit * math.sqrt(variance)
     reason = f"{SAFETY} * {form.text} * sqrt({variance:.0f}): {dtype} rounding"
     return Tolerance(min(relative, LARGEST), reason if relative < LARGEST else f"{reason}, cut at {LARGEST}")
@@ -149,11 +156,9 @@ def _rule(dtype: str, variance: float) -> Tolerance:
 
 def _variance(module: str, config: Config, dtype: str, tokens: int) -> float:
     """n of one tap: the length of its sum, and what its positions are worth."""
-    if dtype == "int4":
-        return float(module in _PRODUCTS)
     where = ("query", "key") if config.rope_theta else ("probs",)
     positions = _positions(dtype, tokens) if module in where else 0.0
-    if not FORMATS[dtype].sums:
+    if not ROUNDINGS[dtype].sums:
         return 2 + positions
     hidden, inter = config.hidden_size, config.intermediate_size
     length = {
@@ -166,5 +171,5 @@ def _variance(module: str, config: Config, dtype: str, tokens: int) -> float:
 
 
 def _positions(dtype: str, tokens: int) -> float:
-    form = FORMATS[dtype]
+    form = ROUNDINGS[dtype]
     return (2 * tokens / SAFETY * form.positions / form.unit) ** 2

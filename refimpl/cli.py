@@ -144,7 +144,7 @@ def golden_check(arguments) -> int:
     """Compare this implementation with a golden from PyTorch."""
     from golden import check
 
-    return _report(arguments, check(_load(arguments), Path(arguments.golden), arguments.dtype))
+    return _report(arguments, check(_load(arguments), Path(arguments.golden), arguments.dtype, arguments.fed or None))
 
 
 def golden_show(arguments) -> int:
@@ -388,6 +388,8 @@ def _parser() -> argparse.ArgumentParser:
     sub = verb(golden_check, "refimpl golden check weights/B2-13B b2-13b.golden", model, machine, under=goldens)
     sub.add_argument("golden", metavar="GOLDEN")
     sub.add_argument("--dtype", help="check this format only")
+    why = "go on with the golden's tensors, so that each shows its own error (16 bits always do)"
+    sub.add_argument("--fed", action="store_true", help=why)
 
     sub = verb(golden_show, "refimpl golden show b2-13b.golden", under=goldens)
     sub.add_argument("golden", metavar="GOLDEN")

@@ -5,6 +5,7 @@ import math
 import sys
 import tracemalloc
 from dataclasses import asdict, replace
+from typing import ClassVar
 
 import ml_dtypes
 import numpy as np
@@ -15,7 +16,7 @@ from hypothesis.extra.numpy import array_shapes
 
 from golden import Report, Tolerance, compare, tolerances
 from golden.compare import TINY, row_length
-from golden.tolerance import FORMATS, SAFETY, stated
+from golden.tolerance import ROUNDINGS, SAFETY, stated
 from kernels.ops import NumPyOps
 from refimpl import InputError, Trace
 from refimpl.config import Config
@@ -142,7 +143,9 @@ def test_nothing_in_common_fails():
 
 
 def test_another_shape_fails_and_is_no_exception():
-    report = compare({"x": np.ones((2, 3)), "y": np.ones(2)}, {"x": np.ones((3, 2)), "y": np.ones(2)}, ANY)
+    report = compare(
+        {"x": np.ones((2, 3)), "y": np.ones(2)}, {"x": np.ones((3, 2)), "y": np.ones(2)}, Tolerance(0.1, "")
+    )
     assert [bool(tensor) for tensor in report.tensors] == [False, True]
     assert "shape (2, 3), reference (3, 2)" in str(report)
 
@@ -204,6 +207,30 @@ def test_whole_numbers_are_exact():
     assert not compare({"ids": ids + (ids == 2)}, {"ids": ids})
 
 
+def test_what_cannot_be_judged_is_neither_agreement_nor_failure():
+    b = {"x": np.array([1.0, 2.0]), "y": np.array([1.0, 2.0])}
+    a = {"x": b["x"] + 0.01, "y": -b["y"]}
+    wide, narrow = tolerances(Config(), "bfloat16", 16)["lm_head"], Tolerance(0.1, "")
+    assert not wide.judges and narrow.judges
+    report = compare(a, b, {"x": narrow, "y": wide})
+    assert report and not report.failures and [t.verdict for t in report.worst] == ["ok", "not judged"]
+    assert report.summary.startswith("agrees: 1 tensors") and "1 not judged" in report.summary
+    assert str(report).splitlines()[-1].startswith("not judged  y")
+    assert [t["judged"] for t in json.loads(report.to_json())["tensors"]] == [True, False]
+    report = compare(a, b, {"x": Tolerance(1e-3, ""), "y": wide})
+    assert not report and [t.name for t in report.failures] == ["x"]
+    report = compare(b, b, wide)
+    assert not report and not report.failures and report.summary.startswith("differs: nothing was judged")
+    report = compare({"x": b["x"]}, b, {"x": narrow, "y": wide})
+    assert not report and report.missing == ["y"], "what is not there needs no tolerance"
+
+
+def test_traces_of_different_prompts_are_refused(tiny_model):
+    model = tiny_model("Qwen2-7B")
+    with pytest.raises(InputError, match="run both on the same ids"):
+        compare(model.trace(IDS), model.trace(IDS[::-1], "float64"))
+
+
 # What traces say about themselves ------------------------------------------------------------------------------------
 
 
@@ -225,6 +252,22 @@ def test_a_stored_tolerance_holds_for_its_own_format():
     assert "Baichuan2-13B" in stated(Trace({"x": np.ones(2, np.float32)}), b)["x"].reason
 
 
+def test_what_was_fed_is_judged_by_its_own_operations(tiny_model):
+    model = tiny_model("Baichuan2-7B")
+    exact = model.trace(IDS, "float64")
+    few = Trace({name: exact[name] for name in ("model.norm", "lm_head")}, exact.meta)
+    for feed, expected in ((exact, True), (few, few)):
+        found = stated(model.trace(IDS, feed=feed), feed)
+        rules = tolerances(model.config, "float32", len(IDS), fed=expected)
+        assert found == {name: rules[name] for name in feed}
+    own, rest, all_ = (tolerances(model.config, "float32", 12, fed)["lm_head"].relative for fed in (True, few, False))
+    assert own < rest < all_, "it inherits from those that were not fed"
+    stored = {"lm_head": {"relative": 0.1, "reason": "stored"}}
+    truth = Trace(model.trace(IDS), {**model.trace(IDS).meta, "tolerance": stored})
+    assert stated(model.trace(IDS), truth)["lm_head"].reason == "stored"
+    assert stated(model.trace(IDS, feed=truth), truth)["lm_head"].relative < 1e-4
+
+
 # The rules are honoured and can fail ---------------------------------------------------------------------------------
 
 
@@ -242,30 +285,36 @@ def test_rounding_stays_within_its_rule(family, dtype, tiny_model):
         report = judged(model, dtype, **options)
         assert report, report
         needs = [tensor.excess for tensor in report.worst]
-        assert 0.02 < needs[0] < 0.7, f"{report.worst[0]}: the rule is not about this"
-        assert 0.01 < np.median(needs) < 0.2
+        assert 0.05 < needs[0] < 0.4, f"{report.worst[0]}: the rule is not about this"
+        assert 0.04 < np.median(needs) < 0.12
 
 
 class OneByOne(NumPyOps):
     """Sums from one end to the other, rounded at each term: the worst order that a correct implementation has."""
 
+    ran: ClassVar[set[str]] = set()  # that it was this class that computed
+
     def linear(self, x, weight, bias=None):
+        self.ran.add("linear")
         found = self.matmul(x, weight.read(self.dtype).T)
         return found if bias is None else found + bias.read(self.dtype)
 
     def matmul(self, a, b):
+        self.ran.add("matmul")
         return np.cumsum(a[..., :, :, None] * b[..., None, :, :], axis=-2, dtype=self.dtype)[..., -1, :]
 
     def mean(self, x):
+        self.ran.add("mean")
         return np.cumsum(x, axis=-1, dtype=self.dtype)[..., -1:] / np.asarray(x.shape[-1], self.dtype)
 
 
 def test_any_order_of_summation_passes(family, tiny_model, monkeypatch):
     model = tiny_model(family)
     reference = model.trace(IDS, "float64")
-    monkeypatch.setattr("refimpl.model.NumPyOps", OneByOne)
+    monkeypatch.setattr("refimpl.backends.NumPyOps", OneByOne)
+    OneByOne.ran.clear()
     trace = model.trace(IDS, "float32")
-    assert not all(np.array_equal(x, y) for x, y in zip(trace.values(), reference.values(), strict=True))
+    assert OneByOne.ran == {"linear", "matmul", "mean"}
     report = compare(trace, reference, tolerances(model.config, "float32", len(IDS)))
     assert report and report.worst[0].excess < 0.4, report
 
@@ -377,8 +426,12 @@ def test_four_bits_stay_within_their_rule_one_operation_at_a_time(family, tiny_m
     model = tiny_model(family)
     reference = model.trace(IDS)
     small = model.quantize("int4", block_size=32)
-    rules = tolerances(model.config, "int4", len(IDS), fed=True)
-    rules = {name: rules[name] if rules[name].relative else Tolerance(1e-5, "no weights") for name in rules}
+    # the rms error of 15 steps in terms of a block's largest weight, times SAFETY: 20 dB, and normal weights have more
+    steps = Tolerance(SAFETY / (14 * math.sqrt(3)), "4 bits")
+    rules = {
+        name: steps if hasattr(small.weights.get(f"{name}.weight"), "blocks") else Tolerance(1e-5, "")
+        for name in reference
+    }
     report = compare(small.trace(IDS, feed=reference), reference, rules)
     assert report and 0.1 < report.worst[0].excess < 0.7, report
     # a nibble in the wrong order
@@ -402,7 +455,8 @@ def test_the_bound_follows_the_model():
     finest_first = ("float64", "float32", "float16", "bfloat16")
     order = [tolerances(small, dtype, 16)["lm_head"].relative for dtype in finest_first]
     assert order == sorted(order) and order[0] < 1e-12
-    assert tolerances(Config(), "int4", 16)["lm_head"].relative == 0.5
+    assert not tolerances(Config(), "bfloat16", 16)["lm_head"].judges
+    assert all(rule.judges for rule in tolerances(Config(), "bfloat16", 16, fed=True).values())
     with pytest.raises(InputError, match="no rounding rule for 'float8'"):
         tolerances(Config(), "float8", 16)
 
@@ -411,7 +465,7 @@ def test_a_position_is_bounded_by_its_worst_case():
     """In float32 an angle at position S is off by up to 2 S u, and so are the keys that it turns."""
     config = Config(hidden_size=64, num_attention_heads=1)
     bound = tolerances(config, "float32", 4096, fed=True)["model.layers.0.self_attn.key"]
-    unit = FORMATS["float32"].unit
+    unit = ROUNDINGS["float32"].unit
     assert bound.relative == pytest.approx(2 * 4096 * unit, rel=0.01)
     from refimpl.positions import rope_tables
 

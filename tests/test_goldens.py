@@ -26,6 +26,26 @@ def test_the_model_agrees(name, dtype):
     folder, truth = parts(name)
     report = golden.check(folder, truth, dtype)
     assert report and len(report.tensors) > 30
+    assert report.worst[0].excess < 0.4, "the bound has room"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_sixteen_bits_are_judged_one_operation_at_a_time(name):
+    folder, truth = parts(name)
+    model = refimpl.load(folder)
+
+    def first_layer(of, **options):
+        report = golden.check(of, truth, "float16", **options)
+        return [tensor for tensor in report.tensors if "/model.layers.0." in tensor.name]
+
+    for fed, alone in zip(first_layer(model), first_layer(model, fed=False), strict=True):
+        assert fed and fed.judged and fed.allowed <= alone.allowed
+    assert fed.allowed < alone.allowed, "the last one inherits"
+    at = "model.layers.0.input_layernorm.weight"
+    gain = model.weights[at]
+    bent = refimpl.Model(model.config, model.weights.replace({at: type(gain)(gain.read(np.float32) * 1.2)}))
+    guilty = {tensor.name.rsplit(".", 1)[1] for tensor in first_layer(bent) if not tensor}
+    assert guilty == {"input_layernorm"}, "and nothing that follows"
 
 
 @pytest.mark.parametrize("name", ["baichuan-7b-v1-tiny", "qwen2-tiny"])
