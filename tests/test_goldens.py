@@ -1,9 +1,12 @@
 """The goldens in the repository: the model agrees with every one, and they are what they say."""
 
+import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 import golden
 import refimpl
@@ -65,10 +68,30 @@ def test_bfloat16_is_pytorch_s_to_the_bit(name):
 def test_a_golden_is_of_the_weights_beside_it(name):
     folder, truth = parts(name)
     provenance = golden.read(truth).provenance
-    assert sha256(folder / "model.safetensors") in str(provenance)
+    assert provenance["weights"] == {"model.safetensors": sha256(folder / "model.safetensors")}
 
 
-def test_they_are_small_and_of_three_kinds_of_position_and_head():
+def test_baichuan_13b_is_the_second_with_its_head_normalised_offline(tmp_path):
+    """As the official README says of Baichuan2 and 1: so PyTorch's golden of Baichuan2-13B is one of Baichuan-13B."""
+    folder, truth = parts("baichuan2-13b-tiny")
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    config = json.loads((folder / "config.json").read_text())
+    del config["tokenizer_class"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    tensors = load_file(folder / "model.safetensors")
+    head = tensors["lm_head.weight"].astype(np.float64)
+    tensors["lm_head.weight"] = head / np.maximum(np.linalg.norm(head, axis=1, keepdims=True), 1e-12)
+    save_file(tensors, tmp_path / "model.safetensors")
+    model, recorded = refimpl.load(tmp_path), golden.read(truth)
+    assert model.config.family == "Baichuan-13B"
+    for name, case in recorded.cases.items():
+        found = model(case.ids, "float64", case.attention_mask)
+        expected = recorded.trace(name, "float64")["lm_head"]
+        real = np.ones(case.ids.shape, bool) if case.attention_mask is None else case.attention_mask > 0
+        assert np.abs(found - expected)[real].max() < 1e-12 * np.abs(expected).max()
+
+
+def test_they_are_small_and_of_four_families():
     assert sum(path.stat().st_size for path in DATA.rglob("*") if path.is_file()) < 6_000_000
     families = {golden.read(parts(name)[1]).config.family for name in NAMES}
     assert families == {"Baichuan-7B", "Baichuan2-7B", "Baichuan2-13B", "Qwen2-7B"}
