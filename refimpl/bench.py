@@ -210,6 +210,7 @@ def _onnxruntime(model: Model, tokens: int, threads: int, folder: Path) -> Calla
     onnx, ort = _engine("onnx"), _engine("onnxruntime")
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # its threads would slow the others down
     helper, kinds = onnx.helper, onnx.TensorProto
 
     def session(blocks: Blocks):
