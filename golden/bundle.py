@@ -16,7 +16,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -55,12 +55,13 @@ class Golden:
     provenance: dict[str, Any]
     entries: dict[str, dict[str, Any]] = field(repr=False)
 
-    def trace(self, case: str, dtype: str) -> Trace:
-        """The tensors of a case in a format, mapped and unread, in computing order.
+    def trace(self, case: str | None = None, dtype: str | None = None) -> Trace:
+        """The tensors of a case in a format, mapped and unread, in computing order; without a name, the only one's.
 
         `meta` has what `golden.compare` judges by: the tolerances, the config and the dtype. Raises InputError if
-        there is no such case or format.
+        there is no such case or format, or if none is named and there are several.
         """
+        case, dtype = self._only(case, self.cases, "case"), self._only(dtype, self.dtypes, "format")
         if case not in self.cases or dtype not in self.dtypes:
             held = f"{at_most(self.cases)} in {at_most(self.dtypes)}"
             raise InputError(f"{self.folder} has no {case} in {dtype}, it has {held}; record it with golden make")
@@ -89,8 +90,15 @@ class Golden:
             batch, tokens = case.ids.shape
             said = f" {case.text!r:.60}" if case.text else ""
             lines.append(f"  {name}: {batch} x {tokens} tokens in {', '.join(self.dtypes)}{said}")
-        lines += [f"  {key}: {_brief(value)}" for key, value in self.provenance.items() if value not in ({}, [])]
+        lines += [
+            f"  {_brief(key)}: {_brief(value)}" for key, value in self.provenance.items() if value not in ({}, [])
+        ]
         return "\n".join(lines)
+
+    def _only(self, name: str | None, held: Collection[str], kind: str) -> str:
+        if name is None and len(held) != 1:
+            raise InputError(f"{self.folder} has {len(held)} {kind}s; say which one: {at_most(held)}")
+        return next(iter(held)) if name is None else name
 
     @cached_property
     def _tensors(self) -> dict[str, np.ndarray]:
@@ -168,8 +176,15 @@ def write_trace(folder: str | Path, trace: Trace) -> None:
     _write(Path(folder), TRACE, {"meta": trace.meta}, trace, {})
 
 
-def read_trace(folder: str | Path, verify: bool = True) -> Trace:
-    """The trace that `write_trace` stored, mapped and unread; `verify` and errors as in `read`."""
+def read_trace(folder: str | Path, verify: bool = True, dtype: str | None = None) -> Trace:
+    """The trace that `write_trace` stored, mapped and unread; `verify` and errors as in `read`.
+
+    A golden of one case is a trace as well: in `dtype` where that is recorded, else in the finest format.
+    """
+    path = Path(folder) / "manifest.json"
+    if path.is_file() and read_json(path).get("format") == GOLDEN:
+        golden = read(folder, verify)
+        return golden.trace(dtype=dtype if dtype in golden.dtypes else finest(golden.dtypes))
     manifest, tensors = _read(Path(folder), TRACE, verify)
     try:
         meta = dict(manifest["meta"])
@@ -180,6 +195,11 @@ def read_trace(folder: str | Path, verify: bool = True) -> Trace:
     except (InputError, KeyError, TypeError, ValueError, AttributeError) as error:
         raise InputError(f"{folder}/manifest.json is not a trace's: {error}; write the trace again") from None
     return Trace(tensors, meta)
+
+
+def finest(dtypes: Collection[str]) -> str:
+    """The number format that rounds least."""
+    return min(dtypes, key=lambda dtype: ROUNDINGS[dtype].unit)
 
 
 def expect_new(folder: Path) -> None:
@@ -246,13 +266,16 @@ def _read(folder: Path, kind: str, verify: bool) -> tuple[dict[str, Any], dict[s
         raise InputError(f"{folder} holds no manifest.json; expected the folder of a '{kind}'")
     manifest = read_json(path)
     if manifest.get("format") != kind:
-        raise InputError(f"{path} is of format {manifest.get('format')!r:.60}, expected {kind!r}")
+        hint = "; a trace is read by golden.read_trace" if manifest.get("format") == TRACE else ""
+        raise InputError(f"{path} is of format {manifest.get('format')!r:.60}, expected {kind!r}{hint}")
     entries = manifest.get("tensors")
     if not isinstance(entries, dict) or not all(isinstance(entry, dict) for entry in entries.values()):
         raise InputError(f"{path} lists no tensors; it is damaged, record it again")
     if not tensors_path.is_file():
         raise InputError(f"{tensors_path} is not there; a golden is two files, copy both")
     tensors = map_safetensors(tensors_path)
+    for part in {part for key in tensors.keys() | entries.keys() for part in key.split("/")}:
+        expect_name(part, "a tensor")
     if tensors.keys() != entries.keys():
         odd = at_most(sorted(tensors.keys() ^ entries.keys()), 3)
         raise InputError(f"{path} and tensors.safetensors disagree on {odd}; copy both files again")
@@ -272,7 +295,9 @@ def _check_tolerance(name: str, stored: Mapping[str, Any]) -> None:
     tolerance = Tolerance(**stored)
     relative = tolerance.relative
     if type(relative) not in (int, float) or not 0 <= relative <= 1 or not isinstance(tolerance.reason, str):
-        raise InputError(f"the tolerance of {name} is {relative!r:.60}, expected a number from 0 to 1 and a reason")
+        raise InputError(
+            f"the tolerance of {name!r:.60} is {relative!r:.60}, expected a number from 0 to 1 and a reason"
+        )
 
 
 def _case(name: str, stored: Mapping[str, Any], config: Config) -> Case:

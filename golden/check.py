@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from golden.bundle import Case, read
+from golden.bundle import Case, finest, read, sha256
 from golden.compare import Report, compare
 from refimpl.config import Config
-from refimpl.errors import InputError
+from refimpl.errors import InputError, at_most
 from refimpl.names import shape, taps
 from refimpl.trace import Trace
 
@@ -19,6 +20,10 @@ if TYPE_CHECKING:
 
 
 NARROW = ("bfloat16", "float16")
+MODEL = (
+    "family", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "head_dim", "num_key_value_heads",
+    "rope_theta", "rms_norm_eps",
+)  # fmt: skip
 
 
 def check(model: Model | str | Path, golden: str | Path, dtype: str | None = None, fed: bool | None = None) -> Report:
@@ -31,20 +36,22 @@ def check(model: Model | str | Path, golden: str | Path, dtype: str | None = Non
     `fed`: whether each run goes on with the golden's tensors instead of its own, so that each shows its own error. By
     default those of 16 bits do, whose errors would soon be larger than anything that one could judge by.
 
-    Raises InputError if the golden cannot be read, or is of a model of other sizes.
+    Where the verdict is red, the files of the weights are hashed, and the report says if others were recorded.
+
+    Raises InputError if the golden cannot be read, or is of a model of another config.
     """
     if isinstance(model, str | Path):
         from refimpl.model import load
 
         model = load(model)
     truth = read(golden)
-    for name in ("family", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "head_dim"):
+    for name in MODEL:
         has, expected = getattr(model.config, name), getattr(truth.config, name)
         if has != expected:
             raise InputError(f"this model's {name} is {has}, that of {golden} is {expected}; check the model it is of")
     report = Report(())
     for ran in truth.dtypes if dtype is None else (dtype,):
-        by = ran if ran in truth.dtypes else max(truth.dtypes, key=lambda name: np.dtype(name).itemsize)
+        by = ran if ran in truth.dtypes else finest(truth.dtypes)
         for name, case in truth.cases.items():
             reference = truth.trace(name, by)
             if not reference:  # not every case is recorded in every format
@@ -54,7 +61,17 @@ def check(model: Model | str | Path, golden: str | Path, dtype: str | None = Non
             judged = Trace(((tap, x) for tap, x in trace.items() if tap in reference), trace.meta)
             ours, theirs = (without_padding(side, model.config, case) for side in (judged, reference))
             report += compare(ours, theirs).within(f"{name}/{ran}/")
-    return report
+    return report if report else replace(report, remark=_other_weights(model.folder, truth.provenance.get("weights")))
+
+
+def _other_weights(folder: Path | None, recorded: Any) -> str:
+    """What a report should say of the files in `folder`, if the golden knows their sha256 and they have another."""
+    if folder is None or not isinstance(recorded, dict):
+        return ""
+    other = [
+        path.name for path in sorted(folder.iterdir()) if path.name in recorded and sha256(path) != recorded[path.name]
+    ]
+    return f"these are not the weights that were recorded: {at_most(other, 3)}" if other else ""
 
 
 def without_padding(trace: Trace, config: Config, case: Case) -> Trace:

@@ -102,12 +102,13 @@ class Report:
 
     A tensor whose tolerance is too wide to judge by is neither agreement nor failure; if all are such, it is False.
     `tensors`: a Difference for each tensor of the reference, in its order; `extra`: names that only the judged side
-    has, which no verdict depends on; `note`: why there is nothing to compare.
+    has, which no verdict depends on; `note`: why there is nothing to compare; `remark`: what else the summary says.
     """
 
     tensors: tuple[Difference, ...]
     extra: tuple[str, ...] = ()
     note: str = ""
+    remark: str = ""
 
     def __bool__(self) -> bool:
         return any(self.tensors) and not self.note and not self.failures
@@ -130,6 +131,7 @@ class Report:
     def summary(self) -> str:
         """The verdict in one line."""
         extra = f"; not in the reference: {at_most(self.extra, 3)}" if self.extra else ""
+        extra += f"; {self.remark}" if self.remark else ""
         if self.note or not self.tensors:
             return f"differs: {self.note or 'nothing was compared'}{extra}"
         first, count = self.worst[0], len(self.tensors)
@@ -169,11 +171,13 @@ class Report:
         """The same report with `prefix` before every name, to be joined with others."""
         tensors = tuple(replace(tensor, name=prefix + tensor.name) for tensor in self.tensors)
         note = f"{prefix.rstrip('/')}: {self.note}" if self.note else ""
-        return Report(tensors, tuple(prefix + name for name in self.extra), note)
+        return Report(tensors, tuple(prefix + name for name in self.extra), note, self.remark)
 
     def __add__(self, other: Report) -> Report:
-        note = "; ".join(note for note in (self.note, other.note) if note)
-        return Report(self.tensors + other.tensors, self.extra + other.extra, note)
+        note, remark = (
+            "; ".join(filter(None, both)) for both in ((self.note, other.note), (self.remark, other.remark))
+        )
+        return Report(self.tensors + other.tensors, self.extra + other.extra, note, remark)
 
 
 def compare(

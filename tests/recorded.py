@@ -103,7 +103,8 @@ def convert(shared: Path, out: Path) -> None:
             rules.setdefault(dtype, golden.tolerances(config, dtype, tokens=33))
         provenance = {
             "code": "transformers Qwen2ForCausalLM" if "qwen" in name else "the official modeling_baichuan.py",
-            "weights": "random (NumPy PCG64)", "weights sha256": sha256(folder / "model" / "model.safetensors"),
+            "weights": {"model.safetensors": sha256(folder / "model" / "model.safetensors")},
+            "weights made by": "random numbers (NumPy PCG64)",
             "converted from": f"{name}.safetensors, sha256 {sha256(shared / 'golden' / f'{name}.safetensors')}",
             **{k: told[k] for k in ("torch", "transformers")},
         }  # fmt: skip

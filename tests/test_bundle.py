@@ -3,11 +3,12 @@
 import json
 import os
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import ml_dtypes
 import numpy as np
 import pytest
+from conftest import write_checkpoint
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
@@ -140,6 +141,31 @@ def test_some_taps_are_a_golden_too(tmp_path, tiny_model):
 def test_a_model_of_other_sizes_is_refused(golden, tiny_model):
     with pytest.raises(InputError, match="this model's family is Baichuan2-13B"):
         check(tiny_model("Baichuan2-13B"), golden)
+    model = tiny_model("Baichuan2-7B")
+    for name in ("rope_theta", "rms_norm_eps"):
+        other = type(model)(replace(model.config, **{name: 1e-3}), model.weights)
+        with pytest.raises(InputError, match=f"this model's {name} is 0.001"):
+            check(other, golden)
+
+
+def test_a_red_report_says_whether_the_weights_are_others(golden, tiny_model, tmp_path, monkeypatch):
+    hashed = []
+    monkeypatch.setattr(sys.modules["golden.check"], "sha256", lambda path: hashed.append(path) or sha256(path))
+    model = tiny_model("Baichuan2-7B")
+    assert check(model, golden) and not hashed, "a green one needs no other evidence"
+    other = write_checkpoint(tmp_path / "other", "Baichuan2-7B", seed=1)
+    said = "these are not the weights that were recorded: model.safetensors"
+    edit(
+        golden,
+        lambda m: m["provenance"].update(weights={"model.safetensors": sha256(model.folder / "model.safetensors")}),
+    )
+    report = check(other, golden)
+    assert not report and said in report.summary and said in json.loads(report.to_json())["summary"]
+    edit(golden, lambda m: m["provenance"].update(weights={"model.safetensors": sha256(other / "model.safetensors")}))
+    assert said not in check(other, golden).summary
+    for unknown in ({"../model.safetensors": "00"}, {"gone.bin": "00"}, "random", None):
+        edit(golden, lambda m, unknown=unknown: m["provenance"].update(weights=unknown))
+        assert said[:20] not in check(other, golden).summary
 
 
 def test_compare_takes_a_golden_by_its_own_tolerance(golden, tiny_model):
@@ -205,6 +231,8 @@ LIES = [
     (lambda m: m.update(tensors=[1]), "lists no tensors"),
     (lambda m: m["tensors"].popitem(), "disagree on"),
     (lambda m: m["tensors"].update(more={}), "disagree on more"),
+    (lambda m: m["tensors"].update({"p0/float32/\x1b[2J": {}}), "no name for a tensor"),
+    (lambda m: m["tensors"].update({"p0/\n/x": {}}), "no name for a tensor"),
     (lambda m: m["tensors"]["p0/float32/lm_head"].update(shape=[1, 2]), "its manifest says float32"),
     (lambda m: m["tensors"]["p0/float32/lm_head"].update(dtype="int8"), "its manifest says int8"),
     (lambda m: m["tensors"]["p0/float32/lm_head"].update(origin=3), "origin"),
@@ -239,7 +267,26 @@ def test_a_manifest_that_lies_is_refused(golden, lie, says):
     edit(golden, lie)
     with pytest.raises(InputError) as caught:
         read(golden)
-    assert says in str(caught.value) and "\n" not in str(caught.value)
+    assert says in str(caught.value) and str(caught.value).isprintable()
+
+
+def test_a_name_that_moves_the_cursor_is_refused_wherever_it_stands(golden, tmp_path):
+    write_trace(tmp_path / "t", Trace({"x": np.ones(2)}))
+    for folder, key, again in ((golden, "p0/float32/\x1b[2J", read), (tmp_path / "t", "\x1b[2J", read_trace)):
+        path = folder / "tensors.safetensors"
+        tensors = load_file(path)
+        tensors[key] = np.ones(2, np.float32)
+        save_file(tensors, path)
+        entry = {"dtype": "float32", "shape": [2], "origin": "", "tolerance": {"relative": 0.1, "reason": ""}}
+        edit(folder, lambda m, key=key, entry=entry: m["tensors"].update({key: entry}))
+        with pytest.raises(InputError, match="no name for a tensor") as caught:
+            again(folder, verify=False)
+        assert str(caught.value).isprintable()
+
+
+def test_provenance_is_shown_as_text(golden):
+    edit(golden, lambda m: m["provenance"].update({"\x1b[2J": 1, "code": "\x1b[2J"}))
+    assert all(line.isprintable() for line in read(golden).describe().splitlines())
 
 
 def test_a_changed_tensor_is_named(golden):
@@ -288,9 +335,25 @@ def test_any_broken_byte_is_an_input_error_or_harmless(golden, data):
         path.write_bytes(originals[path])
 
 
-def test_a_trace_is_no_golden_and_its_meta_is_checked(golden, tmp_path, tiny_model):
-    with pytest.raises(InputError, match="expected 'refimpl trace 1'"):
+def test_a_golden_of_one_case_is_a_trace_too(golden, tmp_path, tiny_model):
+    with pytest.raises(InputError, match="has 2 cases; say which one: p0, pad"):
         read_trace(golden)
+    with pytest.raises(InputError, match="has 3 formats; say which one: float64, float32, bfloat16"):
+        read(golden).trace("p0")
+    traces = make(tmp_path / "one", tiny_model("Baichuan2-7B"), {"p0": Case(IDS)})
+    for asked, found_in in ((None, "float64"), ("float16", "float64"), ("bfloat16", "bfloat16")):
+        found = read_trace(tmp_path / "one", dtype=asked)
+        assert (
+            found.meta["dtype"] == found_in and found.meta["ids"] == traces["p0", found_in].meta["ids"] == IDS.tolist()
+        )
+    make(tmp_path / "single", tiny_model("Baichuan2-7B"), {"p0": Case(IDS)}, ("float32",))
+    assert read(tmp_path / "single").trace().meta["dtype"] == "float32"
+
+
+def test_a_trace_is_no_golden_and_its_meta_is_checked(tmp_path, tiny_model):
+    write_trace(tmp_path / "t", Trace({"x": np.ones(2)}))
+    with pytest.raises(InputError, match=r"expected 'refimpl golden 1'; a trace is read by golden\.read_trace"):
+        read(tmp_path / "t")
     config = asdict(tiny_model("Baichuan2-7B").config)
     bad = Tolerance(7, "")
     for number, meta in enumerate(({"config": {"x": 1}}, {"config": 3}, {"tolerance": {"x": asdict(bad)}})):

@@ -12,7 +12,7 @@ import pytest
 import golden
 import refimpl
 from refimpl.decoder import Decoder
-from refimpl.positions import alibi_slopes, attention_bias
+from refimpl.positions import alibi_slopes, attention_bias, rope_tables
 from refimpl.weights import NormHead, Weight
 
 DATA = Path(golden.__file__).parent / "data"
@@ -34,10 +34,6 @@ def change_weight(model, name, function):
     """The model with one parameter's values changed."""
     weight = model.weights[name]
     return refimpl.Model(model.config, model.weights.replace({name: type(weight)(function(weight.array.copy()))}))
-
-
-def change_config(model, **fields):
-    return refimpl.Model(type(model.config)(**{**vars(model.config), **fields}), model.weights)
 
 
 def change_decoder(patch, **methods):
@@ -72,7 +68,7 @@ def _(patch, model):
 
 @mutant("RoPE's theta is Baichuan's", GQA, "model.layers.0.self_attn.query")
 def _(patch, model):
-    return change_config(model, rope_theta=1e4)
+    patch.setattr("refimpl.model.rope_tables", lambda at, dim, theta, dtype: rope_tables(at, dim, 1e4, dtype))
 
 
 @mutant("keys are one position late", ROPE, "model.layers.0.self_attn.key")
@@ -162,7 +158,7 @@ def _(patch, model):
     from kernels.ops import NumPyOps
 
     softmax = NumPyOps.softmax
-    patch.setattr(NumPyOps, "softmax", lambda self, x: softmax(self, x * np.where(x > -1e30, 10**0.5, 1)))
+    patch.setattr(NumPyOps, "softmax", lambda self, x: softmax(self, x * np.where(x > -1e4, 10**0.5, 1)))
 
 
 @mutant("eps is outside the root", ROPE, "model.layers.0.input_layernorm")
@@ -176,7 +172,11 @@ def _(patch, model):
 
 @mutant("eps is 1e-5", ROPE, "model.layers.0.input_layernorm")
 def _(patch, model):
-    return change_config(model, rms_norm_eps=1e-5)
+    def rms_norm(self, name, x):
+        scale = 1 / np.sqrt(np.mean(x * x, -1, keepdims=True) + 1e-5)
+        return self.tap(name, self.ops.parameter(self.weights[f"{name}.weight"]) * (x * scale))
+
+    change_decoder(patch, rms_norm=rms_norm)
 
 
 @mutant("the norm subtracts the mean", GQA, "model.layers.0.input_layernorm")
