@@ -112,6 +112,14 @@ def trace(arguments) -> int:
     return 0
 
 
+def compare(arguments) -> int:
+    """Judge the trace A by the trace B; either may be a golden of one prompt instead."""
+    from golden import compare, read_trace
+
+    judged = read_trace(arguments.a)
+    return _report(arguments, compare(judged, read_trace(arguments.b, dtype=judged.meta.get("dtype"))))
+
+
 def convert(arguments) -> int:
     """Write a checkpoint as safetensors: another format, NormHead applied, or an adapter merged."""
     from refimpl.convert import convert
@@ -361,6 +369,10 @@ def _parser() -> argparse.ArgumentParser:
     sub = verb(trace, "refimpl trace -p 床前明月光 --taps '*.self_attn.*'", model, prompt, dtype, machine)
     sub.add_argument("--taps", metavar="PATTERN", help="only tensors whose name matches this glob")
     sub.add_argument("--out", metavar="DIR", help="write the tensors there instead of printing a table")
+
+    sub = verb(compare, "refimpl compare mine.trace b2-7b.golden", machine)
+    sub.add_argument("a", metavar="A", help="what is judged: a folder that refimpl trace --out has written")
+    sub.add_argument("b", metavar="B", help="the reference, in A's number format if it is a golden that has it")
 
     sub = verb(convert, "refimpl convert weights/Baichuan2-7B-Chat --out weights/b2-7b --dtype bfloat16", machine)
     sub.add_argument("source", metavar="SRC", help="a checkpoint in any layout; it is only read")
