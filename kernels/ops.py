@@ -44,7 +44,7 @@ class Readable(Protocol):
 class NumPyOps:
     """The operations over arrays of `dtype`, whose sums and 16-bit steps are done in `wide` (float32 or float64)."""
 
-    def __init__(self, dtype: str | np.dtype = "float32"):
+    def __init__(self, dtype: str | type | np.dtype = "float32"):
         self.dtype = np.dtype(dtype)
         self.wide = np.dtype(np.float64 if self.dtype == np.float64 else np.float32)
 

@@ -142,9 +142,8 @@ class Model:
 
     def position_tables(self, positions: np.ndarray, dtype) -> tuple[np.ndarray, np.ndarray] | tuple[None, None]:
         """cos and sin for positions (B, T), (B, 1, T, D/2) each; none for ALiBi, which works on the scores."""
-        if self.config.alibi:
-            return None, None
-        return rope_tables(positions, self.config.head_dim, self.config.rope_theta, dtype)
+        theta = self.config.rope_theta
+        return (None, None) if theta is None else rope_tables(positions, self.config.head_dim, theta, dtype)
 
     def attention_bias(self, mask: np.ndarray, tokens: int, dtype) -> np.ndarray:
         """What is added to the scores of the last `tokens` positions under a mask (B, S)."""

@@ -223,7 +223,8 @@ def write_adapter(folder, tensors=None, save=None, **changed):
     keys = {
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "r": RANK, "lora_alpha": 6,
         "target_modules": ["W_pack", "down_proj"], "bias": "none", "lora_dropout": 0.1, "fan_in_fan_out": False,
-        "modules_to_save": None, "rank_pattern": {}, "init_lora_weights": True, "use_dora": False, "inference_mode": True,
+        "modules_to_save": None, "rank_pattern": {}, "init_lora_weights": True, "use_dora": False,
+        "inference_mode": True,
     }  # fmt: skip
     folder.mkdir()
     (folder / "adapter_config.json").write_text(json.dumps(keys | changed))
