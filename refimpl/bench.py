@@ -68,7 +68,7 @@ def run(what: str, layers: int, rounds: int, threads: int, engines: tuple[str, .
         raise InputError("rounds, layers and tokens are numbers from 1")
     import numba
 
-    numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))  # type: ignore[attr-defined]
+    numba.set_num_threads(min(threads, numba.get_num_threads()))  # it starts with as many as there are  # type: ignore[attr-defined]
     tokens = 1 if what == "decode" else tokens
     model = synthetic(layers)
     nbytes = sum(weight.blocks.nbytes for weight in matrices(model))
