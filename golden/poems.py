@@ -176,25 +176,12 @@ def train_tokenizer(corpus: Corpus, vocab_size: int, coverage: float = 0.98) -> 
     required |= {c for texts in (*QUESTIONS.values(), *SMALL_TALK.items()) for text in texts for c in text}
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=lines(),
-        model_writer=model,
-        model_type="bpe",
-        vocab_size=vocab_size,
-        character_coverage=coverage,
-        required_chars="".join(sorted(required - set(special_symbols()))),
-        byte_fallback=True,
-        split_digits=True,
-        normalization_rule_name="identity",
-        add_dummy_prefix=False,
-        remove_extra_whitespaces=False,
-        user_defined_symbols=special_symbols(),
-        unk_id=UNK,
-        bos_id=BOS,
-        eos_id=EOS,
-        pad_id=-1,
-        num_threads=1,
-        minloglevel=2,
-    )
+        sentence_iterator=lines(), model_writer=model, model_type="bpe", vocab_size=vocab_size,
+        character_coverage=coverage, required_chars="".join(sorted(required - set(special_symbols()))),
+        byte_fallback=True, split_digits=True, normalization_rule_name="identity", add_dummy_prefix=False,
+        remove_extra_whitespaces=False, user_defined_symbols=special_symbols(),
+        unk_id=UNK, bos_id=BOS, eos_id=EOS, pad_id=-1, num_threads=1, minloglevel=2,
+    )  # fmt: skip
     return model.getvalue(), sentencepiece.SentencePieceProcessor(model_proto=model.getvalue()).encode
 
 
@@ -253,12 +240,6 @@ def chat_documents(corpus, rng, encode):
             yield conversation(ask["recite"], whole, ask["then author"], poem.author)
 
 
-def play_documents(passages, rng, encode):
-    """Passages of the plays, as they are."""
-    for passage in endless(passages, rng):
-        yield [*encode(passage), EOS]
-
-
 def endless(items: Sequence, rng: random.Random) -> Iterator:
     """Every item once in random order, then again in another."""
     while True:
@@ -272,7 +253,7 @@ def documents(corpus, rng, encode):
         "famous": poem_documents(corpus.famous, rng, encode),
         "pairs": pair_documents(corpus, rng, encode),
         "chat": chat_documents(corpus, rng, encode),
-        "shakespeare": play_documents(corpus.plays, rng, encode),
+        "shakespeare": ([*encode(text), EOS] for text in endless(corpus.plays, rng)),
     }
     tokens = dict.fromkeys(MIX, 0)
     while True:

@@ -362,8 +362,9 @@ def main(argv: list[str] | None = None) -> int:
         description=__doc__.split("\n\n")[0])
     add = parser.add_argument
     add("--data", type=Path, required=True, metavar="DIR", help="holds tang_poems.jsonl and shakespeare.txt")
-    add("--out", type=Path, metavar="DIR", help="of the run: checkpoint.pt, evaluation.json, model/")
-    add("--evaluate", type=Path, metavar="DIR", help="do not train; print the figures of this model")
+    task = parser.add_mutually_exclusive_group(required=True).add_argument
+    task("--out", type=Path, metavar="DIR", help="train: checkpoint.pt, evaluation.json, model/")
+    task("--evaluate", type=Path, metavar="DIR", help="do not train; print the figures of this model")
     add("--every", type=int, default=1, metavar="N", help="evaluate each N-th document and question")
     add("--steps", type=int, default=Run.steps, help="length of the learning-rate schedule")
     args = parser.parse_args(argv)
@@ -374,8 +375,6 @@ def main(argv: list[str] | None = None) -> int:
         figures = evaluate(refimpl.load(args.evaluate), Corpus(args.data, Run.seed), args.every)
         print(json.dumps(figures, ensure_ascii=False, indent=2))
         return 0
-    if not args.out:
-        parser.error("--out is needed to train")
     torch.set_num_threads(2)
     trainer = Trainer(args.data, args.out, Run(steps=args.steps))
     if not trainer.train():
