@@ -220,7 +220,7 @@ def test_generation_config_sets_roles_and_lengths(folder):
     assert (prompt[0], prompt[-1]) == (190, 191)
     assert tokenizer.chat(question) == tokenizer.chat(question, 0) == prompt[-12:]
     assert tokenizer.encode("<reserved_101>") == [190] and 190 not in tokenizer.encode("<reserved_101>", plain=True)
-    with pytest.raises(InputError, match="max_new_tokens is -1, expected a positive number"):
+    with pytest.raises(InputError, match="max_new_tokens is -1, expected a whole number"):
         tokenizer.chat(question, -1)
     path.write_text(json.dumps({"user_token_id": None}))
     assert load_tokenizer(folder, config).chat_settings.user_token_id == 195
