@@ -39,6 +39,7 @@ from refimpl.pickles import PICKLE_LIMIT, Constructor, read_pickle
 from refimpl.zips import stored_members
 
 MAGIC, PROTOCOL = 0x1950A86A20F9469CFC6C, 1001  # the first two pickles of the legacy layout
+LARGEST = 1 << 48  # of a tensor's numbers, so that what NumPy counts in bytes cannot overflow
 DIMENSIONS = 8  # at most
 LIST_LIMIT, LIST_DEPTH = 16, 3  # a quant_state has 7 items, the longest list in it 8
 
@@ -83,12 +84,13 @@ class TensorView:
 def _view(storage: Storage, dtype: np.dtype, offset: Any, size: tuple, stride: tuple) -> TensorView:
     """A TensorView whose every element lies in the storage."""
     numbers = (offset, *size, *stride)
-    if any(type(n) is not int or not 0 <= n < 1 << 62 for n in numbers) or not len(size) == len(stride) <= DIMENSIONS:
+    if any(type(n) is not int or not 0 <= n < LARGEST for n in numbers) or not len(size) == len(stride) <= DIMENSIONS:
         raise InputError(f"a tensor's offset, sizes or strides are not numbers from 0 on in up to {DIMENSIONS} pairs")
     held = storage.nbytes // dtype.itemsize
     elements = math.prod(size)
     last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True)) if elements else offset - 1
-    if last >= held or elements > held:
+    vast = not elements and math.prod(n or 1 for n in size) >= LARGEST  # empty, but for NumPy too large all the same
+    if last >= held or elements > held or vast:
         raise InputError(
             f"a tensor of shape {size}, strides {stride} and offset {offset} does not fit into storage "
             f"{storage.key!a:.40} of {held} elements"
