@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from golden.tolerance import ROUNDINGS, Tolerance
@@ -253,8 +254,8 @@ def _write(folder: Path, kind: str, manifest: Mapping, tensors: Mapping[str, Any
         text = json.dumps(content, ensure_ascii=False, allow_nan=False, indent=1)
         (partial / "manifest.json").write_text(text + "\n", encoding="utf-8")
         partial.rename(folder)
-    except OSError as error:
-        raise InputError(f"cannot write {folder}: {error.strerror or error}") from None
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"cannot write {folder}: {getattr(error, 'strerror', None) or error}") from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 

@@ -57,7 +57,7 @@ def _checked(name: str, read: Any, *parts: Any) -> tuple[formats.Blocks, np.dtyp
     """What `read` makes of a matrix's parts; whatever it stumbles over is their fault, and is said in one line."""
     try:
         return read(*parts)
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+    except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError) as error:
         raise InputError(f"the quantized {name} is not what bitsandbytes writes: {error}") from None
 
 

@@ -248,6 +248,8 @@ def _family(keys: Mapping[str, Any]) -> str:
 def read_json(path: Path, limit: int = 64 << 20) -> dict[str, Any]:
     """The object in a small untrusted JSON file. Raises InputError if it is missing, too big or not an object."""
     try:
+        if path.exists() and not path.is_file():  # a pipe would be waited for
+            raise InputError(f"{path} is not a file; expected JSON")
         if path.stat().st_size > limit:
             raise InputError(f"{path} has {path.stat().st_size} bytes, expected at most {limit}; is it JSON?")
         value = json.loads(path.read_text(encoding="utf-8"))

@@ -100,7 +100,7 @@ def _scale(path: Path) -> tuple[float, int]:
             raise InputError(f"{path}: {key} is {value!r:.60}, which is not understood; it may change the numbers")
     rank, alpha, rooted = keys.get("r"), keys.get("lora_alpha"), keys.get("use_rslora", False)
     match rank, alpha, rooted:
-        case int(), int() | float(), bool() if rank > 0 and math.isfinite(alpha):
+        case int(), int() | float(), bool() if 0 < rank < 1 << 20 and abs(alpha) < 1e9:
             return alpha / (math.sqrt(rank) if rooted else rank), rank
     raise InputError(
         f"{path}: r is {rank!r:.40}, lora_alpha {alpha!r:.40}, use_rslora {rooted!r:.40}; expected 8, 16, false"

@@ -1,6 +1,7 @@
 """Checkpoints that are damaged, hostile or of another model: one clear line each, and nothing executed or exhausted."""
 
 import json
+import os
 import struct
 
 import numpy as np
@@ -64,6 +65,12 @@ def test_what_a_config_may_not_say(tmp_path, changes, message):
 def test_a_config_that_is_no_json_object(tmp_path, content):
     (tmp_path / "config.json").write_bytes(content)
     with pytest.raises(InputError, match=r"config\.json"):
+        refimpl.load(tmp_path)
+
+
+def test_a_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "config.json")
+    with pytest.raises(InputError, match="is not a file"):
         refimpl.load(tmp_path)
 
 
