@@ -79,6 +79,8 @@ def convert(
     Source: the head as in README.md of baichuan-inc/Baichuan2, "migrating Baichuan 1 optimisations".
     """
     source, out = Path(source), Path(out)
+    if source.resolve() in out.resolve().parents:
+        raise InputError(f"{out} is inside {source}, which stays as it is; choose another place")
     config = read_config(source)
     tensors = read_checkpoint(source)
     resolve(config, tensors)  # everything is there and fits

@@ -353,3 +353,10 @@ def test_the_command(tmp_path, folder, capsys):
     assert json.loads(capsys.readouterr().out)["tensors"] == 17
     assert cli.main(["convert", str(folder), "--out", str(tmp_path / "out")]) == 2
     assert "exists already" in capsys.readouterr().err
+
+
+def test_the_source_stays_as_it_is(tiny_folder):
+    source = tiny_folder("Baichuan2-7B")
+    with pytest.raises(InputError, match="which stays as it is"):
+        convert(source, source / "inside")
+    assert not (source / "inside").exists()
