@@ -11,7 +11,7 @@ import kernels
 
 ROOT = Path(__file__).parents[1]
 ORDER = ["kernels", "refimpl", "golden", "export"]
-ABOVE_ALL = {ROOT / "refimpl" / "cli.py", ROOT / "refimpl" / "__main__.py"}
+ABOVE_ALL = {*(ROOT / "refimpl" / "cli").glob("*.py"), ROOT / "refimpl" / "__main__.py"}
 # Slow to import, and needed by one package alone.
 ONLY_IN = {"torch": ["golden"], "transformers": ["golden"], "onnx": ["export"], "qai_hub": ["export"]}
 

@@ -1,0 +1,41 @@
+"""The command `refimpl`: one verb for each job.
+
+Exit code 0: done, or the numbers agree. 1: they differ. 2: bad usage or bad input, told in one line.
+
+The command line stands above all packages, so in refimpl this folder alone imports golden and export, where used.
+"""
+
+from __future__ import annotations
+
+import io
+import sys
+
+import refimpl
+
+from refimpl.cli import running, checkpoints, goldens, devices  # isort: skip  # noqa: F401  as the help lists them
+from refimpl.cli.verbs import parser, stop_printing
+from refimpl.errors import InputError
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs one verb and returns its exit code."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a terminal without Chinese shows its code points
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        arguments = parser(refimpl.__version__).parse_args(argv)
+        code = arguments.run(arguments)
+        sys.stdout.flush()
+        return code
+    except InputError as error:
+        print(f"refimpl: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("refimpl: interrupted", file=sys.stderr)
+        return 130
+    except OSError as error:  # of standard output, since verbs turn those of files into an InputError
+        stop_printing()
+        if isinstance(error, BrokenPipeError):  # the reader, such as `head`, has seen enough
+            return 0
+        print(f"refimpl: cannot print: {error.strerror}", file=sys.stderr)
+        return 2

@@ -1,0 +1,131 @@
+"""Verbs for a phone: encodings, simulation, graphs, verdicts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from refimpl.cli.verbs import DTYPE, JSON, MODEL, TEXT, integers, load_model, option, report, verb
+from refimpl.errors import InputError
+
+
+@verb(
+    "refimpl calibrate weights/B2-7B --text wiki.txt --out encodings.json",
+    *(MODEL, TEXT, DTYPE),
+    option("--out", required=True, metavar="FILE"),
+    option("--version", default="1.0.0", help="of the file: 0.6.1, 1.0.0 (default) or 2.0.0"),
+    option(
+        "--method",
+        choices=("minmax", "percentile", "mse"),
+        default="minmax",
+        help="how the ranges of activations are chosen (default: minmax)",
+    ),
+    option(
+        "--percentile",
+        type=float,
+        default=99.99,
+        metavar="P",
+        help="with that method, the share that is kept at each end (default: 99.99)",
+    ),
+    option("--weight-bits", type=int, default=4, help="of linears; the head has 8 (default: 4)"),
+    option("--block-size", type=int, metavar="N", help="a scale for so many weights, not for each row"),
+    option("--lpbq", action="store_true", help="scales of blocks as small multiples of the row's"),
+)
+def calibrate(arguments) -> int:
+    """Find the range of every tensor on a text, and write AIMET encodings for 4-bit weights, 16-bit activations."""
+    from export.encodings import write_encodings
+    from golden.quality import read_documents
+    from refimpl.calibrate import calibrate
+    from refimpl.encodings import Recipe
+
+    model = load_model(arguments)
+    ids = read_documents(Path(arguments.text), model)[: arguments.tokens]
+    recipe = Recipe(weight_bits=arguments.weight_bits, block_size=arguments.block_size, lpbq=arguments.lpbq)
+    found = calibrate(model, ids, recipe, arguments.method, arguments.percentile, arguments.window, arguments.dtype)
+    write_encodings(found, arguments.out, arguments.version)
+    print(f"{len(found.activations)} tensors and {len(found.parameters)} weights, from {len(ids)} tokens, "
+          f"have their encodings in {arguments.out}")  # fmt: skip
+    return 0
+
+
+@verb(
+    "refimpl simulate weights/B2-7B --encodings e.json --text wiki.txt --what-if '*.down_proj.weight=8'",
+    *(MODEL, TEXT, DTYPE, JSON),
+    option("--encodings", required=True, metavar="FILE"),
+    option(
+        "--what-if",
+        action="append",
+        default=[],
+        metavar="PATTERN=BITS",
+        help="raise what matches to so many bits, and say what is gained; may be given several times",
+    ),
+    option(
+        "--rounding",
+        choices=("away", "even"),
+        default="away",
+        help="half a step goes away from zero as in AIMET (default), or to even as in ONNX",
+    ),
+    option("--integer", action="store_true", help="sum products of codes, exactly"),
+)
+def simulate(arguments) -> int:
+    """Predict what quantization by an encodings file costs, tensor by tensor, and what more bits would gain."""
+    from export.encodings import read_encodings
+    from golden.predict import outcome_table, outcomes_json, predict, what_if
+    from golden.quality import read_documents
+
+    model = load_model(arguments)
+    encodings = read_encodings(arguments.encodings, model)
+    ids = read_documents(Path(arguments.text), model)[: arguments.tokens]
+    changes = [change(text) for text in arguments.what_if]
+    noise = predict(model, encodings, ids, arguments.window, arguments.rounding, arguments.integer, arguments.dtype)
+    outcomes = what_if(model, encodings, ids, changes, arguments.window, arguments.rounding, arguments.integer,
+                       arguments.dtype)  # fmt: skip
+    if arguments.json:
+        print(f'{{"noise": {noise.to_json()}, "outcomes": {outcomes_json(outcomes)}}}')
+    else:
+        print(f"{noise}\n\n{outcome_table(outcomes)}")
+    return 0
+
+
+@verb(
+    "refimpl export weights/B2-7B --out build/b2-7b --tokens 128,1 --context 4096 --parts 5",
+    MODEL,
+    option("--out", required=True, metavar="DIR"),
+    option("--tokens", default="128,1", help="tokens per call of each graph (default: 128,1)"),
+    option("--context", type=int, help="tokens that the static cache holds (default: the model's context)"),
+    option("--parts", type=int, default=2, help="how many graphs the model is split into (default: 2)"),
+    option("--int4", type=int, metavar="BLOCK", help="quantize matrices to 4-bit blocks of this size first"),
+    option("--keep", action="append", default=[], metavar="PATTERN", help="modules that stay as they are"),
+    option("--force", action="store_true", help="replace an earlier export in DIR"),
+)
+def export(arguments) -> int:
+    """Emit the model as ONNX, part by part, with golden inputs and outputs."""
+    from export import emit
+
+    model = load_model(arguments)
+    if arguments.int4:
+        model = model.quantize("int4", block_size=arguments.int4, keep=arguments.keep)
+    parts = emit(model, tokens=integers(arguments.tokens), context=arguments.context, parts=arguments.parts)
+    parts.save(Path(arguments.out), overwrite=arguments.force)
+    print(f"{len(parts)} graphs are in {arguments.out}; refimpl verify {arguments.out} runs them")
+    return 0
+
+
+@verb(
+    "refimpl verify build/b2-7b",
+    option("folder", metavar="DIR"),
+    option("--engine", choices=("auto", "onnxruntime", "reference"), default="auto"),
+    JSON,
+)
+def verify(arguments) -> int:
+    """Run exported parts and compare every output with the oracle."""
+    from export import verify
+
+    return report(arguments, verify(Path(arguments.folder), engine=arguments.engine))
+
+
+def change(text: str) -> tuple[str, int]:
+    """A glob and bits, from PATTERN=BITS."""
+    pattern, _, bits = text.rpartition("=")
+    if not pattern or not bits.isdecimal():
+        raise InputError(f"{text!r} is no change such as '*.down_proj.weight=8'")
+    return pattern, int(bits)
