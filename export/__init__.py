@@ -1,6 +1,7 @@
 """ONNX graphs of a model, emitted from the one forward, and their verification against the oracle."""
 
+from export.device import read_device
 from export.emit import Parts, emit
 from export.verify import verify
 
-__all__ = ["Parts", "emit", "verify"]
+__all__ = ["Parts", "emit", "read_device", "verify"]

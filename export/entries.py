@@ -1,0 +1,289 @@
+"""Arrays in files that a device left, before any of them is read: names, shapes, and a function that reads.
+
+All of it is untrusted. A reader tells what a file says of its arrays, so that sizes can be held against a manifest
+first; reading then takes no more bytes than were said. Nothing is executed, and no link out of a file is followed.
+"""
+
+from __future__ import annotations
+
+import math
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import partial
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from numpy.lib import format as npy
+
+from refimpl.errors import InputError, at_most
+
+SUFFIXES = {".h5", ".hdf5", ".npz", ".npy", ".raw", ".bin", ".pb"}
+ENTRIES = 100_000  # of a file or a folder: more is no run of one model
+HEADER = 1 << 16  # bytes of what a file says beside its numbers
+GZIP, SHUFFLE = 1, 2  # HDF5's numbers of these filters
+
+
+@dataclass(frozen=True)
+class Entry:
+    """An array that has not been read: `shape` is None and `dtype` unknown where a file says nothing but its size."""
+
+    name: str
+    source: str
+    shape: tuple[int, ...] | None
+    dtype: np.dtype | None
+    nbytes: int
+    read: Callable[[], np.ndarray] = field(repr=False)
+
+
+def of_mapping(arrays: Mapping[str, Any]) -> Iterator[Entry]:
+    """The arrays of a mapping, or of AI Hub's lists with an array for each sample."""
+    for name, array in arrays.items():
+        source = f"the output {name!a:.99}"
+        if isinstance(array, list | tuple) and (not array or hasattr(array[0], "dtype")):
+            _expect_one(len(array), source)
+            array = array[0]
+        array = np.asarray(array)
+        yield Entry(str(name), source, array.shape, array.dtype, array.nbytes, partial(np.asarray, array))
+
+
+def of_file(path: Path, largest: int) -> Iterator[Entry]:
+    """The entries of one file. Raises InputError for a kind that is not known, and for one that is damaged."""
+    kinds: dict[str, Callable[[], Iterator[Entry]]] = {
+        ".h5": lambda: _of_hdf5(path), ".hdf5": lambda: _of_hdf5(path), ".npz": lambda: _of_npz(path),
+        ".npy": lambda: _of_npy(path), ".raw": lambda: _of_raw(path), ".bin": lambda: _of_raw(path),
+        ".pb": lambda: _of_pb(path, largest),
+    }  # fmt: skip
+    if path.suffix not in kinds:
+        raise InputError(f"{path} is none of {', '.join(kinds)}; store the outputs as one of these")
+    with telling(path):
+        for entry in kinds[path.suffix]():
+            yield replace(entry, read=partial(_told, path, entry.read))
+
+
+def _told(path: Path, read: Callable[[], np.ndarray]) -> np.ndarray:
+    with telling(path):
+        return read()
+
+
+@contextmanager
+def telling(path: Path) -> Iterator[None]:
+    """What goes wrong in reading a damaged file, as an InputError."""
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:  # each reader raises its own kinds
+        raise InputError(f"{path} is damaged: {' '.join(str(error).split())[:200]}; fetch it again") from None
+
+
+def in_folder(path: Path, largest: int) -> Iterator[Entry]:
+    """The files of a folder or of its Result_0, by name."""
+    inside = sorted(path.iterdir())
+    results = [child for child in inside if child.is_dir() and child.name.startswith("Result_")]
+    if results:
+        _expect_one(len(results), str(path))
+        inside = sorted(results[0].iterdir())
+    files = [child for child in inside if child.suffix in SUFFIXES and child.is_file()]
+    if not files:
+        raise InputError(f"{path} holds no outputs; expected {', '.join(sorted(SUFFIXES))}, or graphs by name")
+    if len(files) > ENTRIES:
+        raise InputError(f"{path} holds {len(files)} files, expected at most {ENTRIES}")
+    for file in files:
+        yield from of_file(file, largest)
+
+
+def _expect_one(samples: int, source: str) -> None:
+    if samples != 1:
+        raise InputError(f"{source} has {samples} samples, but the export has golden inputs for 1; give that one")
+
+
+def _of_npy(path: Path) -> Iterator[Entry]:
+    with open(path, "rb") as file:
+        dims, dtype, start = _npy_header(file)
+
+    def read() -> np.ndarray:
+        with open(path, "rb") as file:
+            file.seek(start)
+            return _npy_body(file, dims, dtype, str(path))
+
+    yield Entry(path.stem, str(path), dims, dtype, math.prod(dims) * dtype.itemsize, read)
+
+
+def _of_npz(path: Path) -> Iterator[Entry]:
+    with zipfile.ZipFile(path) as archive:
+        members = archive.infolist()
+        if len(members) > ENTRIES:
+            raise InputError(f"{path} has {len(members)} members, expected at most {ENTRIES}")
+        for member in members:
+            source = f"{member.filename!a:.99} of {path}"
+            with archive.open(member) as file:
+                dims, dtype, _ = _npy_header(file)
+
+            def read(member=member, dims=dims, dtype=dtype, source=source) -> np.ndarray:
+                with zipfile.ZipFile(path) as archive, archive.open(member) as file:
+                    _npy_header(file)
+                    return _npy_body(file, dims, dtype, source)
+
+            name = member.filename.removesuffix(".npy")
+            yield Entry(name, source, dims, dtype, math.prod(dims) * dtype.itemsize, read)
+
+
+def _npy_header(file: Any) -> tuple[tuple[int, ...], np.dtype, int]:
+    """Shape, dtype and place of the numbers. The header is parsed as a literal; objects are refused."""
+    version = npy.read_magic(file)
+    reader = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}.get(version)
+    if reader is None:
+        raise ValueError(f"the .npy version is {version}")
+    dims, fortran, dtype = reader(file)
+    if fortran and sum(axis > 1 for axis in dims) > 1:
+        raise ValueError("its numbers are in Fortran's order, expected C's")
+    return dims, _plain(dtype), file.tell()
+
+
+def _npy_body(file: Any, dims: tuple[int, ...], dtype: np.dtype, source: str) -> np.ndarray:
+    wanted = math.prod(dims) * dtype.itemsize
+    data = file.read(wanted + 1)
+    if len(data) != wanted:
+        more = "more" if len(data) > wanted else f"only {len(data)}"
+        raise InputError(f"{source} says {wanted} bytes and has {more}; fetch it again")
+    return np.frombuffer(data, dtype).reshape(dims)
+
+
+def _of_raw(path: Path) -> Iterator[Entry]:
+    """Nothing but numbers. qnn-net-run adds `_native` to the name of what it leaves as codes."""
+    size = path.stat().st_size
+
+    def read() -> np.ndarray:
+        data = path.read_bytes()
+        if len(data) != size:
+            raise InputError(f"{path} has changed while it was read; try again")
+        return np.frombuffer(data, np.uint8)
+
+    yield Entry(path.stem.removesuffix("_native"), str(path), None, None, size, read)
+
+
+def _of_pb(path: Path, largest: int) -> Iterator[Entry]:
+    import onnx
+    from google.protobuf.message import DecodeError
+
+    if path.stat().st_size > 8 * largest + HEADER:
+        raise InputError(f"{path} has {path.stat().st_size} bytes; the largest output has {largest} numbers")
+    proto = onnx.TensorProto()
+    try:
+        proto.ParseFromString(path.read_bytes())
+    except DecodeError:
+        raise ValueError("it is no ONNX tensor") from None
+    if proto.data_location == onnx.TensorProto.EXTERNAL:
+        raise ValueError("its data is elsewhere")
+    dims = tuple(proto.dims)
+    if math.prod(dims) > largest:  # before anything is made of that shape
+        raise InputError(f"{path} has the shape {at_most(dims)}, larger than any output")
+    array = onnx.numpy_helper.to_array(proto)
+    yield Entry(proto.name or path.stem, str(path), array.shape, _plain(array.dtype), array.nbytes, lambda: array)
+
+
+def _plain(dtype: np.dtype) -> np.dtype:
+    """The dtype, if it is one of real numbers."""
+    if dtype.kind not in "fiub" and dtype != ml_dtypes.bfloat16:
+        raise ValueError(f"it holds {str(dtype)[:40]}, expected real numbers")
+    return dtype
+
+
+def _of_hdf5(path: Path) -> Iterator[Entry]:
+    """AI Hub's datasets. Only hard links are followed; nothing virtual, external or compressed but by gzip is read."""
+    import h5py
+
+    with h5py.File(path, "r") as file:
+        data = _held(h5py, file, "data", h5py.Group, str(path))
+        if len(data) > ENTRIES:
+            raise InputError(f"{path} has {len(data)} tensors, expected at most {ENTRIES}")
+        found: list[tuple[int, Entry]] = []
+        for key in data:
+            group = _held(h5py, data, key, h5py.Group, str(path))
+            name, order = _attribute(group, "name", str), _attribute(group, "order", int, len(found))
+            source = f"{name!a:.99} of {path}"
+            _expect_one(_attribute(group, "batch_count", int, len(group)), source)
+            stored = _held(h5py, group, "batch_0", h5py.Dataset, source)
+            _expect_harmless(stored, source)
+
+            def read(at=stored.name, source=source) -> np.ndarray:
+                with h5py.File(path, "r") as file:
+                    return _hdf5_array(file[at], source)
+
+            found.append((order, Entry(name, source, stored.shape, _plain(stored.dtype), stored.nbytes, read)))
+    yield from (entry for _, entry in sorted(found, key=lambda pair: pair[0]))
+
+
+def _held(h5py: Any, group: Any, key: str, kind: type, source: str) -> Any:
+    """A member of a group, if it is a part of this very file."""
+    if not isinstance(group.get(key, getlink=True), h5py.HardLink):
+        raise InputError(f"{source} lacks {key!a:.99}, or links to it elsewhere; expected a dataset of AI Hub")
+    member = group[key]
+    if not isinstance(member, kind):
+        raise InputError(f"{source}: {key!a:.99} is a {type(member).__name__}, expected a {kind.__name__}")
+    return member
+
+
+def _attribute(group: Any, key: str, kind: type, default: Any = None) -> Any:
+    if key not in group.attrs:
+        if default is None:
+            raise ValueError(f"{group.name} has no {key}")
+        return default
+    stored = group.attrs.get_id(key)
+    if stored.shape not in ((), (1,)):
+        raise ValueError(f"the {key} of {group.name} is an array")
+    value = group.attrs[key]
+    value = value.decode("utf-8") if isinstance(value, bytes) else value
+    if kind is str:
+        if not isinstance(value, str):
+            raise ValueError(f"the {key} of {group.name} is no text")
+        return value
+    return int(value)
+
+
+def _expect_harmless(stored: Any, source: str) -> None:
+    """Raises InputError for a dataset whose numbers are not simply in this file."""
+    plist = stored.id.get_create_plist()
+    filters = [plist.get_filter(i)[0] for i in range(plist.get_nfilters())]
+    if stored.is_virtual or stored.external:
+        raise InputError(f"{source} is kept in other files, which are not opened; expected its numbers here")
+    if not set(filters) <= {GZIP, SHUFFLE}:
+        raise InputError(f"{source} is compressed by the HDF5 filters {filters}, expected gzip or none")
+    if stored.shape is None:
+        raise InputError(f"{source} has the shape {stored.shape}, expected an array")
+    if stored.chunks and math.prod(stored.chunks) > 2 * max(math.prod(stored.shape), 1) + HEADER:
+        raise InputError(f"{source} of shape {stored.shape} has chunks of {stored.chunks}; expected no larger ones")
+
+
+def _hdf5_array(stored: Any, source: str) -> np.ndarray:
+    """The numbers of a dataset; compressed chunks are inflated here, to their own size and no further."""
+    if not stored.chunks:
+        return stored[()]
+    plist, chunk, dtype = stored.id.get_create_plist(), stored.chunks, stored.dtype
+    filters = [plist.get_filter(i)[0] for i in range(plist.get_nfilters())]
+    size = math.prod(chunk) * dtype.itemsize
+    out = np.zeros(stored.shape, dtype)
+    for corner in product(*(range(0, axis, step) for axis, step in zip(stored.shape, chunk, strict=True))):
+        held = stored.id.get_chunk_info_by_coord(corner)
+        if not held.size or held.size > size + HEADER:
+            raise InputError(f"{source} lacks its chunk at {corner}, or has a larger one; fetch it again")
+        mask, data = stored.id.read_direct_chunk(corner)
+        for i, kind in reversed(list(enumerate(filters))):
+            if mask >> i & 1:
+                continue
+            if kind == GZIP:
+                data = zlib.decompressobj().decompress(data, size + 1)
+            else:
+                data = np.frombuffer(data, np.uint8).reshape(dtype.itemsize, -1).T.tobytes()
+        if len(data) != size:
+            raise InputError(f"{source}: the chunk at {corner} has not the {size} bytes that it should; fetch it again")
+        place = tuple(slice(at, at + step) for at, step in zip(corner, chunk, strict=True))
+        inside = out[place]
+        inside[...] = np.frombuffer(data, dtype).reshape(chunk)[tuple(slice(0, axis) for axis in inside.shape)]
+    return out
