@@ -156,7 +156,7 @@ def _read(content: Mapping[str, Any], model: Model) -> Encodings:
     version = content.get("version")
     if version not in VERSIONS:
         raise InputError(f"the version is {version!a:.40}, expected one of {', '.join(VERSIONS)}")
-    entries = list(_entries(content, version))
+    entries = list(named_entries(content, version))
     known, shapes = {*taps(model.config), *INPUTS}, {name: weight.shape for name, weight in model.weights.items()}
     if not any(_tap_of(name) in known or name in shapes for name, _ in entries):
         raise InputError(f"of {len(entries)} encodings none has a name of this model; they are another's")
@@ -177,7 +177,7 @@ def _read(content: Mapping[str, Any], model: Model) -> Encodings:
     return Encodings(activations, parameters).check(model.config, model.weights)
 
 
-def _entries(content: Mapping[str, Any], version: str) -> Iterator[tuple[str, Any]]:
+def named_entries(content: Mapping[str, Any], version: str) -> Iterator[tuple[str, Any]]:
     """Name and entry of everything in the file."""
     for section in ["encodings"] if version == "2.0.0" else ["activation_encodings", "param_encodings"]:
         part, kind = content.get(section), dict if version == "0.6.1" else list

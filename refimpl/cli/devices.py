@@ -89,7 +89,9 @@ def simulate(arguments) -> int:
 @verb(
     "refimpl export weights/B2-7B --out build/b2-7b --tokens 128,1 --context 4096 --parts 5",
     MODEL,
-    option("--out", required=True, metavar="DIR"),
+    option("--out", metavar="DIR", help="a new folder"),
+    option("--check", metavar="DIR", help="export nothing: say what AI Hub or Genie would refuse of the graphs there"),
+    option("--json", action="store_true", help="of --check: print JSON instead of text"),
     option("--tokens", default="128,1", help="tokens per call of each graph (default: 128,1)"),
     option("--context", type=int, help="tokens that the static cache holds (default: the model's context)"),
     option("--parts", type=int, default=2, help="how many graphs the model is split into (default: 2)"),
@@ -100,7 +102,12 @@ def simulate(arguments) -> int:
 def export(arguments) -> int:
     """Emit the model as ONNX, part by part, with golden inputs and outputs."""
     from export import emit
+    from export.preflight import check
 
+    if arguments.check:
+        return report(arguments, check(arguments.check))
+    if not arguments.out:
+        raise InputError("nothing says where the graphs go; give --out DIR, or --check DIR for those that are there")
     model = load_model(arguments)
     if arguments.int4:
         model = model.quantize("int4", block_size=arguments.int4, keep=arguments.keep)

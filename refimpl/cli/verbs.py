@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from refimpl.errors import InputError
 
 if TYPE_CHECKING:
+    from export.preflight import Preflight
     from golden.compare import Report
     from refimpl.model import Model
 
@@ -144,7 +145,7 @@ def typed_text(argument: str) -> str:
         raise InputError("the text is not UTF-8; type it in a UTF-8 terminal, or give token ids") from None
 
 
-def report(arguments, report: Report) -> int:
+def report(arguments, report: Report | Preflight) -> int:
     """Prints the verdict; its exit code holds however much of the report is read."""
     try:
         print(report.to_json() if arguments.json else report, flush=True)
