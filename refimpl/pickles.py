@@ -7,7 +7,7 @@ inert value or for one of the caller's own constructors; nothing is imported, no
 
     pickle   = PROTO 2, value, STOP
     value    = NONE | NEWTRUE | NEWFALSE | BININT | BININT1 | BININT2 | LONG1 (to 16 bytes) | BINFLOAT | BINUNICODE
-             | EMPTY_TUPLE | TUPLE1 | TUPLE2 | TUPLE3 | MARK value* TUPLE
+             | EMPTY_TUPLE | TUPLE1 | TUPLE2 | TUPLE3 | MARK value* TUPLE; a tuple in a tuple holds no third one
              | EMPTY_LIST, each APPEND or MARK value* APPENDS
              | EMPTY_DICT, each SETITEM or MARK (string value)* SETITEMS; a key comes once
              | GLOBAL module name, of a pair in the table
@@ -32,7 +32,7 @@ from typing import Any
 
 from refimpl.errors import InputError
 
-PICKLE_LIMIT = 4 << 20  # bytes; the pickle of Baichuan2-13B in 4 bits has a twentieth of it
+PICKLE_LIMIT = 1 << 20  # bytes, read in a second; the pickle of Baichuan2-13B in 4 bits has a fifth of it
 STRING_LIMIT = 4096  # bytes
 STACK_LIMIT = 1 << 16  # values that are not in a container yet; Python's pickler fills those 1000 values at a time
 LONG_LIMIT = 16  # bytes
@@ -147,8 +147,12 @@ class _Machine:
         return values
 
     def pack(self, count: int) -> None:
-        values = [self.pop() for _ in range(count)]
-        self.push(tuple(reversed(values)))
+        self.push_tuple([self.pop() for _ in range(count)][::-1])
+
+    def push_tuple(self, values: list[Any]) -> None:
+        if any(isinstance(part, tuple) for value in values if isinstance(value, tuple) for part in value):
+            raise InputError("the pickle nests more than two tuples, which no tensor file needs; refused")
+        self.push(tuple(values))
 
     def extend(self, values: list[Any]) -> None:
         self.top(list).extend(values)
@@ -210,7 +214,7 @@ ACTIONS: dict[bytes, Callable[[_Machine], None]] = {
     b"\x85": lambda m: m.pack(1),  # TUPLE1
     b"\x86": lambda m: m.pack(2),  # TUPLE2
     b"\x87": lambda m: m.pack(3),  # TUPLE3
-    b"t": lambda m: m.push(tuple(m.since_mark())),  # TUPLE
+    b"t": lambda m: m.push_tuple(m.since_mark()),  # TUPLE
     b"]": lambda m: m.push([]),  # EMPTY_LIST
     b"a": lambda m: m.extend([m.pop()]),  # APPEND
     b"e": lambda m: m.extend(m.since_mark()),  # APPENDS

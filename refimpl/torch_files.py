@@ -15,8 +15,8 @@ storages lie. Two layouts are known:
             | _rebuild_parameter(tensor, requires_grad, {})
     storage = persistent id ("storage", a storage type, key, device, count[, None])
 
-The device ("cuda:0") does not matter. A tensor is a view of its storage: any strides from 0 on within its bounds, with
-no more elements than the storage has; tensors may share a storage.
+The device ("cuda:0") does not matter. A tensor is a view of its storage: any strides from 0 on within its bounds. One
+that repeats elements, as `expand` makes it, stands for 4 GiB at most; tensors may share a storage.
 
 Source: `torch.save` and `_legacy_save` in PyTorch's torch/serialization.py, and torch/_utils.py.
 """
@@ -40,6 +40,7 @@ from refimpl.zips import stored_members
 
 MAGIC, PROTOCOL = 0x1950A86A20F9469CFC6C, 1001  # the first two pickles of the legacy layout
 LARGEST = 1 << 48  # of a tensor's numbers, so that what NumPy counts in bytes cannot overflow
+REPEATED = 4 << 30  # bytes that a tensor with more elements than its storage may stand for
 DIMENSIONS = 8  # at most
 LIST_LIMIT, LIST_DEPTH = 16, 3  # a quant_state has 7 items, the longest list in it 8
 
@@ -90,11 +91,11 @@ def _view(storage: Storage, dtype: np.dtype, offset: Any, size: tuple, stride: t
     elements = math.prod(size)
     last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True)) if elements else offset - 1
     vast = not elements and math.prod(n or 1 for n in size) >= LARGEST  # empty, but for NumPy too large all the same
-    if last >= held or elements > held or vast:
-        raise InputError(
-            f"a tensor of shape {size}, strides {stride} and offset {offset} does not fit into storage "
-            f"{storage.key!a:.40} of {held} elements"
-        )
+    told = f"a tensor of shape {size}, strides {stride} and offset {offset}"
+    if last >= held or vast:
+        raise InputError(f"{told} does not fit into storage {storage.key!a:.40} of {held} elements")
+    if elements > held and elements * dtype.itemsize > REPEATED:
+        raise InputError(f"{told} repeats {held} elements beyond {REPEATED >> 30} GiB; save a smaller view")
     return TensorView(storage, dtype, offset, size, stride)
 
 
