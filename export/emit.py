@@ -22,8 +22,8 @@ from export.graph import Built, Graph, OnnxOps, Parameter, write_data
 from export.parts import GraphSpec, Plan, carry, host_inputs
 from golden.tolerance import tolerances
 from kernels.ops import NumPyOps
-from refimpl.config import read_json
 from refimpl.errors import InputError, at_most
+from refimpl.files import read_json
 from refimpl.model import Model
 from refimpl.quantize import QuantizedWeight
 

@@ -32,9 +32,9 @@ from onnx import ModelProto, TensorProto, numpy_helper
 import refimpl
 from export.parts import GraphSpec
 from kernels.affine import LPBQ_STEPS, Encoding, from_range
-from refimpl.config import read_json
 from refimpl.encodings import COS, EMBED, INPUTS, MASK, SIN, Encodings, Float16, near
 from refimpl.errors import InputError
+from refimpl.files import read_json
 from refimpl.model import Model
 from refimpl.names import taps
 from refimpl.simulate import SimulatedModel, on_grid

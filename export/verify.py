@@ -16,8 +16,9 @@ from export.parts import GraphSpec, Plan, Value, carry
 from golden.bundle import sha256
 from golden.compare import Report, compare
 from golden.tolerance import LARGEST, Tolerance
-from refimpl.config import Config, read_json
+from refimpl.config import Config
 from refimpl.errors import InputError
+from refimpl.files import read_json
 from refimpl.trace import Trace
 
 

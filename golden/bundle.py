@@ -27,8 +27,9 @@ from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from golden.tolerance import ROUNDINGS, Tolerance
-from refimpl.config import Config, read_json
+from refimpl.config import Config
 from refimpl.errors import InputError, at_most
+from refimpl.files import read_json, sha256
 from refimpl.trace import Trace, prompt_of
 from refimpl.weights import map_safetensors
 
@@ -214,15 +215,6 @@ def expect_name(name: str, of: str = "a case") -> str:
     if not _NAME.fullmatch(name):
         raise InputError(f"{name!r:.60} is no name for {of}; expected letters, digits, '_', '.' and '-'")
     return name
-
-
-def sha256(path: str | Path) -> str:
-    """The hex digest of a file, read piece by piece."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while piece := file.read(1 << 20):
-            digest.update(piece)
-    return digest.hexdigest()
 
 
 def _digest(array: np.ndarray) -> str:

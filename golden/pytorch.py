@@ -35,8 +35,9 @@ from tqdm import tqdm
 
 from golden.bundle import Case, Golden, expect_name, expect_new, read, sha256, write
 from golden.tolerance import tolerances
-from refimpl.config import Config, read_config, read_json
+from refimpl.config import Config, read_config
 from refimpl.errors import InputError, at_most
+from refimpl.files import read_json
 from refimpl.model import Model
 from refimpl.names import taps as tap_table
 from refimpl.trace import Trace

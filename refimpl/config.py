@@ -5,7 +5,6 @@ The five families are facts, not subclasses: each is a row of `FAMILIES`, and ev
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from refimpl.errors import InputError, at_most
+from refimpl.files import read_json
 
 
 @dataclass(frozen=True)
@@ -243,20 +243,3 @@ def _family(keys: Mapping[str, Any]) -> str:
             "without (13B, ALiBi); use the original config.json"
         )
     return f"Baichuan{'2' if second else ''}-{size}"
-
-
-def read_json(path: Path, limit: int = 64 << 20) -> dict[str, Any]:
-    """The object in a small untrusted JSON file. Raises InputError if it is missing, too big or not an object."""
-    try:
-        if path.exists() and not path.is_file():  # a pipe would be waited for
-            raise InputError(f"{path} is not a file; expected JSON")
-        if path.stat().st_size > limit:
-            raise InputError(f"{path} has {path.stat().st_size} bytes, expected at most {limit}; is it JSON?")
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror}; expected a Hugging Face style folder") from None
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path} is not JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise InputError(f"{path} holds a {type(value).__name__}, expected an object")
-    return value

@@ -6,7 +6,18 @@ class InputError(ValueError):
 
     Raised for files, arguments and tensors that come from outside. The command line prints the message alone
     and exits with code 2; every other exception is a bug of ours and shows its traceback.
+
+    >>> print(InputError("the file has a tensor '\\x1b[2J\\n'"))
+    the file has a tensor '\\x1b[2J\\n'
     """
+
+    def __init__(self, message: str):
+        super().__init__(one_line(message))
+
+
+def one_line(text: str) -> str:
+    """The text with escapes for what a terminal would obey or break a line at: names come from files, too."""
+    return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def at_most(items, limit: int = 5) -> str:

@@ -13,7 +13,7 @@ import numpy as np
 from kernels import formats
 from refimpl import doctor
 from refimpl.config import Config, read_config
-from refimpl.errors import InputError
+from refimpl.errors import InputError, one_line
 from refimpl.weights import expected_shapes, read_checkpoint, resolve
 
 if TYPE_CHECKING:
@@ -104,7 +104,7 @@ def table(facts: dict[str, Any]) -> str:
         for said in value if isinstance(value, list) else [value]:
             if isinstance(said, dict):
                 said = ", ".join(f"{format} {size:.3g}" for format, size in said.items())
-            rows.append(f"{name:16} {said:,}" if isinstance(said, int) else f"{name:16} {said}")
+            rows.append(f"{name:16} {said:,}" if isinstance(said, int) else f"{name:16} {one_line(str(said))}")
     return "\n".join(rows)
 
 

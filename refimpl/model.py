@@ -14,10 +14,11 @@ import numpy as np
 from kernels.ops import DTYPES, NumPyOps
 from refimpl import backends
 from refimpl.cache import KVCache, no_cache
-from refimpl.config import Config, read_config, read_json
+from refimpl.config import Config, read_config
 from refimpl.decoder import Decoder
 from refimpl.doctor import remarks
 from refimpl.errors import InputError, at_most
+from refimpl.files import read_json
 from refimpl.positions import attention_bias, rope_tables, token_positions
 from refimpl.trace import Tap, Trace, expect_same_prompt, feeding, prompt_of, recording, silent
 from refimpl.weights import Weights, read_checkpoint, resolve

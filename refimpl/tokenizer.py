@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from refimpl.chat import LAYOUTS, ChatSettings, Message
-from refimpl.config import Config, read_config, read_json
+from refimpl.config import Config, read_config
 from refimpl.errors import InputError
+from refimpl.files import read_json, read_small
 
 
 @dataclass(frozen=True)
@@ -162,7 +163,7 @@ def load_tokenizer(folder: str | Path, config: Config | None = None) -> Tokenize
 
 
 def _read_sentencepiece(path: Path, config: Config, keys: dict[str, Any], generation: dict[str, Any]) -> Tokenizer:
-    library, data = _import("sentencepiece", "sentencepiece"), path.read_bytes()
+    library, data = _import("sentencepiece", "sentencepiece"), read_small(path)
     try:
         model = library.SentencePieceProcessor(model_proto=data or b"\0")  # b"" would mean: no model yet
         special = {model.id_to_piece(id): id for id in (model.unk_id(), model.bos_id(), model.eos_id()) if id >= 0}
@@ -183,9 +184,9 @@ def _read_sentencepiece(path: Path, config: Config, keys: dict[str, Any], genera
 
 
 def _read_byte_level(path: Path, config: Config, keys: dict[str, Any], generation: dict[str, Any]) -> Tokenizer:
-    library = _import("tokenizers", "'refimpl[qwen]'")
+    library, data = _import("tokenizers", "'refimpl[qwen]'"), read_small(path)
     try:
-        model = library.Tokenizer.from_buffer(path.read_bytes())
+        model = library.Tokenizer.from_buffer(data)
     except Exception:  # the library raises nothing more precise
         raise InputError(f"{path} is damaged: it is no tokenizer of the library tokenizers; copy it again") from None
     _check_size(path, max(model.get_vocab().values(), default=-1) + 1, config)

@@ -18,9 +18,10 @@ import numpy as np
 
 from kernels import formats, int8
 from refimpl.bitsandbytes import split
-from refimpl.config import Config, read_json
+from refimpl.config import Config
 from refimpl.doctor import broken_promise, mismatch
 from refimpl.errors import InputError, at_most
+from refimpl.files import inside, read_json
 from refimpl.torch_files import map_torch
 
 # The names of number formats in a safetensors header.
@@ -28,6 +29,7 @@ SAFETENSORS_DTYPES = {
     "F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16,
     "I64": np.int64, "I32": np.int32, "I16": np.int16, "I8": np.int8, "U8": np.uint8, "BOOL": np.bool_,
 }  # fmt: skip
+FLOATS = (np.float64, np.float32, np.float16, ml_dtypes.bfloat16)  # what parameters may be stored as
 # A converted copy up to this many elements is kept: it makes small models fast and is nothing beside a large one.
 KEEP_ELEMENTS = 1 << 20
 
@@ -196,7 +198,7 @@ def resolve(config: Config, tensors: Mapping[str, Any]) -> Weights:
         if found.shape != shape:
             raise InputError(f"{name} has shape {found.shape}, config.json ({config.family}) says {shape}")
         if name in tensors:
-            if found.dtype not in (np.float64, np.float32, np.float16, ml_dtypes.bfloat16):
+            if found.dtype not in FLOATS:
                 raise InputError(f"{name} is {found.dtype}, expected float32, float16 or bfloat16")
             entries[name] = Weight(found)
         elif not name.startswith("model.layers."):
@@ -228,13 +230,8 @@ def read_checkpoint(folder: Path) -> dict[str, Any]:
 
 
 def map_tensors(folder: Path, file: str) -> dict[str, Any]:
-    """The tensors of a folder's file, by its suffix `.safetensors` or another.
-
-    A link is followed inside the folder and into the cache that Hugging Face keeps beside it, and nowhere else.
-    """
-    path, home = (folder / file).resolve(), folder.resolve()
-    if path.parent not in (home, home.parent.parent / "blobs") or not path.is_file():
-        raise InputError(f"{folder / file} is not a file of this folder, but leads to {path}; put the file there")
+    """The tensors of a folder's file (see `refimpl.files.inside`), by its suffix `.safetensors` or another."""
+    inside(folder, file)
     mapped = map_safetensors(folder / file) if file.endswith(".safetensors") else map_torch(folder / file)
     for name in mapped:
         if not name.isprintable() or len(name) > 200:

@@ -1,12 +1,14 @@
 """Checkpoints with the wrong config, weights that have been through something, and what `info` says of them."""
 
 import json
+import os
 import warnings
 
 import numpy as np
 import pytest
 from conftest import config_keys, write_checkpoint
 from safetensors.numpy import load_file, save_file
+from torch_bytes import state_dict
 
 import refimpl
 from refimpl import InputError
@@ -15,6 +17,7 @@ from refimpl.config import Config, config_from_keys
 from refimpl.convert import convert
 from refimpl.doctor import KEYS, OFFICIAL, mismatch, remarks, sizes
 from refimpl.info import OFFICIAL_GIB, examine, memory
+from refimpl.torch_files import map_torch
 from refimpl.weights import expected_shapes, resolve
 
 
@@ -190,6 +193,31 @@ def test_info_says_what_is_wrong(tmp_path, capsys):
     assert "family           Baichuan-7B" in said.out
     assert "vocab_size 96 (config.json: 64000)" in said.err and "tokenizer.model" in said.err
     assert said.err.count("refimpl: ") == 2 == said.err.count("\n")
+
+
+def test_what_a_terminal_would_obey_is_not_printed(tmp_path, capsys):
+    """Neither of a tensor's name nor of a folder's."""
+    folder = write_checkpoint(tmp_path / "a\x1b[2J\nb", "Baichuan2-7B")
+    assert main(["info", str(folder)]) == 0
+    assert r"revision         a\x1b[2J\nb" in capsys.readouterr().out
+    (folder / "model.safetensors").unlink()
+    (folder / "pytorch_model.bin").write_bytes(state_dict({"x\x1b[2J\ny": np.zeros(2, np.float32)}))
+    assert main(["info", str(folder)]) == 2
+    said = capsys.readouterr().err
+    assert r"a\x1b[2J\nb" in said and r"'x\x1b[2J\ny'" in said and said.removesuffix("\n").isprintable()
+    assert list(map_torch(folder / "pytorch_model.bin")) == ["x\x1b[2J\ny"], "the reader itself reads it"
+
+
+@pytest.mark.parametrize(("family", "file"), [("Baichuan2-7B", "tokenizer.model"), ("Qwen2-7B", "tokenizer.json")])
+def test_a_tokenizer_that_is_a_pipe(tmp_path, family, file):
+    """Nobody writes into it, and it would be waited for."""
+    folder = write_checkpoint(tmp_path / "x", family)
+    os.mkfifo(folder / file)
+    assert f"{file} is not a file" in examine(folder)["problems"][0]
+    os.unlink(folder / file)
+    with open(folder / file, "wb") as sparse:
+        sparse.truncate(1 << 30)
+    assert f"{file} has {1 << 30} bytes, expected at most" in examine(folder)["problems"][0]
 
 
 def test_a_tokenizer_of_another_model(tmp_path):

@@ -1,0 +1,57 @@
+"""The files of a folder that somebody else has made: small ones, links and pipes, and their digests."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from refimpl.errors import InputError
+
+SMALL = 64 << 20  # bytes of a file that is read at once; the largest is Qwen2's tokenizer.json with 7 MB
+
+
+def read_small(path: Path, limit: int = SMALL) -> bytes:
+    """The bytes of a small untrusted file. Raises InputError if it cannot be read, is a pipe or too big."""
+    try:
+        if path.exists() and not path.is_file():  # a pipe would be waited for
+            raise InputError(f"{path} is not a file; expected one")
+        if path.stat().st_size > limit:
+            raise InputError(f"{path} has {path.stat().st_size} bytes, expected at most {limit}; is it another file?")
+        return path.read_bytes()
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}; expected a Hugging Face style folder") from None
+
+
+def read_json(path: Path, limit: int = SMALL) -> dict[str, Any]:
+    """The object in a small untrusted JSON file. Raises InputError if it is missing, too big or not an object."""
+    try:
+        value = json.loads(read_small(path, limit).decode())
+    except InputError:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path} is not JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise InputError(f"{path} holds a {type(value).__name__}, expected an object")
+    return value
+
+
+def inside(folder: Path, name: str) -> Path:
+    """A folder's file, links followed: inside the folder and into the cache that Hugging Face keeps beside it.
+
+    Raises InputError for what is no file, or leads elsewhere: a folder that was downloaded says nothing of your disk.
+    """
+    path, home = (folder / name).resolve(), folder.resolve()
+    if path.parent not in (home, home.parent.parent / "blobs") or not path.is_file():
+        raise InputError(f"{folder / name} is not a file of this folder, but leads to {path}; put the file there")
+    return path
+
+
+def sha256(path: str | Path) -> str:
+    """The hex digest of a file, read piece by piece."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while piece := file.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()
