@@ -15,6 +15,7 @@ Source: `init_model_weight_int4` in the official quantizer.py; `QuantState.as_di
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -27,6 +28,8 @@ from refimpl.errors import InputError
 STATE, DATA, LIST = ".quant_state.bitsandbytes__", ".data", ".quant_state"
 PARTS = {"absmax": "scales", "quant_map": "code", "nested_absmax": "nested_scales", "nested_quant_map": "nested_code"}
 DTYPES = {"float16": np.float16, "bfloat16": ml_dtypes.bfloat16, "float32": np.float32}
+TABLES: dict[str, tuple] = {"code": (16,), "nested_code": (256,), "offset": ()}  # float32, whatever the matrix
+STATE_LIMIT = 4096  # bytes of JSON; bitsandbytes writes about 200
 
 
 def split(tensors: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, tuple[formats.Blocks, np.dtype]]]:
@@ -37,81 +40,80 @@ def split(tensors: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, tuple[f
     rest, found = dict(tensors), {}
     for name in tensors:
         key = name.removesuffix(".weight")
-        if name.endswith(DATA) and f"{name.removesuffix(DATA)}{LIST}" in tensors:
-            key = name.removesuffix(DATA)
-            read = _checked(key, _official, rest.pop(name), rest.pop(f"{key}{LIST}"))
-        elif STATE in name:
-            key, _, kind = name.partition(STATE)
-            parts = {part: rest.pop(f"{key}.{part}") for part in PARTS if f"{key}.{part}" in rest}
-            read = _checked(key, _four_bits, kind, rest.pop(key, None), rest.pop(name), parts)
-        elif f"{key}.SCB" in tensors and name != key:
-            rest.pop(f"{key}.weight_format", None)  # 0: the rows in their order, the only one written today
-            key, read = name, _checked(name, _eight_bits, rest.pop(name), rest.pop(f"{key}.SCB"))
-        else:
-            continue
-        found[key] = read
+        try:
+            if name.endswith(DATA) and f"{name.removesuffix(DATA)}{LIST}" in tensors:
+                key = name.removesuffix(DATA)
+                found[key] = _official(rest.pop(name), rest.pop(f"{key}{LIST}"))
+            elif STATE in name:
+                key, _, kind = name.partition(STATE)
+                parts = {PARTS[part]: rest.pop(f"{key}.{part}") for part in PARTS if f"{key}.{part}" in rest}
+                found[key] = _four_bits(kind, rest.pop(name), rest.pop(key, None), parts)
+            elif f"{key}.SCB" in tensors and name != key:
+                found[name] = _eight_bits(rest.pop(name), rest.pop(f"{key}.SCB"), rest.pop(f"{key}.weight_format", 0))
+        except ValueError as error:
+            raise InputError(f"the quantized {key} is not what bitsandbytes writes: {error}") from None
     return rest, found
 
 
-def _checked(name: str, read: Any, *parts: Any) -> tuple[formats.Blocks, np.dtype]:
-    """What `read` makes of a matrix's parts; whatever it stumbles over is their fault, and is said in one line."""
-    try:
-        return read(*parts)
-    except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError) as error:
-        raise InputError(f"the quantized {name} is not what bitsandbytes writes: {error}") from None
-
-
-def _official(packed: np.ndarray, state: list) -> tuple[formats.Blocks, np.dtype]:
+def _official(packed: Any, state: Any) -> tuple[formats.Blocks, np.dtype]:
     match state:
-        case [absmax, tuple(shape), np.dtype() as dtype, int(size), None, str(kind), code]:
-            nested = {}
-        case [
-            absmax,
-            tuple(shape),
-            np.dtype() as dtype,
-            int(size),
-            [offset, [scales, values, 256, *_]],
-            str(kind),
-            code,
-        ]:
-            nested = dict(offset=offset.reshape(()), nested_scales=scales, nested_code=values)
+        case [absmax, tuple() as shape, np.dtype() as dtype, size, nested, str() as kind, code]:
+            parts = {"scales": absmax, "code": code}
         case _:
             raise ValueError("its quant_state is another list")
-    return _blocks(kind, shape, size, packed, dict(scales=absmax, code=code, **nested)), dtype
+    match nested:
+        case [offset, [scales, table, int(n), *_]] if n == formats.dynamic8.BLOCK_SIZE:
+            parts |= {"offset": offset, "nested_scales": scales, "nested_code": table}
+        case _ if nested is not None:
+            raise ValueError("its scales are quantized by other than 256 of them at once")
+    if dtype not in DTYPES.values():
+        raise ValueError(f"it was made of {dtype}, expected {' or '.join(DTYPES)}")
+    return _blocks(kind, shape, size, packed, parts), dtype
 
 
-def _four_bits(
-    kind: str, packed: np.ndarray, state: np.ndarray, parts: dict[str, np.ndarray]
-) -> tuple[formats.Blocks, np.dtype]:
-    keys = json.loads(state.tobytes())
-    named = {PARTS[part]: array for part, array in parts.items()}
-    if "nested_scales" in named:
-        if keys["nested_blocksize"] != 256:
-            raise ValueError(f"nested_blocksize is {keys['nested_blocksize']!r}, expected 256")
-        named["offset"] = np.array(keys["nested_offset"], np.float32)
-    if keys["quant_type"] != kind:
-        raise ValueError(f"quant_type is {keys['quant_type']!r}, expected {kind!r}")
-    return _blocks(kind, keys["shape"], keys["blocksize"], packed, named), np.dtype(DTYPES[keys["dtype"]])
+def _four_bits(kind: str, state: Any, packed: Any, parts: dict[str, Any]) -> tuple[formats.Blocks, np.dtype]:
+    if not isinstance(state, np.ndarray) or state.dtype != np.uint8 or state.size > STATE_LIMIT:
+        raise ValueError(f"its quant_state is not JSON in {STATE_LIMIT} bytes")
+    try:
+        keys = json.loads(state.tobytes().decode())
+    except RecursionError:
+        keys = None
+    match keys:
+        case {"quant_type": str() as said, "shape": list() as shape, "blocksize": size, "dtype": str() as dtype}:
+            if said != kind or dtype not in DTYPES:
+                raise ValueError(f"its quant_type is {said!r:.40} in {dtype!r:.40}, expected {kind!r} in float16")
+        case _:
+            raise ValueError("its quant_state lacks quant_type, shape, blocksize or dtype")
+    if "nested_scales" in parts:
+        match keys.get("nested_blocksize"), keys.get("nested_offset"):
+            case formats.dynamic8.BLOCK_SIZE, float() as offset if abs(offset) < 1e38:
+                parts = parts | {"offset": np.array(offset, np.float32)}
+            case other:
+                raise ValueError(f"its nested_blocksize and nested_offset are {other!s:.60}, expected 256, 0.5")
+    return _blocks(kind, tuple(shape), size, packed, parts), np.dtype(DTYPES[dtype])
 
 
-def _eight_bits(codes: np.ndarray, scales: np.ndarray) -> tuple[formats.Blocks, np.dtype]:
-    if codes.dtype != np.int8 or codes.ndim != 2 or scales.dtype != np.float32:
-        raise ValueError(f"it is {codes.dtype} {codes.shape} with {scales.dtype} scales, expected int8 with float32")
-    header = {"format": "int8", "shape": codes.shape, "block_size": codes.shape[1], "axis": 1}
-    return formats.from_arrays(header, {"packed": codes, "scales": scales.reshape(-1, 1)}), np.dtype(np.float16)
+def _eight_bits(codes: Any, scales: Any, order: Any) -> tuple[formats.Blocks, np.dtype]:
+    match codes, scales:
+        case np.ndarray(dtype=np.int8, ndim=2), np.ndarray(dtype=np.float32, ndim=1) if not np.any(order):
+            header = {"format": "int8", "shape": codes.shape, "block_size": codes.shape[1], "axis": 1}
+            return formats.from_arrays(header, {"packed": codes, "scales": scales[:, None]}), np.dtype(np.float16)
+    raise ValueError("it is no int8 matrix with a float32 scale for each row, the rows in their order")
 
 
-def _blocks(kind: str, shape: Any, size: Any, packed: np.ndarray, parts: dict[str, np.ndarray]) -> formats.Blocks:
+def _blocks(kind: Any, shape: tuple, size: Any, packed: Any, parts: dict[str, Any]) -> formats.Blocks:
     """The blocks of a matrix, whose parts must be of the sizes and formats that its shape implies."""
-    if (
-        kind not in ("nf4", "fp4")
-        or len(shape) != 2
-        or not all(type(n) is int and 0 < n < 1 << 24 for n in (*shape, size))
-    ):
-        raise ValueError(f"its format {kind!r} of shape {shape!r} in blocks of {size!r} is not known")
-    for part, count in (("code", 16), ("nested_code", 256), ("offset", 1)):
-        if part in parts and (parts[part].size != count or parts[part].dtype != np.float32):
-            raise ValueError(f"its {part} is {parts[part].dtype} {parts[part].shape}, expected {count} of float32")
+    whole = all(type(n) is int and 0 < n < 1 << 24 for n in (*shape, size))
+    if kind not in ("nf4", "fp4") or len(shape) != 2 or not whole:
+        raise ValueError(f"its format {kind!r:.40} of shape {shape!r:.40} in blocks of {size!r:.40} is not known")
+    for part, array in {"packed": packed, **parts}.items():
+        if not isinstance(array, np.ndarray):
+            raise ValueError(f"its {part} is no tensor")
+        if part in TABLES and (array.size != math.prod(TABLES[part]) or array.dtype != np.float32):
+            raise ValueError(f"its {part} is {array.dtype} {array.shape}, expected {TABLES[part]} of float32")
+    if packed.nbytes != -(-shape[0] * shape[1] // 2):
+        raise ValueError(f"its packed codes have {packed.nbytes} bytes, too few or too many for shape {shape}")
     flat = np.ascontiguousarray(packed).reshape(-1).view(np.uint8)  # bnb_4bit_quant_storage may be another format
-    header = {"format": kind, "shape": tuple(shape), "block_size": size, "axis": None}
-    return formats.from_arrays(header, {"packed": flat, **{name: part for name, part in parts.items()}})
+    arrays = {part: array.reshape(TABLES.get(part, array.shape)) for part, array in parts.items()}
+    header = {"format": kind, "shape": shape, "block_size": size, "axis": None}
+    return formats.from_arrays(header, {"packed": flat, **arrays})

@@ -2,8 +2,11 @@
 
 What is written is what the weights read as, tile by tile, so that memory stays small whatever the size: as they are,
 in another format, with NormHead applied, or with a LoRA adapter merged in. The same tensors and options give the same
-bytes, however the source was stored. Everything is made in `DST.part`, which becomes DST when it is complete; an
-interrupted conversion goes on where it stopped. The source is only read.
+files, byte for byte, however the source was stored; `conversion.json` says what that was, and `SHA256SUMS` has its sum.
+
+Everything is made in `DST.part`, which becomes DST when it is complete. A conversion that was interrupted, or found the
+disk full, goes on there where it stopped, if its options, its adapter's sha256 and the sizes and times of the source's
+files are the same. The source is only read.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ import re
 import shutil
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,14 +28,15 @@ import numpy as np
 from tqdm import tqdm
 
 from kernels.ops import DTYPES
-from refimpl.config import Config, read_config, read_json
+from refimpl.config import Config, read_config
 from refimpl.errors import InputError
-from refimpl.lora import merge
-from refimpl.weights import SAFETENSORS_DTYPES, NormHead, Weight, expected_shapes, read_checkpoint, resolve
+from refimpl.files import inside, read_json, sha256
+from refimpl.lora import adapter_files, merge
+from refimpl.weights import FLOATS, SAFETENSORS_DTYPES, NormHead, Weight, expected_shapes, read_checkpoint, resolve
 
 SHARD_BYTES = 5_000_000_000
 TILE_BYTES = 8 << 20
-SUMS, REPORT, JOURNAL = "SHA256SUMS", "conversion.json", "journal.json"
+SUMS, REPORT, JOURNAL, LOCK = "SHA256SUMS", "conversion.json", "journal.json", "lock"
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
 # Weights of any kind: they are what a conversion replaces. All other files go along as they are.
 WEIGHT_FILES = (".bin", ".safetensors", ".index.json", ".pt", ".pth", ".h5", ".msgpack", ".gguf", ".onnx", ".part")
@@ -65,7 +70,8 @@ def convert(
 
     `dtype`: "float32", "bfloat16" or "float16" for all parameters; as they are if not given. `shard_size`: bytes in
     a file at most, unless one tensor has more, such as 5_000_000_000 or "5GB". `lora`: the folder of a peft adapter
-    to merge (`refimpl.lora`). The folder's other files are copied, and `sha256sum -c SHA256SUMS` checks them all.
+    to merge (`refimpl.lora`). The folder's other files are copied: not its subfolders, and of links those alone that
+    stay in it or lead into Hugging Face's cache. `sha256sum -c SHA256SUMS` checks all that was written.
 
     `normalize_head` applies NormHead, so that what was made for Baichuan 1 runs a Baichuan2: each row of lm_head is
     divided by its length, in the format that is written, as the official README's script does in the format that it
@@ -73,13 +79,13 @@ def convert(
     (`row lengths` in the result); `dtype="float32"` keeps it to 1e-7. The config then says `lm_head_normalized`,
     which this package reads and checks; the official Baichuan2 code would normalise, and round, once more.
 
-    Raises InputError for a source that cannot be loaded, an `out` that exists, numbers that a format cannot hold, an
-    adapter that is not understood, and a disk that is too small.
+    Raises InputError for a source that cannot be loaded or leads elsewhere, an `out` that exists, cannot be written or
+    is being written by another, numbers that a format cannot hold, and an adapter that is not understood.
 
     Source: the head as in README.md of baichuan-inc/Baichuan2, "migrating Baichuan 1 optimisations".
     """
-    source, out = Path(source), Path(out)
-    if source.resolve() in out.resolve().parents:
+    source, out = Path(source), Path(os.path.realpath(out))
+    if source.resolve() in out.parents:
         raise InputError(f"{out} is inside {source}, which stays as it is; choose another place")
     config = read_config(source)
     tensors = read_checkpoint(source)
@@ -91,33 +97,30 @@ def convert(
             for name, weight in merge(Path(lora), {name: entry.weight for name, entry in entries.items()}).items()
         }
     shards = _shards(entries, _bytes(shard_size))
+    adapter = {path.name: sha256(path) for path in adapter_files(Path(lora))} if lora else None
     report: dict[str, Any] = {
         "family": config.family,
-        "options": {"dtype": dtype, "normalize_head": normalize_head, "lora": lora and _identity(Path(lora))},
-        "source": _identity(source),
+        "options": {"dtype": dtype, "normalize_head": normalize_head, "lora": adapter},
+        "source": {path.name: path.stat().st_size for path in _files(source)},
         "tensors": len(entries),
         "bytes": sum(entry.nbytes for entry in entries.values()),
     }
-    work = _workplace(out, source, report, shards)
+    headers = {name: hashlib.sha256(_header(shard)).hexdigest() for name, shard in shards.items()}
+    plan = {**report, "headers": headers, "changed": [path.stat().st_mtime_ns for path in _files(source)]}
     total = sum(map(_file_size, shards.values()))
-    left = total - sum(file.stat().st_size for file in work.glob("*.safetensors"))
-    if shutil.disk_usage(work).free < left:
-        raise InputError(f"{left / 1e9:.1f} GB are to be written, but the disk of {out} has less; free some")
-    sums = _write_shards(work, shards, total)
-    if len(shards) > 1:
-        places = {name: file for file, shard in shards.items() for name in shard}
-        index = {"metadata": {"total_size": report["bytes"]}, "weight_map": places}
-        _write_json(work / "model.safetensors.index.json", index)
-    _copy_others(source, work)
-    _write_config(source, work, dtype, normalize_head)
-    if normalize_head:
-        report["row lengths"] = _row_lengths(entries["lm_head.weight"])
-    _write_json(work / REPORT, report)
-    (work / JOURNAL).unlink()
-    others = sorted(p.name for p in work.iterdir() if p.name not in sums)
-    sums |= {name: hashlib.sha256((work / name).read_bytes()).hexdigest() for name in others}
-    (work / SUMS).write_text("".join(f"{sums[name]}  {name}\n" for name in sorted(sums)))
-    os.replace(work, out)
+    with _workplace(out, plan, total) as work:
+        _copy_others(source, work)
+        _write_config(source, work, dtype, normalize_head)
+        sums = _write_shards(work, shards, total)
+        if len(shards) > 1:
+            places = {name: file for file, shard in shards.items() for name in shard}
+            index = {"metadata": {"total_size": report["bytes"]}, "weight_map": places}
+            _write_json(work / "model.safetensors.index.json", index)
+        if normalize_head:
+            report["row lengths"] = _row_lengths(entries["lm_head.weight"])
+        _write_json(work / REPORT, report)
+        sums |= {path.name: sha256(path) for path in _files(work) if path.name not in (*sums, JOURNAL, LOCK)}
+        (work / SUMS).write_text("".join(f"{sums[name]}  {name}\n" for name in sorted(sums)))
     return report
 
 
@@ -131,8 +134,9 @@ def _entries(config: Config, tensors: Mapping[str, Any], dtype: str | None, norm
     entries = {}
     for name in sorted(tensors, key=lambda name: (order.get(name, len(order)), name)):
         array = tensors[name]
-        if not isinstance(array, np.ndarray) or array.dtype.kind in "iu":
-            raise InputError(f"{name} is quantized; convert the checkpoint that it was made of")
+        if not isinstance(array, np.ndarray) or array.dtype not in FLOATS or not array.ndim:
+            found = f"{array.dtype} {array.shape}" if isinstance(array, np.ndarray) else f"a {type(array).__name__}"
+            raise InputError(f"{name} is {found}, expected floats; is it quantized? convert what it was made of")
         # Buffers such as v1's rotary frequencies are no parameters, and are kept as exact as they are.
         wanted = DTYPES[dtype] if dtype and name in order else array.dtype
         head = normalize_head and name == "lm_head.weight"
@@ -196,25 +200,60 @@ def _file_size(shard: dict[str, Entry]) -> int:
     return len(_header(shard)) + sum(entry.nbytes for entry in shard.values())
 
 
-def _identity(folder: Path) -> dict[str, int]:
-    """A folder's files and their sizes: what a manifest can say without reading them."""
-    return {path.name: path.stat().st_size for path in sorted(folder.iterdir()) if path.is_file()}
+def _files(folder: Path) -> list[Path]:
+    return [path for path in sorted(folder.iterdir()) if path.is_file()]
 
 
-def _workplace(out: Path, source: Path, report: dict, shards: dict[str, dict[str, Entry]]) -> Path:
-    """The folder `OUT.part`, with a journal of what is done; one of an earlier, equal conversion is taken up again."""
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise InputError(f"{out} exists already; choose another place or remove it")
+@contextmanager
+def _workplace(out: Path, plan: dict[str, Any], total: int) -> Iterator[Path]:
+    """The folder `OUT.part` with a journal of what is done, which becomes OUT when the block has written it.
+
+    One of an earlier, equal conversion is taken up again. It stays if the block ends in any way but by an InputError,
+    which would come again. Raises InputError in one line for whatever the file system says.
+    """
     work = out.with_name(out.name + ".part")
-    headers = {name: hashlib.sha256(_header(shard)).hexdigest() for name, shard in shards.items()}
-    plan = {**report, "headers": headers, "changed": [source.joinpath(n).stat().st_mtime_ns for n in report["source"]]}
-    journal = work / JOURNAL
-    if not work.exists():
-        work.mkdir(parents=True)
-        _write_json(journal, {"plan": plan, "done": {}})
-    elif not journal.exists() or read_json(journal).get("plan") != json.loads(json.dumps(plan)):
-        raise InputError(f"{work} was left by another conversion; remove it, or repeat that one")
-    return work
+    try:
+        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+            raise InputError(f"{out} exists already; choose another place or remove it")
+        left = total - sum(file.stat().st_size for file in work.glob("*.safetensors"))
+        disk = next(folder for folder in (work, *work.parents) if folder.exists())
+        if shutil.disk_usage(disk).free < left:
+            raise InputError(f"{left / 1e9:.1f} GB are to be written, but the disk of {out} has less; free some")
+        work.mkdir(parents=True, exist_ok=True)
+        with _alone(work):
+            if not any(path.name != LOCK for path in work.iterdir()):
+                _write_json(work / JOURNAL, {"plan": plan, "done": {}})
+            elif not (work / JOURNAL).exists() or read_json(work / JOURNAL).get("plan") != plan:
+                raise InputError(f"{work} was left by another conversion; remove it, or repeat that one")
+            try:
+                yield work
+            except InputError:
+                shutil.rmtree(work)
+                raise
+            (work / JOURNAL).unlink()
+            (work / LOCK).unlink()
+            os.replace(work, out)
+    except OSError as error:
+        where = f" ({error.filename})" * bool(error.filename)
+        raise InputError(f"cannot make {out}: {error.strerror}{where}; mend that and repeat, no work is lost") from None
+
+
+@contextmanager
+def _alone(work: Path) -> Iterator[None]:
+    """Holds a folder against another conversion to it, until the block or the process ends."""
+    with open(work / LOCK, "w") as file:
+        try:
+            import fcntl  # not on Windows
+
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            held = os.path.samestat(os.fstat(file.fileno()), os.stat(work / LOCK))
+        except BlockingIOError:
+            held = False
+        except ImportError:
+            held = True
+        if not held:
+            raise InputError(f"another conversion is writing {work}; wait for it, or choose another place")
+        yield
 
 
 def _write_shards(work: Path, shards: dict[str, dict[str, Entry]], total: int) -> dict[str, str]:
@@ -272,10 +311,10 @@ def _row_lengths(entry: Entry) -> list[float]:
 
 
 def _copy_others(source: Path, work: Path) -> None:
-    ours = {SUMS, REPORT, JOURNAL, "config.json"}
-    for path in sorted(source.iterdir()):
-        if path.is_file() and not path.name.endswith(WEIGHT_FILES) and path.name not in ours and path.name[0] != ".":
-            shutil.copyfile(path, work / path.name)
+    ours = {SUMS, REPORT, JOURNAL, LOCK, "config.json"}
+    for name in (path.name for path in _files(source)):
+        if not name.endswith(WEIGHT_FILES) and name not in ours and name[0] != ".":
+            shutil.copyfile(inside(source, name), work / name)
 
 
 def _write_config(source: Path, work: Path, dtype: str | None, normalize_head: bool) -> None:

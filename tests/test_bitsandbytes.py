@@ -13,6 +13,7 @@ import refimpl
 from kernels import formats
 from kernels.ops import NumPyOps
 from refimpl import InputError
+from refimpl.bitsandbytes import split
 from refimpl.weights import Int8Weight, QuantizedWeight, map_safetensors, resolve
 
 FLOAT16, FLOAT32, FLOAT64 = np.dtype(np.float16), np.dtype(np.float32), np.dtype(np.float64)
@@ -198,12 +199,16 @@ def test_a_model_in_int8_quantizes_activations(tiny_model):
         ("", None, "is not what bitsandbytes writes"),
         (".absmax", None, "scales"),
         (".absmax", np.zeros(3, np.uint8), "scales"),
+        (".absmax", np.zeros((), np.uint8), "scales"),
         (".nested_absmax", np.zeros(9, np.float32), "nested_scales"),
         (".quant_map", np.zeros(15, np.float32), "its code is float32"),
         (".nested_quant_map", np.zeros(100, np.float32), "its nested_code is"),
         (".quant_state.bitsandbytes__nf4", np.frombuffer(b"{", np.uint8), "is not what bitsandbytes writes"),
-        (".quant_state.bitsandbytes__nf4", np.frombuffer(b"{}", np.uint8), "is not what bitsandbytes writes"),
-        (".quant_state.bitsandbytes__nf4", np.frombuffer(b"[" * 90000, np.uint8), "is not what bitsandbytes writes"),
+        (".quant_state.bitsandbytes__nf4", np.frombuffer(b"{}", np.uint8), "lacks quant_type"),
+        (".quant_state.bitsandbytes__nf4", np.frombuffer(b"[" * 4000, np.uint8), "lacks quant_type"),
+        (".quant_state.bitsandbytes__nf4", np.frombuffer(b"\xff", np.uint8), "is not what bitsandbytes writes"),
+        (".quant_state.bitsandbytes__nf4", np.broadcast_to(np.uint8(32), 1 << 24), "not JSON in 4096 bytes"),
+        (".quant_state.bitsandbytes__nf4", np.zeros(4, np.float32), "not JSON in 4096 bytes"),
         ("", np.zeros((5, 1), np.uint8), "packed"),
     ],
 )
@@ -229,7 +234,14 @@ def test_damaged_parts(tmp_path, part, value, message):
         (dict(shape=[-1, -2]), "is not known"),
         (dict(blocksize=0), "is not known"),
         (dict(blocksize="64"), "is not known"),
-        (dict(nested_blocksize=128), "nested_blocksize is 128"),
+        (dict(nested_blocksize=128), r"nested_offset are \(128, "),
+        (dict(nested_offset=None), "expected 256, 0.5"),
+        (dict(nested_offset=10**400), "expected 256, 0.5"),
+        (dict(nested_offset=1e300), "expected 256, 0.5"),
+        (dict(shape=[2**23, 2**23]), "too few or too many"),
+        (dict(shape=None), "lacks quant_type, shape"),
+        (dict(quant_type=4), "lacks quant_type, shape"),
+        (dict(note="x" * 5000), "not JSON in 4096 bytes"),
         (dict(quant_type="fp4"), "expected 'nf4'"),
         (dict(dtype="int8"), "'int8'"),
         (dict(shape=[128, 32]), r"has shape \(128, 32\), config.json"),
@@ -244,15 +256,46 @@ def test_states_that_lie(tmp_path, changed, message):
         refimpl.load(quantized_folder(tmp_path / "x", make)[0])
 
 
-@pytest.mark.parametrize("state", [[], [1, 2, 3, 4, 5, 6, 7], "text", [np.zeros(1)] * 7, [None] * 7])
+ONE, TABLE, HALF = np.ones(1, np.float32), np.zeros(16, np.float32), np.dtype(np.float16)
+STATES = {  # of a matrix of 2 x 2
+    "right": [ONE, (2, 2), HALF, 64, None, "nf4", TABLE],
+    "nothing": [], "numbers": [1, 2, 3, 4, 5, 6, 7], "text": "text", "arrays": [np.zeros(1)] * 7, "none": [None] * 7,
+    "scales of text": ["x", (2, 2), HALF, 64, None, "nf4", TABLE],
+    "a size of text": [ONE, ("2", 2), HALF, 64, None, "nf4", TABLE],
+    "made of flags": [ONE, (2, 2), np.dtype(bool), 64, None, "nf4", TABLE],
+    "a kind of arrays": [ONE, (2, 2), HALF, 64, None, TABLE, TABLE],
+    "a table of text": [ONE, (2, 2), HALF, 64, None, "nf4", "code"],
+    "nested by text": [ONE, (2, 2), HALF, 64, ["x", [ONE, TABLE, 256]], "nf4", TABLE],
+    "nested by an array": [ONE, (2, 2), HALF, 64, [ONE, [ONE, TABLE, np.ones(3)]], "nf4", TABLE],
+    "nested otherwise": [ONE, (2, 2), HALF, 64, [ONE, [ONE, TABLE, 128]], "nf4", TABLE],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("state", STATES)
 def test_lists_that_are_no_quant_state(state):
     config = refimpl.config.config_from_keys({
         "model_type": "baichuan", "vocab_size": 4, "hidden_size": 2, "intermediate_size": 2, "num_hidden_layers": 1,
         "num_attention_heads": 1, "max_position_embeddings": 4,
     })  # fmt: skip
     key = "model.layers.0.mlp.up_proj.weight"
+    with pytest.raises(InputError, match="lacks" if state == "right" else "is not what bitsandbytes writes"):
+        resolve(config, {f"{key}.data": np.zeros((2, 1), np.uint8), f"{key}.quant_state": STATES[state]})
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        {"": "text"}, {"": [1]}, {"": np.zeros((2, 2), np.uint8)}, {"": np.zeros(4, np.int8)}, {".SCB": "text"},
+        {".SCB": np.ones((2, 1), np.float32)}, {".SCB": np.ones(3, np.float32)}, {".weight_format": np.array(2)},
+        {"": np.zeros((2, 0), np.int8)},
+    ],
+)  # fmt: skip
+def test_damaged_8_bits(parts):
+    key = "model.layers.0.mlp.up_proj"
+    right = {f"{key}.weight": np.zeros((2, 2), np.int8), f"{key}.SCB": np.ones(2, np.float32)}
+    assert split(right)[1].keys() == {f"{key}.weight"}
     with pytest.raises(InputError, match="is not what bitsandbytes writes"):
-        resolve(config, {f"{key}.data": np.zeros((2, 1), np.uint8), f"{key}.quant_state": state})
+        split(right | {f"{key}{part or '.weight'}": value for part, value in parts.items()})
 
 
 def test_a_list_in_the_place_of_a_tensor(tmp_path):

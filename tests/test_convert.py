@@ -2,6 +2,9 @@
 
 import hashlib
 import json
+import os
+import resource
+import sys
 
 import ml_dtypes
 import numpy as np
@@ -15,6 +18,7 @@ import refimpl
 from refimpl import InputError, cli
 from refimpl import convert as module
 from refimpl.convert import convert
+from refimpl.info import examine
 
 IDS = [5, 17, 9]
 
@@ -48,7 +52,10 @@ def test_every_layout_gives_the_same_bytes(tmp_path, folder):
 
     files = {"model.safetensors", "config.json", "conversion.json", "tokenizer_config.json", "SHA256SUMS"}
     assert {p.name for p in (tmp_path / "a").iterdir()} == files
-    assert len({(tmp_path / out / "model.safetensors").read_bytes() for out in "abc"}) == 1
+    for file in files - {"conversion.json", "SHA256SUMS"}:
+        assert len({(tmp_path / out / file).read_bytes() for out in "abc"}) == 1
+    told = [json.loads((tmp_path / out / "conversion.json").read_text()) for out in "abc"]
+    assert [len(one.pop("source")) for one in told] == [3, 3, 6] and told[0] == told[1] == told[2]
     written = load_file(tmp_path / "a" / "model.safetensors")
     assert all(np.array_equal(written[name], array) for name, array in tensors.items()) and len(written) == len(tensors)
     with safe_open(tmp_path / "a" / "model.safetensors", "numpy") as file:
@@ -83,6 +90,21 @@ def test_buffers_stay_exact(tmp_path):
     convert(folder, tmp_path / "out", dtype="bfloat16")
     written = load_file(tmp_path / "out" / "model.safetensors")
     assert written[buffer].dtype == np.float32 and written[buffer][1] == np.float32(1 / 3)
+
+
+@pytest.mark.parametrize("buffer", [[1, 2], np.float32(1), np.zeros(2, ml_dtypes.float8_e4m3fn), np.zeros(2, np.int8)])
+def test_buffers_of_odd_kinds(tmp_path, buffer, monkeypatch):
+    """They are not read, and cannot be converted; neither ends in a traceback."""
+    folder = write_checkpoint(tmp_path / "source", "Baichuan-7B")
+    name = "model.layers.0.self_attn.rotary_emb.inv_freq"
+    tensors = {**load_file(folder / "model.safetensors"), name: np.asarray(buffer) if np.ndim(buffer) == 0 else buffer}
+    for reader in (module, sys.modules["refimpl.model"], sys.modules["refimpl.info"]):
+        monkeypatch.setattr(reader, "read_checkpoint", lambda path: tensors)
+    with pytest.warns(UserWarning, match="inv_freq is not RoPE's"):
+        refimpl.load(folder)(IDS)
+    assert "is not RoPE's" in examine(folder)["remarks"][0]
+    with pytest.raises(InputError, match=f"{name} is .*, expected floats"):
+        convert(folder, tmp_path / "out")
 
 
 def test_shards(tmp_path, folder):
@@ -127,14 +149,91 @@ def test_an_interrupted_conversion_goes_on(tmp_path, folder, monkeypatch):
     assert not (tmp_path / "out.part").exists()
 
 
-def test_a_source_that_changed_is_another_conversion(tmp_path, folder, monkeypatch):
-    monkeypatch.setattr(module, "_copy_others", lambda *a: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        convert(folder, tmp_path / "out")
-    tensors = load_file(folder / "model.safetensors")
-    save_file({name: array + 1 for name, array in tensors.items()}, folder / "model.safetensors")
+def test_another_source_or_adapter_is_another_conversion(tmp_path, folder, monkeypatch):
+    """Of the same sizes all of them, and the adapter even as old."""
+    adapter, out = tmp_path / "adapter", tmp_path / "out"
+    tensors = write_adapter(adapter)
+    with monkeypatch.context() as broken:
+        broken.setattr(module, "_write_shards", lambda *a: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            convert(folder, out, lora=adapter)
+    file = adapter / "adapter_model.safetensors"
+    before = file.stat()
+    save_file({name: array + 1 for name, array in tensors.items()}, file)
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert file.stat().st_size == before.st_size
     with pytest.raises(InputError, match="left by another conversion"):
-        convert(folder, tmp_path / "out")
+        convert(folder, out, lora=adapter)
+    save_file(tensors, file)
+    convert(folder, tmp_path / "other", lora=adapter)
+    source = load_file(folder / "model.safetensors")
+    save_file({name: array + 1 for name, array in source.items()}, folder / "model.safetensors")
+    with pytest.raises(InputError, match="left by another conversion"):
+        convert(folder, out, lora=adapter)
+
+
+def test_two_conversions_to_one_place(tmp_path, folder, monkeypatch):
+    """The second says so, and the first does not notice."""
+    copy, said = module._copy_others, []
+
+    def meanwhile(*arguments):
+        for options in ({}, dict(dtype="bfloat16")):
+            with pytest.raises(InputError, match="another conversion is writing") as error:
+                convert(folder, tmp_path / "out", **options)
+            said.append(str(error.value))
+        copy(*arguments)
+
+    monkeypatch.setattr(module, "_copy_others", meanwhile)
+    convert(folder, tmp_path / "out")
+    monkeypatch.setattr(module, "_copy_others", copy)
+    convert(folder, tmp_path / "alone")
+    assert len(said) == 2 and digests(tmp_path / "out") == digests(tmp_path / "alone")
+
+
+def test_a_disk_that_is_full(tmp_path, folder):
+    """A limit on the size of files stands for it: the write of the first shard breaks off, and is done again."""
+    _, most = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, most))
+    try:
+        with pytest.raises(InputError, match=r"cannot make .*out: File too large; mend that and repeat") as error:
+            convert(folder, tmp_path / "out")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
+    assert "\n" not in str(error.value) and not (tmp_path / "out").exists()
+    assert (tmp_path / "out.part" / "model.safetensors.part").stat().st_size == 100_000
+    convert(folder, tmp_path / "out")
+    convert(folder, tmp_path / "at once")
+    assert digests(tmp_path / "out") == digests(tmp_path / "at once") and not (tmp_path / "out.part").exists()
+
+
+def test_a_place_that_cannot_be(tmp_path, folder, capsys):
+    (tmp_path / "plain").write_text("")
+    assert cli.main(["convert", str(folder), "--out", str(tmp_path / "plain" / "x")]) == 2
+    said = capsys.readouterr().err
+    assert "cannot make" in said and "Not a directory" in said and said.count("\n") == 1
+
+
+def test_other_files_go_along(tmp_path, folder):
+    """As Hugging Face's cache has them; a link out of the folder is refused before anything is written."""
+    home = tmp_path / "models--x"
+    (home / "blobs").mkdir(parents=True)
+    (home / "snapshots").mkdir()
+    snapshot = folder.rename(home / "snapshots" / "1")
+    (home / "blobs" / "abc").write_text("{}")
+    (snapshot / "tokenizer_config.json").symlink_to("../../blobs/abc")
+    (snapshot / "LICENSE").write_text("free")
+    (snapshot / "NOTICE").symlink_to("LICENSE")
+    (snapshot / "assets").mkdir()
+    os.mkfifo(snapshot / "pipe")
+    convert(snapshot, tmp_path / "out")
+    made = {p.name for p in (tmp_path / "out").iterdir()}
+    assert made >= {"tokenizer_config.json", "LICENSE", "NOTICE"} and not made & {"assets", "pipe"}
+    assert not any(p.is_symlink() for p in (tmp_path / "out").iterdir())
+    (tmp_path / "secret").write_text("my key")
+    (snapshot / "README.md").symlink_to(tmp_path / "secret")
+    with pytest.raises(InputError, match=r"README\.md is not a file of this folder, but leads to .*secret"):
+        convert(snapshot, tmp_path / "more")
+    assert not list(tmp_path.glob("more*"))
 
 
 @pytest.mark.parametrize(
@@ -170,6 +269,8 @@ def test_numbers_beyond_float16(tmp_path, folder):
     save_file(tensors, folder / "model.safetensors")
     with pytest.raises(InputError, match=r"model\.norm\.weight: a weight of magnitude 70000 is beyond float16"):
         convert(folder, tmp_path / "out", dtype="float16")
+    assert not list(tmp_path.glob("out*")), "another try would fail, too"
+    convert(folder, tmp_path / "out", dtype="bfloat16")
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
@@ -210,8 +311,11 @@ RANK = 4
 def write_adapter(folder, tensors=None, save=None, **changed):
     """An adapter on W_pack and down_proj, as peft writes it."""
     rng = np.random.default_rng(1)
-    targets = {"model.layers.0.self_attn.W_pack": (192, 64), "model.layers.1.mlp.down_proj": (64, 128)}
+    shapes = {"self_attn.W_pack": (192, 64), "mlp.down_proj": (64, 128)}
+    targets = {f"model.layers.{i}.{module}": shape for i in range(2) for module, shape in shapes.items()}
+    modules = sorted({name.rpartition(".lora_")[0].removeprefix("base_model.model.") for name in tensors or {}})
     if tensors is None:
+        modules = ["W_pack", "down_proj"]
         tensors = {}
         for name, (rows, columns) in targets.items():
             at = f"base_model.model.{name}.lora_"
@@ -222,7 +326,7 @@ def write_adapter(folder, tensors=None, save=None, **changed):
     tensors = {name: array.astype(np.float32) for name, array in tensors.items()}
     keys = {
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "r": RANK, "lora_alpha": 6,
-        "target_modules": ["W_pack", "down_proj"], "bias": "none", "lora_dropout": 0.1, "fan_in_fan_out": False,
+        "target_modules": modules or ["W_pack"], "bias": "none", "lora_dropout": 0.1, "fan_in_fan_out": False,
         "modules_to_save": None, "rank_pattern": {}, "init_lora_weights": True, "use_dora": False,
         "inference_mode": True,
     }  # fmt: skip
@@ -270,6 +374,20 @@ ONES = {A: np.ones((4, 64)), B: np.ones((128, 4))}
         (dict(alpha_pattern={"W_pack": 8}), None, "alpha_pattern is"),
         (dict(init_lora_weights="pissa"), None, "init_lora_weights is 'pissa'"),
         (dict(layer_replication=[[0, 1]]), None, "layer_replication is"),
+        (dict(exclude_modules=["o_proj"]), None, "exclude_modules is"),
+        (dict(ensure_weight_tying=True), None, "ensure_weight_tying is"),
+        (dict(trainable_token_indices=[1]), None, "trainable_token_indices is"),
+        (dict(layers_pattern="blocks"), None, "layers_pattern is 'blocks'"),
+        (dict(target_modules=None), None, "target_modules is None, expected a list"),
+        (dict(target_modules="all-linear"), None, "target_modules is 'all-linear'"),
+        (dict(target_modules=r".*\.W_pack"), None, "expected a list of names"),
+        (dict(target_modules=["W_pack", 4]), None, "expected a list of names"),
+        (dict(target_modules=["W_pack"]), None, r"differ in whether model\.layers\.0\.mlp\.down_proj\.weight, "),
+        (dict(target_modules=["W_pack", "down_proj", "o_proj"]), None, r"0\.self_attn\.o_proj\.weight, .* is changed"),
+        (dict(target_modules=["pack", "proj"]), None, "differ in whether"),
+        (dict(layers_to_transform=[0]), None, r"layers\.1\.self_attn\.W_pack\.weight is changed"),
+        (dict(layers_to_transform=1), None, r"layers\.0\.self_attn\.W_pack\.weight is changed"),
+        (dict(layers_to_transform="0"), None, "layers_to_transform is '0'"),
         (dict(of_tomorrow=1), None, "of_tomorrow is 1"),
         (dict(r=0), None, "r is 0"),
         (dict(r="4"), None, "r is '4'"),
@@ -324,19 +442,18 @@ def test_peft_merges_the_same(tmp_path, folder):
     base.model.layers = torch.nn.ModuleList([torch.nn.Module(), torch.nn.Module()])
     for i, layer in enumerate(base.model.layers):
         layer.self_attn = Attention(tensors[f"model.layers.{i}.self_attn.W_pack.weight"])
-    for rooted in (False, True):
-        config = peft.LoraConfig(
-            r=RANK, lora_alpha=6, target_modules=["W_pack"], use_rslora=rooted, init_lora_weights=False
-        )
+    for number, options in enumerate(({}, dict(use_rslora=True), dict(layers_to_transform=[1]))):
+        config = peft.LoraConfig(r=RANK, lora_alpha=6, target_modules=["W_pack"], init_lora_weights=False, **options)
         adapted = peft.PeftModel(base, config)
-        adapted.save_pretrained(str(tmp_path / f"adapter{rooted}"))
+        adapter, out = tmp_path / f"adapter{number}", tmp_path / f"out{number}"
+        adapted.save_pretrained(str(adapter))
         merged = adapted.merge_and_unload()
-        convert(folder, tmp_path / f"out{rooted}", lora=tmp_path / f"adapter{rooted}")
-        found = load_file(tmp_path / f"out{rooted}" / "model.safetensors")
+        convert(folder, out, lora=adapter)
+        found = load_file(out / "model.safetensors")
         for i, layer in enumerate(merged.model.layers):
             name = f"model.layers.{i}.self_attn.W_pack.weight"
             expected = layer.self_attn.W_pack.weight.detach().numpy()
-            assert not np.array_equal(expected, tensors[name])
+            assert np.array_equal(expected, tensors[name]) == (i not in options.get("layers_to_transform", [0, 1]))
             assert np.abs(found[name] - expected).max() < 2**-22 * np.abs(expected).max()
             layer.self_attn.W_pack.weight.data = torch.from_numpy(tensors[name].copy())
         base = merged
