@@ -6,8 +6,8 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
@@ -18,14 +18,22 @@ from onnx import TensorProto, helper, numpy_helper
 from tqdm import tqdm
 
 import refimpl
-from export.graph import Built, Graph, OnnxOps, Parameter, write_data
+from export.encodings import graph_encodings, simulate_graph, write_encodings
+from export.graph import Built, Graph, Parameter, write_data
+from export.heads import Stack
+from export.ops import OnnxOps
 from export.parts import GraphSpec, Plan, carry, host_inputs
+from export.profiles import Profile, checked_forms, profile_named
+from golden.bundle import sha256 as digest
 from golden.tolerance import tolerances
 from kernels.ops import NumPyOps
+from refimpl.calibrate import calibrate
+from refimpl.encodings import Encodings
 from refimpl.errors import InputError, at_most
 from refimpl.files import read_json
 from refimpl.model import Model
 from refimpl.quantize import QuantizedWeight
+from refimpl.simulate import SimulatedModel
 
 FORMAT = "refimpl export 1"
 PROMPT = "登鹳雀楼->王之涣\n夜雨寄北->"  # from the model card of Baichuan2-7B-Base
@@ -38,41 +46,65 @@ def emit(
     tokens: int | Sequence[int] = (128, 1),
     context: int | None = None,
     parts: int = 1,
-    opset: int = 21,
-    ir_version: int = 10,
+    profile: str | None = None,
+    opset: int | None = None,
+    ir_version: int | None = None,
+    forms: Iterable[str] | None = None,
     prompt: str | Sequence[int] | None = None,
+    encodings: Encodings | None = None,
 ) -> Parts:
     """The model as static ONNX graphs, one for each part and each number of `tokens` at a time.
 
     `context` is the window in tokens, by default the model's. `parts`: 1 has everything in one graph; with more, the
-    first is the embedding and the last has the head. `prompt`, a text or ids, is what the golden inputs are about.
+    first is the embedding and the last has the head. `profile`: what the graphs are for, see `export.profiles`; by
+    default "qdq" for a model with int4 weights, "plain" for any other. `opset`, `ir_version` and `forms` take the
+    place of the profile's. `prompt`, a text or ids, is what the golden inputs are about. `encodings` are those of
+    the model; where the profile needs them and there are none, they come from the prompt alone.
 
-    No weight is read yet. Raises InputError for numbers that do not fit the model, or each other.
+    No weight is written yet. Raises InputError for numbers that do not fit the model, or each other.
     """
-    lowest = helper.OP_SET_ID_VERSION_MAP.get(("ai.onnx", opset), 0)
-    if opset < 17 or not lowest:
-        raise InputError(f"opset is {opset}, expected 17 to {onnx.defs.onnx_opset_version()}")
-    if not lowest <= ir_version <= onnx.IR_VERSION:
-        raise InputError(f"ir_version is {ir_version}, expected {lowest} to {onnx.IR_VERSION} with opset {opset}")
+    blocks = any(isinstance(weight, QuantizedWeight) and weight.blocks.format == "int4"
+                 for weight in model.weights.values())  # fmt: skip
+    name = profile or ("qdq" if blocks else "plain")
+    row = profile_named(name)
+    if row.weights != "float32" and not blocks:
+        raise InputError(f"the profile {name} is for 4-bit weights, and the model has none; quantize it to int4 first")
+    if opset is not None:
+        row = replace(row, opset=opset)
+    lowest = helper.OP_SET_ID_VERSION_MAP.get(("ai.onnx", row.opset), 0)
+    if row.opset < 17 or not lowest:
+        raise InputError(f"opset is {row.opset}, expected 17 to {onnx.defs.onnx_opset_version()}")
+    row = replace(row, ir_version=max(row.ir_version, lowest) if ir_version is None else ir_version,
+                  forms=checked_forms(row.forms if forms is None else forms, row.opset))  # fmt: skip
+    if not lowest <= row.ir_version <= onnx.IR_VERSION:
+        raise InputError(
+            f"ir_version is {row.ir_version}, expected {lowest} to {onnx.IR_VERSION} with opset {row.opset}"
+        )
     sizes = sorted({tokens} if isinstance(tokens, int) else set(tokens), reverse=True)
     longest = model.config.max_position_embeddings
-    plan = Plan(model.config, tuple(sizes), longest if context is None else context, parts)
+    plan = Plan(model.config, tuple(sizes), longest if context is None else context, parts, profile=name)
     ids = golden_prompt(model, plan.room) if prompt is None else model.token_ids(prompt).reshape(-1).tolist()
-    plan = Plan(plan.config, plan.tokens, plan.context, plan.parts, len(ids))
-    graphs = {spec.name: build(model, spec, opset, ir_version) for run in plan.runs for spec in run}
-    return Parts(model, plan, ids, graphs, opset, ir_version)
+    plan = replace(plan, prompt=len(ids))
+    if row.encodings and encodings is None:
+        encodings = calibrate(model, np.array([ids]))
+    if encodings is not None:
+        encodings.check(model.config, model.weights)
+    graphs = {spec.name: build(model, spec, row) for run in plan.runs for spec in run}
+    return Parts(model, plan, ids, graphs, row, encodings)
 
 
-def build(model: Model, spec: GraphSpec, opset: int, ir_version: int) -> Built:
+def build(model: Model, spec: GraphSpec, profile: Profile) -> Built:
     """One graph: the decoder's own code, run on symbols."""
-    graph = Graph()
-    ops = OnnxOps(graph, opset)
+    graph = Graph(profile.forms)
+    ops = OnnxOps(graph, profile.opset, profile.weights)
     inputs = {v.name: graph.input(v.name, v.shape, ONNX_TYPES[v.dtype]) for v in spec.inputs}
-    weights = {name: Parameter(name, weight) for name, weight in model.weights.items()}
-    outputs = spec.part.outputs(model.config, weights, ops, inputs, graph.tap)
+    weights = {name: Parameter.whole(name, weight) for name, weight in model.weights.items()}
+    computed = spec.part.outputs(model.config, weights, ops, inputs, graph.tap)
+    outputs = {name: x.join() if isinstance(x, Stack) else x for name, x in computed.items()}
     for name, tensor in outputs.items():
         tensor.name = name
-    return graph.build(spec.name, list(inputs.values()), list(outputs.values()), opset, ir_version)
+    inputs_and_outputs = list(inputs.values()), list(outputs.values())
+    return graph.build(spec.name, *inputs_and_outputs, profile.opset, profile.ir_version)
 
 
 def golden_prompt(model: Model, room: int) -> list[int]:
@@ -92,8 +124,8 @@ class Parts:
     plan: Plan
     prompt: list[int]
     graphs: Mapping[str, Built]
-    opset: int
-    ir_version: int
+    profile: Profile
+    encodings: Encodings | None = None
 
     def __len__(self) -> int:
         return len(self.graphs)
@@ -111,7 +143,11 @@ class Parts:
         """Writes `folder`, complete or not at all, and returns its path:
 
             {graph}/model.onnx, model.data                             a folder for each graph, fit to be uploaded
+            {graph}/model.encodings                                    where there are encodings
             test_data/{graph}/test_data_set_0/input_0.pb, output_0.pb  golden inputs and outputs, ONNX's own layout
+                        simulated_0.pb, simulated_chained_0.pb         what a quantized device should answer to those
+                                                                       inputs, and to what such a device gave before
+            encodings.json                                             the model's encodings, by tap
             manifest.json                                              what all of it is, with sha256; written last
 
         Each graph of a part has its own copy of the weights: an upload takes one folder, and ONNX refuses links.
@@ -150,25 +186,34 @@ class Parts:
             path.write_bytes(data)
             record(path, hashlib.sha256(data).hexdigest())
 
+        def save(path: Path, encodings: Encodings) -> None:
+            write_encodings(encodings, path)
+            record(path, digest(path))
+
         weights: dict[int, tuple[Path, str]] = {}  # of a part, once they are written
-        cases = goldens(self.model, self.plan, self.prompt)
-        for spec, inputs, outputs in tqdm(cases, "exporting", len(self), unit="graph", disable=None, leave=False):
+        cases = goldens(self.model, self.plan, self.prompt, self.encodings)
+        for spec, case in tqdm(cases, "exporting", len(self), unit="graph", disable=None, leave=False):
             graph, data_set = folder / spec.name, folder / TEST_DATA.format(spec.name)
+            built = self.graphs[spec.name]
             graph.mkdir()
             data_set.mkdir(parents=True)
-            write(graph / "model.onnx", self.graphs[spec.name].proto)
+            write(graph / "model.onnx", built.proto)
             if spec.part.number in weights:
                 path, sha256 = weights[spec.part.number]
                 shutil.copyfile(path, graph / "model.data")
             else:
                 with open(graph / "model.data", "wb") as file:
-                    sha256 = write_data(file, self.graphs[spec.name])
+                    sha256 = write_data(file, built)
                 weights[spec.part.number] = graph / "model.data", sha256
             record(graph / "model.data", sha256)
             onnx.checker.check_model(str(graph / "model.onnx"), full_check=True)
-            for kind, arrays in (("input", inputs), ("output", outputs)):
+            if self.encodings:
+                save(graph / "model.encodings", graph_encodings(self.encodings, spec, built))
+            for kind, arrays in case.items():
                 for i, (name, array) in enumerate(arrays.items()):
                     write(data_set / f"{kind}_{i}.pb", numpy_helper.from_array(array, name))
+        if self.encodings:
+            save(folder / "encodings.json", self.encodings)
         text = json.dumps(self._manifest(files), indent=1, ensure_ascii=False)
         (folder / "manifest.json").write_text(text, encoding="utf-8")
 
@@ -180,14 +225,16 @@ class Parts:
             "format": FORMAT,
             "versions": {"refimpl": refimpl.__version__, "onnx": onnx.__version__, "numpy": np.__version__},
             "config": asdict(config),
-            "plan": {key: getattr(plan, key) for key in ("tokens", "context", "parts", "prompt")},
-            "onnx": {"opset": self.opset, "ir_version": self.ir_version},
+            "plan": {key: getattr(plan, key) for key in ("tokens", "context", "parts", "prompt", "profile")},
+            "onnx": {"opset": self.profile.opset, "ir_version": self.profile.ir_version,
+                     "forms": sorted(self.profile.forms), "weights": self.profile.weights},
             "quantization": {
                 name: {"format": weight.blocks.format, "block_size": weight.blocks.block_size}
                 for name, weight in weights.items()
                 if isinstance(weight, QuantizedWeight)
             },
-            "golden": {"prompt": self.prompt, "outputs": "NumPy in float64 from the stored inputs, then float32"},
+            "golden": {"prompt": self.prompt, "outputs": "NumPy in float64 from the stored inputs, then float32",
+                       "simulated": self.encodings is not None},
             "tolerances": {v.tap: asdict(limits[v.tap]) for s in plan.runs[0] for v in s.outputs if v.tap},
             "graphs": {
                 spec.name: {
@@ -203,25 +250,40 @@ class Parts:
 Arrays = dict[str, np.ndarray]
 
 
-def goldens(model: Model, plan: Plan, prompt: list[int]) -> Iterator[tuple[GraphSpec, Arrays, Arrays]]:
-    """Each graph with golden inputs and outputs, run by run: the first reads the prompt, each other goes on from there.
+def goldens(
+    model: Model, plan: Plan, prompt: list[int], encodings: Encodings | None = None
+) -> Iterator[tuple[GraphSpec, dict[str, Arrays]]]:
+    """Each graph with its golden "input" and "output", run by run: the first reads the prompt, each other goes on.
 
     It goes on with the likeliest token, and then, where more are asked for, with the prompt again. Outputs are what
     NumPy computes in float64 from the very inputs, rounded to float32, and the next part is given those.
+
+    With `encodings` there is also what the simulation of a quantized device says: "simulated", from the golden
+    inputs, and "simulated_chained", from what it said of the graphs before.
     """
-    after_prompt = Arrays()
+    simulation = SimulatedModel(model, encodings) if encodings else None
+    after_prompt, after_simulated = Arrays(), Arrays()
     for run in plan.runs:
-        ids, flow = prompt, Arrays(after_prompt)
+        ids, flow, simulated = prompt, Arrays(after_prompt), Arrays(after_simulated)
         if after_prompt:
             ids = list(islice(cycle([int(flow["logits"][0, -1].argmax()), *prompt]), run[0].tokens))
         for spec in run:
             host = host_inputs(model, spec, ids)
-            inputs = {v.name: carry(spec, v, flow) if v.source else host[v.name] for v in spec.inputs}
+
+            def linked(flow: Arrays, spec: GraphSpec = spec, host: Arrays = host) -> Arrays:
+                return {v.name: carry(spec, v, flow) if v.source else host[v.name] for v in spec.inputs}
+
+            inputs = linked(flow)
             computed = spec.part.outputs(model.config, model.weights, NumPyOps("float64"), inputs)
             outputs = {v.name: np.ascontiguousarray(computed[v.name], v.dtype) for v in spec.outputs}
+            case = {"input": inputs, "output": outputs}
+            if simulation:
+                case["simulated"] = simulate_graph(simulation, spec, inputs)
+                case["simulated_chained"] = simulate_graph(simulation, spec, linked(simulated))
+                simulated |= case["simulated_chained"]
             flow |= outputs
-            yield spec, inputs, outputs
-        after_prompt = after_prompt or flow
+            yield spec, case
+        after_prompt, after_simulated = after_prompt or flow, after_simulated or simulated
 
 
 def check_free(folder: Path, overwrite: bool) -> None:

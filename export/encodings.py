@@ -21,27 +21,29 @@ import math
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from onnx import ModelProto, TensorProto, numpy_helper
+from onnx import TensorProto, numpy_helper
 
 import refimpl
-from export.parts import GraphSpec
+from export.graph import Built, Parameter
+from export.parts import GraphSpec, boundary
 from kernels.affine import LPBQ_STEPS, Encoding, from_range
 from refimpl.encodings import COS, EMBED, INPUTS, MASK, SIN, Encodings, Float16, near
 from refimpl.errors import InputError
 from refimpl.files import read_json
 from refimpl.model import Model
 from refimpl.names import taps
-from refimpl.simulate import SimulatedModel, on_grid
+from refimpl.simulate import Grid, SimulatedModel, on_grid
 
 VERSIONS = ("0.6.1", "1.0.0", "2.0.0")
 LARGEST = 1 << 30  # bytes of a file that is read: 7 B weights in LPBQ blocks of 64 are 0.3 GB
 MOVES = {"Reshape", "Transpose", "Split", "Slice", "Squeeze", "Unsqueeze", "Identity", "Cast", "Pad", "Expand"}
+_HIDDEN = re.compile(r"_model_(?:layers_(\d{1,6})_Add_1_Add|embed_tokens_Gather_Gather)_output_0")
 _CACHE = re.compile(r"past_(key|value)_(\d{1,6})_(?:in|out)")
 
 
@@ -196,6 +198,8 @@ def _tap_of(name: str) -> str:
     """The tap that an end of a graph shows: keys and values are one tensor, whether they come or go."""
     if found := _CACHE.fullmatch(name):
         return f"model.layers.{int(found[2])}.self_attn.{found[1]}"
+    if found := _HIDDEN.fullmatch(name):
+        return boundary(int(found[1]) + 1 if found[1] else 0)
     return "lm_head" if name == "logits" else name
 
 
@@ -310,7 +314,7 @@ def _array(values: Any, shape: list[int], what: str) -> np.ndarray:
     return np.array(flat, np.float64).reshape(shape)
 
 
-def graph_encodings(encodings: Encodings, spec: GraphSpec, proto: ModelProto) -> Encodings:
+def graph_encodings(encodings: Encodings, spec: GraphSpec, built: Built) -> Encodings:
     """The encodings of one graph, by the names of its own values and initializers, as its `model.encodings` has them.
 
     What a tap shows has the tap's grid; the rest follows from it:
@@ -320,23 +324,48 @@ def graph_encodings(encodings: Encodings, spec: GraphSpec, proto: ModelProto) ->
     - operations that only move data hand on their input's grid, or take their output's if there is no other, and so do
       a Concat, whose inputs share a grid, and a product with a constant, whose grid is that many times finer;
     - a product with cos or sin is no larger than the other factor; scores + mask need the sum of both ranges;
-    - sigmoid's output is in [0, 1].
+    - sigmoid's output is in [0, 1];
+    - a head of W_pack that only moves on to be a value (or, without RoPE, a key) is on that one's grid from the start.
 
     What then has none is what an RMSNorm computes inside, and what a Gather gives.
     """
-    graph = proto.graph
+    graph = built.proto.graph
     infos = [*graph.input, *graph.value_info, *graph.output]
     floats = {info.name for info in infos if info.type.tensor_type.elem_type == TensorProto.FLOAT}
-    known: dict[str, Encoding | Float16] = {n: e for n, e in encodings.activations.items() if n in floats}
-    for value in [*spec.inputs, *spec.outputs]:
-        tap = _tap_of(value.name)
-        if tap in encodings.activations:
-            known[value.name] = encodings.activations[tap]
-        elif value in spec.inputs and f"{tap}.weight" == EMBED and EMBED in encodings.parameters:
-            known[value.name] = encodings.parameters[EMBED]
+    taps_of = built.shown | {value.name: _tap_of(value.tap or value.name) for value in [*spec.inputs, *spec.outputs]}
+    taps_of = {name: taps_of.get(name, name) for name in floats}
+    late = {name for name in built.shown if taps_of.get(name, "").endswith(".W_pack")}
+    known = {n: encodings.activations[tap] for n, tap in taps_of.items() if tap in encodings.activations} | {
+        value.name: encodings.parameters[EMBED]
+        for value in spec.inputs
+        if f"{value.tap}.weight" == EMBED and EMBED in encodings.parameters
+    }
+    kept = {name: known.pop(name) for name in late & set(known)}
     scalars = {i.name: float(numpy_helper.to_array(i)) for i in graph.initializer if not i.dims and i.data_type == 1}
+    for more in ({}, kept):
+        known = more | known
+        _spread(graph, known, floats, scalars)
+    ordered = {name: known[name] for name in dict.fromkeys(info.name for info in infos) if name in known}
+    parameters = {
+        name: _rows(encodings.parameters[parameter.of], parameter)
+        for name, parameter in built.parameters.items()
+        if parameter.of in encodings.parameters
+    }
+    return Encodings(ordered, parameters)
+
+
+def _rows(encoding: Grid, parameter: Parameter) -> Grid:
+    rows = slice(parameter.rows.start, parameter.rows.stop)
+    return encoding.rows(rows) if isinstance(encoding, Encoding) else encoding
+
+
+def _spread(graph: Any, known: dict[str, Grid], floats: set[str], scalars: Mapping[str, float]) -> None:
+    """Adds to `known` what follows from it, once forward through the graph and once backward."""
+    moved: dict[str, str] = {}  # what only moves data -> what it moves
     for node in graph.node:
-        new = _forward(node, known)
+        if node.op_type in MOVES:
+            moved.update(dict.fromkeys(node.output, moved.get(node.input[0], node.input[0])))
+        new = _forward(node, known, [moved.get(name, name) for name in node.input], scalars)
         known.update({name: new for name in node.output if new and name in floats and name not in known})
     for node in reversed(graph.node):
         new = known.get(node.output[0])
@@ -345,11 +374,7 @@ def graph_encodings(encodings: Encodings, spec: GraphSpec, proto: ModelProto) ->
             new = replace(new, scale=new.scale / scalars[node.input[1]])
         elif node.op_type not in MOVES | {"Concat"}:
             continue
-        sources = [name for name in sources if name in floats and name not in known]
-        known.update({name: new for name in sources if new})
-    initializers = {initializer.name for initializer in graph.initializer}
-    ordered = {name: known[name] for name in dict.fromkeys(info.name for info in infos) if name in known}
-    return Encodings(ordered, {name: e for name, e in encodings.parameters.items() if name in initializers})
+        known.update({name: new for name in sources if new and name in floats and name not in known})
 
 
 def simulate_graph(model: SimulatedModel, spec: GraphSpec, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -360,16 +385,20 @@ def simulate_graph(model: SimulatedModel, spec: GraphSpec, inputs: Mapping[str, 
     known = model.encodings.activations
     table = model.encodings.parameters.get(EMBED)
     fed = {}
-    for name, x in inputs.items():
-        grid = table if f"{name}.weight" == EMBED else known.get(_tap_of(name))
+    for value in spec.inputs:
+        name, x = value.name, inputs[value.name]
+        grid = table if f"{value.tap}.weight" == EMBED else known.get(_tap_of(value.tap or name))
         fed[name] = on_grid(x, grid, model.rounding) if grid and x.dtype == np.float32 else x
     ops = model.operations()
     computed = spec.part.outputs(model.config, model.weights, ops, fed, ops.quantizing())
     return {value.name: np.ascontiguousarray(computed[value.name], value.dtype) for value in spec.outputs}
 
 
-def _forward(node: Any, known: Mapping[str, Encoding | Float16]) -> Encoding | Float16 | None:
-    """The grid that a node's outputs have by those of its inputs, or None if that does not follow."""
+def _forward(node: Any, known: Mapping[str, Grid], origins: Sequence[str], scalars: Mapping[str, float]) -> Grid | None:
+    """The grid that a node's outputs have by those of its inputs, or None if that does not follow.
+
+    `origins`: what the inputs were before they were moved.
+    """
     grids = [known.get(name) for name in node.input]
     first = grids[0]
     if node.op_type in MOVES:
@@ -381,9 +410,11 @@ def _forward(node: Any, known: Mapping[str, Encoding | Float16]) -> Encoding | F
     if node.op_type == "Sigmoid":
         return from_range(0.0, 1.0, first.bits)
     second = grids[1] if len(grids) > 1 else None
-    if node.op_type == "Mul" and node.input[1] in (COS, SIN) and second:
+    if node.op_type == "Mul" and node.input[1] in scalars:
+        return replace(first, scale=first.scale * scalars[node.input[1]])
+    if node.op_type == "Mul" and origins[1] in (COS, SIN) and second:
         largest = max(-float(first.low), float(first.high))
         return from_range(-largest, largest, first.bits)
-    if node.op_type == "Add" and node.input[1] == MASK and isinstance(second, Encoding):
+    if node.op_type == "Add" and origins[1] == MASK and isinstance(second, Encoding):
         return from_range(first.low + second.low, first.high + second.high, first.bits)
     return None

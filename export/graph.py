@@ -1,16 +1,13 @@
-"""The ONNX backend: the decoder's vocabulary over symbols, and the graph that they leave behind.
-
-`OnnxOps` has the functions of `kernels.ops.NumPyOps`. Its tensors know their shape and nothing else: to compute with
-them is to write a node. So the graph that a phone runs is `refimpl/decoder.py`, and there is no second forward.
+"""Symbols that leave a graph behind: to compute with a `Tensor` is to write a node.
 
 Weights stay where they are: a `Parameter` enters the graph as a place in `model.data`, which `write_data` fills tile
 by tile. The protobuf holds no weight, so neither its limit of 2 GiB nor a computer's memory limits the model.
 
 >>> graph = Graph()
 >>> x = graph.input("x", (1, 3, 8))
->>> y = graph.tap("halves", OnnxOps(graph).sigmoid(x * 0.5).reshape(3, 8))
+>>> y = graph.tap("half", (x * 0.5).reshape(3, 8))
 >>> [node.op_type + " -> " + node.output[0] for node in graph.build("g", [x], [y]).proto.graph.node]
-['Mul -> Mul_0', 'Sigmoid -> Sigmoid_0', 'Reshape -> halves']
+['Mul -> Mul_0', 'Reshape -> half']
 """
 
 from __future__ import annotations
@@ -26,24 +23,42 @@ from typing import Any, BinaryIO
 import numpy as np
 from onnx import ModelProto, TensorProto, ValueInfoProto, helper, numpy_helper
 
-from kernels import int4
+from export.heads import Stack, apply
 from kernels.ops import TILE_BYTES, Readable
-from refimpl.errors import InputError
 
 ALIGNMENT = 4096  # of a weight in model.data: a page, so that a runtime can map it
-INT4_OPSET = 21  # the first with INT4 and with DequantizeLinear in blocks
+BITS: dict[int, int] = {TensorProto.INT4: 4, TensorProto.UINT8: 8}  # of an element in model.data; of all others 32
 
 
 @dataclass(frozen=True)
 class Parameter:
-    """What `OnnxOps` reads: a parameter's name, which becomes the initializer's, and its values."""
+    """Some rows of a parameter, or all, as an initializer of a graph: its name there, and that `of` the parameter."""
 
     name: str
+    of: str
     weight: Readable
+    rows: range
+
+    @classmethod
+    def whole(cls, name: str, weight: Readable) -> Parameter:
+        """All of a parameter, under its own name."""
+        return cls(name, name, weight, range(weight.shape[0]))
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return self.weight.shape
+        return (len(self.rows), *self.weight.shape[1:])
+
+    def part(self, start: int, stop: int, suffix: str) -> Parameter:
+        """Some of its rows: `W_pack.weight` and "0.7" make `W_pack.0.7.weight`."""
+        module, _, kind = self.name.rpartition(".")
+        return Parameter(f"{module}.{suffix}.{kind}", self.of, self.weight, self.rows[start:stop])
+
+    def tiles(self) -> Iterator[np.ndarray]:
+        """The values in float32, TILE_BYTES of rows at a time."""
+        step = max(1, TILE_BYTES // 4 // math.prod(self.shape[1:]))
+        for i in range(0, len(self.rows), step):
+            rows = self.rows[i : i + step]
+            yield self.weight.read(np.dtype(np.float32), slice(rows.start, rows.stop)).astype("<f4", copy=False)
 
 
 @dataclass(eq=False)
@@ -54,17 +69,22 @@ class Node:
     inputs: Sequence[Tensor]
     outputs: list[Tensor] = field(default_factory=list)
     attributes: Mapping[str, Any] = field(default_factory=dict)
+    domain: str = ""
 
 
 @dataclass(eq=False)
 class Tensor:
-    """A value of a graph: its shape, its node if one computes it, and its name if it was tapped or is an input."""
+    """A value of a graph: its shape, its node if one computes it, and its name if it was tapped or is an input.
+
+    `features(start, stop, suffix)`, of what a linear gives: some of its features, by a linear of their own.
+    """
 
     graph: Graph
     shape: tuple[int, ...]
     name: str = ""
     dtype: int = TensorProto.FLOAT
     node: Node | None = None
+    features: Callable[[int, int, str], Tensor] | None = None
 
     def __add__(self, other: Tensor | float) -> Tensor:
         return self.graph.elementwise("Add", self, other)
@@ -75,18 +95,38 @@ class Tensor:
     def __mul__(self, other: Tensor | float) -> Tensor:
         return self.graph.elementwise("Mul", self, other)
 
-    def reshape(self, *shape: int) -> Tensor:
+    def reshape(self, *shape: int) -> Any:
+        """The same values in another shape; or a `Stack` of the heads of a linear, where they are to be single."""
         if math.prod(shape) != math.prod(self.shape):
             raise ValueError(f"cannot reshape {self.shape} to {shape}")
-        return self.graph.add("Reshape", (self, self.graph.constant(np.array(shape, np.int64))), shape)
+        per_head = len(shape) == 4 and shape[:2] == self.shape[:2] and shape[2] > 1
+        if per_head and self.features and "heads" in self.graph.forms:
+            size, features = shape[3], self.features
+            heads = (features(head * size, (head + 1) * size, str(head)) for head in range(shape[2]))
+            return Stack(tuple(head.reshape(*shape[:2], 1, size) for head in heads), axis=2)
+        source = self.behind("Reshape")
+        if source.shape == shape:
+            return source
+        return self.graph.add("Reshape", (source, self.graph.constant(np.array(shape, np.int64))), shape)
 
     def transpose(self, *axes: int) -> Tensor:
-        """The axes in this order. Where the tensor is itself a transpose, and nobody named it, one does for both."""
-        source = self
-        if self.node and self.node.op == "Transpose" and not self.name:
-            source, axes = self.node.inputs[0], tuple(self.node.attributes["perm"][axis] for axis in axes)
-        shape = tuple(source.shape[axis] for axis in axes)
-        return self.graph.add("Transpose", (source,), shape, perm=axes)
+        """The axes in this order."""
+        source = self.behind("Transpose")
+        if source is not self and self.node:
+            axes = tuple(self.node.attributes["perm"][axis] for axis in axes)
+        if axes == tuple(range(len(axes))):
+            return source
+        return self.graph.add("Transpose", (source,), tuple(source.shape[axis] for axis in axes), perm=axes)
+
+    def cut(self, axis: int, index: int) -> Tensor:
+        """What lies at one place of an axis, which stays as 1."""
+        shape = (*self.shape[:axis], 1, *self.shape[axis + 1 :])
+        numbers = [self.graph.constant(np.array([n], np.int32)) for n in (index, index + 1, axis)]
+        return self.graph.add("Slice", (self, *numbers), shape)
+
+    def behind(self, op: str) -> Tensor:
+        """The input of the node that computed the tensor, if it is of this kind and nobody named what it gave."""
+        return self.node.inputs[0] if self.node and self.node.op == op and not self.name else self
 
 
 @dataclass(frozen=True)
@@ -96,13 +136,21 @@ class Built:
     proto: ModelProto
     layout: dict[str, tuple[int, int]]  # initializer -> (offset, length) in bytes
     tiles: dict[str, Callable[[], Iterator[np.ndarray]]]  # initializer -> its values, a few rows at a time
+    shown: dict[str, str]  # a head's value -> the tap that it is a piece of
+    parameters: dict[str, Parameter]  # initializer in float32 -> whose rows it has
 
 
 class Graph:
-    """Collects nodes, constants and parameters; `build` makes an ONNX model of those that an output needs."""
+    """Collects nodes, constants and parameters; `build` makes an ONNX model of those that an output needs.
 
-    def __init__(self) -> None:
-        self.nodes: list[Node] = []
+    `forms`: how operations are lowered, in words of `export.profiles.FORMS`.
+    """
+
+    def __init__(self, forms: Iterable[str] = ()) -> None:
+        self.forms = frozenset(forms)
+        self.nodes: dict[tuple, Node] = {}
+        self.shown: dict[str, str] = {}
+        self.sources: dict[str, Parameter] = {}
         self.constants: dict[tuple, Tensor] = {}
         self.arrays: dict[Tensor, np.ndarray] = {}
         self.parameters: dict[str, Tensor] = {}
@@ -126,20 +174,42 @@ class Graph:
             self.parameters[name], self.tiles[name] = Tensor(self, shape, name, dtype), tiles
         return self.parameters[name]
 
-    def add(self, op: str, inputs: Sequence[Tensor], *shapes: Sequence[int], **attributes: Any) -> Any:
-        """A node; returns its output, or the list of them if there are several shapes."""
-        node = Node(op, inputs, attributes=attributes)
-        node.outputs += [Tensor(self, tuple(shape), node=node) for shape in shapes]
-        self.nodes.append(node)
-        return node.outputs if len(shapes) > 1 else node.outputs[0]
+    def add(self, op: str, inputs: Sequence[Tensor], *shapes: Sequence[int], domain="", **attributes: Any) -> Any:
+        """A node; returns its output, or the list of them if there are several shapes. Equal ones are one."""
+        words = ((name, tuple(value) if isinstance(value, list) else value) for name, value in attributes.items())
+        key = (op, *inputs, *map(tuple, shapes), *words)
+        if key not in self.nodes:
+            node = self.nodes[key] = Node(op, inputs, attributes=attributes, domain=domain)
+            node.outputs += [Tensor(self, tuple(shape), node=node) for shape in shapes]
+        outputs = self.nodes[key].outputs
+        return outputs if len(shapes) > 1 else outputs[0]
 
     def elementwise(self, op: str, a: Tensor, b: Tensor | float) -> Tensor:
         """`a op b` with NumPy's broadcasting; a Python number becomes a float32 scalar."""
-        second = b if isinstance(b, Tensor) else self.constant(np.array(b, np.float32))
-        return self.add(op, (a, second), np.broadcast_shapes(a.shape, second.shape))
+        if not isinstance(b, Tensor):
+            if op == "Mul" and "scale-on-key" in self.forms and a.node and a.node.op == "MatMul" and not a.name:
+                query, key = a.node.inputs
+                return self.add("MatMul", (query, key * b), a.shape)
+            b = self.constant(np.array(b, np.float32))
+        wide = b.behind("Reshape")
+        if len(b.shape) < len(wide.shape) and a.shape == wide.shape[-1:]:  # a norm's gain, on its side of the reshape
+            return self.elementwise(op, a, wide).reshape(*b.shape)
+        return self.add(op, (a, b), np.broadcast_shapes(a.shape, b.shape))
 
-    def tap(self, name: str, x: Tensor) -> Tensor:
+    def concat(self, pieces: Sequence[Any], axis: int) -> Any:
+        """Tensors side by side, or each head's."""
+        if any(isinstance(piece, Stack) for piece in pieces):
+            return apply(lambda *heads: self.concat(heads, axis), *pieces)
+        shape = list(pieces[0].shape)
+        shape[axis] = sum(piece.shape[axis] for piece in pieces)
+        return self.add("Concat", tuple(pieces), shape, axis=axis)
+
+    def tap(self, name: str, x: Any) -> Any:
         """Names the value, so that the graph speaks of tensors as every other trace of the model does."""
+        if isinstance(x, Stack):
+            pieces = tuple(self.tap(f"{name}.{head}", piece) for head, piece in enumerate(x.pieces))
+            self.shown.update({piece.name: name for piece in pieces})
+            return Stack(pieces, x.axis, x.group)
         if x.name:  # one value under two names
             x = self.add("Identity", (x,), x.shape)
         x.name = name
@@ -154,10 +224,11 @@ class Graph:
         """
         needed: set[Tensor] = set(outputs)
         nodes: list[Node] = []
-        for node in reversed(self.nodes):
+        for node in reversed(self.nodes.values()):
             if not needed.isdisjoint(node.outputs):
                 needed.update(node.inputs)
-                nodes.insert(0, node)
+                nodes.append(node)
+        nodes.reverse()
         number: dict[str, Iterator[int]] = defaultdict(count)
         for node in nodes:
             for tensor in node.outputs:
@@ -169,7 +240,7 @@ class Graph:
         protos = []
         for node in nodes:
             takes, gives = ([t.name for t in tensors] for tensors in (node.inputs, node.outputs))
-            protos.append(helper.make_node(node.op, takes, gives, name=gives[0], **node.attributes))
+            protos.append(helper.make_node(node.op, takes, gives, gives[0], domain=node.domain, **node.attributes))
         initializers = [numpy_helper.from_array(a, t.name) for t, a in self.arrays.items() if t in needed]
         parameters = [t for t in self.parameters.values() if t in needed]
         layout = place(parameters)
@@ -177,9 +248,13 @@ class Graph:
         inner = [info(t) for node in nodes for t in node.outputs if t not in set(outputs)]
         graph = helper.make_graph(protos, name, [info(t) for t in inputs], [info(t) for t in outputs], initializers,
                                   value_info=inner)  # fmt: skip
-        opsets = [helper.make_opsetid("", opset)]
+        opsets = [helper.make_opsetid(domain, 1) for domain in sorted({node.domain for node in nodes} - {""})]
+        opsets.insert(0, helper.make_opsetid("", opset))
         proto = helper.make_model(graph, opset_imports=opsets, ir_version=ir_version, producer_name="refimpl")
-        return Built(proto, layout, {t.name: self.tiles[t.name] for t in parameters})
+        values = {tensor.name for tensor in needed}
+        shown = {name: tap for name, tap in self.shown.items() if name in values}
+        sources = {name: parameter for name, parameter in self.sources.items() if name in layout}
+        return Built(proto, layout, {t.name: self.tiles[t.name] for t in parameters}, shown, sources)
 
 
 def place(parameters: Iterable[Tensor]) -> dict[str, tuple[int, int]]:
@@ -187,8 +262,7 @@ def place(parameters: Iterable[Tensor]) -> dict[str, tuple[int, int]]:
     layout, end = {}, 0
     for tensor in parameters:
         offset = -(-end // ALIGNMENT) * ALIGNMENT
-        bits = 4 if tensor.dtype == TensorProto.INT4 else 32
-        layout[tensor.name] = (offset, -(-math.prod(tensor.shape) * bits // 8))
+        layout[tensor.name] = (offset, -(-math.prod(tensor.shape) * BITS.get(tensor.dtype, 32) // 8))
         end = sum(layout[tensor.name])
     return layout
 
@@ -217,91 +291,3 @@ def write_data(file: BinaryIO, built: Built) -> str:
             raise ValueError(f"{name} has {written} bytes, the graph says {length}")
         end += written
     return digest.hexdigest()
-
-
-def row_tiles(weight: Readable) -> Iterator[np.ndarray]:
-    """The parameter in float32, TILE_BYTES of rows at a time."""
-    step = max(1, TILE_BYTES // 4 // math.prod(weight.shape[1:]))
-    for start in range(0, weight.shape[0], step):
-        yield weight.read(np.dtype(np.float32), slice(start, start + step)).astype("<f4", copy=False)
-
-
-class OnnxOps:
-    """The operations of `kernels.ops.NumPyOps`, each as the ONNX nodes that compute it in float32.
-
-    Raises InputError for 4-bit weights in an opset that cannot say them.
-    """
-
-    def __init__(self, graph: Graph, opset: int = 21):
-        self.graph, self.opset = graph, opset
-
-    def upcast(self, x: Tensor) -> Tensor:
-        """The same: everything is float32."""
-        return x
-
-    def type_as(self, x: Tensor, other: Tensor) -> Tensor:
-        """The same: everything is float32."""
-        return x
-
-    def parameter(self, weight: Parameter) -> Tensor:
-        """An initializer in float32; or codes, scales and zero points, where DequantizeLinear knows the format.
-
-        That is INT4 in blocks along the rows. Any other format goes out as the values that it stands for.
-        """
-        graph, blocks = self.graph, getattr(weight.weight, "blocks", None)
-        if blocks is None or (blocks.format, blocks.axis) != ("int4", 1) or blocks.shape[1] % 2:
-            return graph.parameter(weight.name, weight.shape, TensorProto.FLOAT, lambda: row_tiles(weight.weight))
-        if self.opset < INT4_OPSET:
-            raise InputError(f"{weight.name} is in 4-bit blocks, which opset {self.opset} lacks; use {INT4_OPSET}")
-        names = [f"{weight.name}.{part}" for part in ("codes", "scales", "zero_points")]
-        inputs = [
-            graph.parameter(names[0], blocks.shape, TensorProto.INT4, lambda: iter([blocks.packed])),
-            graph.parameter(names[1], blocks.scales.shape, TensorProto.FLOAT, lambda: iter([blocks.scales])),
-        ]
-        if blocks.zero_points is not None:
-            packed = int4.pack(blocks.zero_points.reshape(1, -1))
-            inputs.append(graph.parameter(names[2], blocks.scales.shape, TensorProto.INT4, lambda: iter([packed])))
-        form = dict(axis=1, block_size=blocks.block_size)
-        return graph.tap(weight.name, graph.add("DequantizeLinear", inputs, blocks.shape, **form))
-
-    def take(self, weight: Parameter, ids: Tensor) -> Tensor:
-        return self.graph.add("Gather", (self.parameter(weight), ids), (*ids.shape, weight.shape[1]), axis=0)
-
-    def linear(self, x: Tensor, weight: Parameter, bias: Parameter | None = None) -> Tensor:
-        """Gemm, which takes a weight as the checkpoint has it, (O, I), and nobody has to transpose it."""
-        out_features, in_features = weight.shape
-        rows = math.prod(x.shape[:-1])
-        inputs = [x.reshape(rows, in_features), self.parameter(weight)] + ([self.parameter(bias)] if bias else [])
-        out = self.graph.add("Gemm", inputs, (rows, out_features), transB=1)
-        return out.reshape(*x.shape[:-1], out_features)
-
-    def matmul(self, a: Tensor, b: Tensor) -> Tensor:
-        batch = np.broadcast_shapes(a.shape[:-2], b.shape[:-2])
-        return self.graph.add("MatMul", (a, b), (*batch, a.shape[-2], b.shape[-1]))
-
-    weighted_sum = matmul
-
-    def mean(self, x: Tensor) -> Tensor:
-        """Over the last axis, which stays as 1. (Since opset 18 the axes are an input.)"""
-        axes, shape = np.array([-1], np.int64), (*x.shape[:-1], 1)
-        if self.opset < 18:
-            return self.graph.add("ReduceMean", (x,), shape, axes=axes.tolist())
-        return self.graph.add("ReduceMean", (x, self.graph.constant(axes)), shape)
-
-    def rsqrt(self, x: Tensor) -> Tensor:
-        return self.graph.add("Reciprocal", (self.graph.add("Sqrt", (x,), x.shape),), x.shape)
-
-    def sigmoid(self, x: Tensor) -> Tensor:
-        return self.graph.add("Sigmoid", (x,), x.shape)
-
-    def softmax(self, x: Tensor) -> Tensor:
-        return self.graph.add("Softmax", (x,), x.shape, axis=-1)
-
-    def split(self, x: Tensor, sizes: Sequence[int]) -> list[Tensor]:
-        shapes = [(*x.shape[:-1], size) for size in sizes]
-        return self.graph.add("Split", (x, self.graph.constant(np.array(sizes, np.int64))), *shapes, axis=-1)
-
-    def concat(self, pieces: Sequence[Tensor], axis: int = -1) -> Tensor:
-        shape = list(pieces[0].shape)
-        shape[axis] = sum(piece.shape[axis] for piece in pieces)
-        return self.graph.add("Concat", pieces, shape, axis=axis)

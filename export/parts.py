@@ -22,11 +22,12 @@ from typing import Any
 
 import numpy as np
 
+from export.profiles import profile_named
 from refimpl.config import Config
 from refimpl.decoder import Decoder
 from refimpl.errors import InputError, at_most
 from refimpl.model import Model
-from refimpl.positions import attention_bias, token_positions
+from refimpl.positions import LOWEST, attention_bias, token_positions
 from refimpl.trace import Tap, silent
 
 
@@ -73,22 +74,27 @@ class Part:
     layers: range
     embeds: bool
     heads: bool
+    hub_names: bool = False
 
     @property
     def reads(self) -> str:
         """The name of the first input."""
-        return "input_ids" if self.embeds else boundary(self.layers.start)
+        return "input_ids" if self.embeds else self._hidden(self.layers.start)
 
     @property
     def gives(self) -> str:
         """The name of the first output."""
-        return "logits" if self.heads else boundary(self.layers.stop)
+        return "logits" if self.heads else self._hidden(self.layers.stop)
+
+    def _hidden(self, layer: int) -> str:
+        return hub_boundary(layer) if self.hub_names else boundary(layer)
 
     def outputs(self, config: Config, weights: Mapping, ops: Any, inputs: Mapping, tap: Tap = silent) -> dict[str, Any]:
         """What the part computes of `inputs`, by ONNX name, in the order of the graph."""
         new: dict[str, Any] = {}
         decoder = Decoder(config, weights, ops, tap, StaticCache(inputs, new, ops))
-        x = decoder.embed(inputs["input_ids"]) if self.embeds else ops.upcast(inputs[self.reads])
+        x = decoder.embed(inputs["input_ids"]) if self.embeds else inputs[self.reads]
+        x = ops.upcast(x) if isinstance(x, np.ndarray) else x  # the host gives float32, whatever we compute in
         cos, sin = inputs.get("position_ids_cos"), inputs.get("position_ids_sin")
         for layer in self.layers:
             x = decoder.layer(layer, x, cos, sin, inputs["attention_mask"])
@@ -100,7 +106,12 @@ def boundary(layer: int) -> str:
     return f"model.layers.{layer - 1}" if layer else "model.embed_tokens"
 
 
-def split(layers: int, parts: int) -> list[Part]:
+def hub_boundary(layer: int) -> str:
+    """The same in Qualcomm's published parts of Baichuan2, after AI Hub has made each `.` and `/` a `_`."""
+    return f"_model_layers_{layer - 1}_Add_1_Add_output_0" if layer else "_model_embed_tokens_Gather_Gather_output_0"
+
+
+def split(layers: int, parts: int, hub_names: bool = False) -> list[Part]:
     """The embedding alone, then the layers as evenly as they go, the last of them with the head; or all in one part.
 
     Raises InputError if there are fewer layers than parts to hold them.
@@ -113,11 +124,11 @@ def split(layers: int, parts: int) -> list[Part]:
             f"parts is {parts}, expected 1 to {layers + 1}: the embedding, and a layer or more in each other"
         )
     if parts == 1:
-        return [Part(1, 1, range(layers), embeds=True, heads=True)]
+        return [Part(1, 1, range(layers), embeds=True, heads=True, hub_names=hub_names)]
     sizes = [len(group) for group in np.array_split(range(layers), parts - 1)]
     stops = [0, *np.cumsum(sizes).tolist()]
     starts = [0, 0, *stops[1:-1]]
-    return [Part(i + 1, parts, range(starts[i], stops[i]), i == 0, i == parts - 1) for i in range(parts)]
+    return [Part(i + 1, parts, range(starts[i], stops[i]), i == 0, i == parts - 1, hub_names) for i in range(parts)]
 
 
 @dataclass(frozen=True)
@@ -130,6 +141,7 @@ class GraphSpec:
     context: int
     real: int
     past: int
+    lowest_mask: float = LOWEST
 
     @property
     def name(self) -> str:
@@ -145,7 +157,8 @@ class GraphSpec:
         if part.embeds:
             values = [Value("input_ids", (1, S), 1, "int32")]
         else:
-            values = [Value(part.reads, (1, S, config.hidden_size), 1, tap=part.reads, source=part.reads)]
+            hidden = (1, S, config.hidden_size)
+            values = [Value(part.reads, hidden, 1, tap=boundary(part.layers.start), source=part.reads)]
         if part.layers:
             values.append(Value("attention_mask", (1, bias_heads, S, self.context), 2))
         if part.layers and not config.alibi:
@@ -160,7 +173,7 @@ class GraphSpec:
     def outputs(self) -> list[Value]:
         """In the order of the graph: hidden state or logits, then each layer's new keys and values."""
         config, part, S = self.config, self.part, self.tokens
-        size, tap = (config.vocab_size, "lm_head") if part.heads else (config.hidden_size, part.gives)
+        size, tap = (config.vocab_size, "lm_head") if part.heads else (config.hidden_size, boundary(part.layers.stop))
         values = [Value(part.gives, (1, S, size), 1, tap=tap)]
         for layer in part.layers:
             for what, shape, axis, tap_axes in self._cache(S):
@@ -178,6 +191,8 @@ class GraphSpec:
 class Plan:
     """Which graphs an export has: `tokens` at a time, largest first, for each part; a golden prompt of `prompt` tokens.
 
+    `profile` says what the host writes, and the names.
+
     Raises InputError for numbers that do not fit the config, or each other.
     """
 
@@ -186,6 +201,7 @@ class Plan:
     context: int
     parts: int
     prompt: int = 1
+    profile: str = "plain"
 
     def __post_init__(self) -> None:
         longest, sizes = self.config.max_position_embeddings, self.tokens
@@ -203,6 +219,7 @@ class Plan:
             raise InputError(
                 f"the prompt has {self.prompt} tokens, expected 1 to {self.room}, as many as fit every graph"
             )
+        profile_named(self.profile)
         split(self.config.num_hidden_layers, self.parts)
 
     @property
@@ -213,11 +230,13 @@ class Plan:
     @property
     def runs(self) -> list[list[GraphSpec]]:
         """The graphs of each size. Those of the largest read the prompt; the others have it as their past."""
-        parts = split(self.config.num_hidden_layers, self.parts)
+        profile = profile_named(self.profile)
+        parts = split(self.config.num_hidden_layers, self.parts, profile.hub_names)
         runs: list[list[GraphSpec]] = []
         for tokens in self.tokens:
             real, past = (tokens, self.prompt) if runs else (self.prompt, 0)
-            runs.append([GraphSpec(self.config, part, tokens, self.context, real, past) for part in parts])
+            numbers = (tokens, self.context, real, past, profile.lowest_mask)
+            runs.append([GraphSpec(self.config, part, *numbers) for part in parts])
         return runs
 
 
@@ -225,15 +244,17 @@ def host_inputs(model: Model, spec: GraphSpec, ids: Sequence[int]) -> dict[str, 
     """What the host computes for `ids`, as many as are real: ids, mask, position tables.
 
     All is aligned to the right of its window: `[padding, past, padding, ids]`. Positions count what is not padding.
-    A masked place gets the low number of `refimpl.positions.attention_bias`, which float16 holds, too.
+    A masked place gets the profile's lowest number: -30000, which float16 holds, too, or the -50 that 16 bits with a
+    step of 0.0008 hold, and that Genie writes.
     """
     mask = np.zeros((1, spec.context), np.int64)
     start = spec.context - spec.tokens
     mask[:, start - spec.past : start] = 1
     mask[:, spec.context - spec.real :] = 1
+    bias = attention_bias(model.config, mask, spec.tokens, np.float32)
     inputs = {
         "input_ids": np.array([[0] * (spec.tokens - spec.real) + list(ids)], np.int32),
-        "attention_mask": attention_bias(model.config, mask, spec.tokens, np.float32),
+        "attention_mask": np.maximum(bias, np.float32(spec.lowest_mask)),
     }
     cos, sin = model.position_tables(token_positions(mask)[:, start:], np.float64)
     if cos is not None and sin is not None:

@@ -137,10 +137,15 @@ def read_manifest(folder: Path, weights: bool = True) -> tuple[Plan, dict[str, T
             raise ValueError("it describes more layers than there are files for")
         plan = Plan(config, **{**stated, "tokens": tuple(stated["tokens"])})
         specs = [spec for run in plan.runs for spec in run]
+        simulated = manifest["golden"]["simulated"]
         limits = {v.tap: Tolerance(**manifest["tolerances"][v.tap]) for s in specs for v in s.outputs if v.tap}
         if not all(isinstance(limit.relative, float) and 0 <= limit.relative <= LARGEST for limit in limits.values()):
             raise ValueError(f"a tolerance is no number from 0 to {LARGEST}")
-        expected = {name: (files[name]["bytes"], files[name]["sha256"]) for spec in specs for name in file_names(spec)}
+        expected = {
+            name: (files[name]["bytes"], files[name]["sha256"])
+            for spec in specs
+            for name in file_names(spec, simulated)
+        }
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise InputError(f"{path} is damaged: {type(error).__name__} {error}; export again") from None
     expected = {name: of for name, of in expected.items() if weights or name.startswith("test_data/")}
@@ -151,9 +156,13 @@ def read_manifest(folder: Path, weights: bool = True) -> tuple[Plan, dict[str, T
     return plan, limits
 
 
-def file_names(spec: GraphSpec) -> list[str]:
+def file_names(spec: GraphSpec, simulated: bool) -> list[str]:
     """The files of a graph, relative to the export."""
     names = [f"{spec.name}/model.onnx", f"{spec.name}/model.data"]
-    for kind, values in (("input", spec.inputs), ("output", spec.outputs)):
+    kinds = [("input", spec.inputs), ("output", spec.outputs)]
+    if simulated:
+        names.append(f"{spec.name}/model.encodings")
+        kinds += [("simulated", spec.outputs), ("simulated_chained", spec.outputs)]
+    for kind, values in kinds:
         names += [f"{TEST_DATA.format(spec.name)}/{kind}_{i}.pb" for i in range(len(values))]
     return names

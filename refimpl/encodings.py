@@ -177,6 +177,21 @@ def moves_data(config: Config, kind: str) -> bool:
     return kind == "v_proj" or (kind == "query" and not config.rope_theta)
 
 
+def feature_grids(encodings: Encodings, config: Config, tap: str) -> list[tuple[int, Encoding | Float16 | None]]:
+    """The grids of a tap's features, with how many stand on each; -1 is all.
+
+    W_pack has up to three: what only moves on, to be values or, without RoPE, keys, is on that one's grid from the
+    start. A device has W_pack as three linears, and moving data is no reason to round it twice.
+    """
+    own, (at, _, kind) = encodings.activations.get(tap), tap.rpartition(".")
+    if kind != "W_pack":
+        return [(-1, own)]
+    width = config.num_key_value_heads * config.head_dim
+    key = None if config.rope_theta else encodings.activations.get(f"{at}.key")
+    value = encodings.activations.get(f"{at}.value")
+    return [(config.num_attention_heads * config.head_dim, own), (width, key or own), (width, value or own)]
+
+
 def grid_of(encodings: Encodings, config: Config, tap: str) -> Encoding | Float16 | None:
     """The grid that a tap's values stand on: its own, or that of the tensor it is cut from."""
     found = encodings.activations.get(tap)

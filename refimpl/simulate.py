@@ -14,6 +14,7 @@ Sums are float32, as in AIMET's simulation, and so depend in their last bits on 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import get_args
@@ -25,7 +26,7 @@ from kernels.ops import TILE_BYTES, NumPyOps, Readable
 from refimpl.cache import KVCache
 from refimpl.config import Config
 from refimpl.decoder import Decoder
-from refimpl.encodings import COS, MASK, SIN, Encodings, Float16, grid_of
+from refimpl.encodings import COS, MASK, SIN, Encodings, Float16, feature_grids, grid_of
 from refimpl.errors import InputError
 from refimpl.model import Model
 from refimpl.trace import Tap, silent
@@ -99,9 +100,8 @@ class SimulatedOps(NumPyOps):
         """The tap that puts each tensor on its grid, and passes it on to `then`."""
 
         def tap(name, x):
-            encoding = self.encodings.activations.get(name)
             self.grids[name.rpartition(".")[2]] = grid_of(self.encodings, self.config, name)
-            return then(name, x if encoding is None else on_grid(x, encoding, self.rounding))
+            return then(name, on_grids(x, feature_grids(self.encodings, self.config, name), self.rounding))
 
         return tap
 
@@ -182,6 +182,15 @@ class SimulatedWeight:
     @cached_property
     def _kept(self) -> np.ndarray:
         return self._read(slice(None))
+
+
+def on_grids(x: np.ndarray, grids: Sequence[tuple[int, Grid | None]], rounding: Rounding) -> np.ndarray:
+    """x with its features on the grids that `refimpl.encodings.feature_grids` gives them."""
+    if len(grids) > 1:
+        pieces = np.split(x, np.cumsum([count for count, _ in grids[:-1]]), -1)
+        return np.concatenate([on_grids(p, [g], rounding) for p, g in zip(pieces, grids, strict=True)], -1)
+    ((_, grid),) = grids
+    return x if grid is None else on_grid(x, grid, rounding)
 
 
 def on_grid(x: np.ndarray, encoding: Grid, rounding: Rounding) -> np.ndarray:

@@ -1,9 +1,7 @@
 """The command line as a person meets it: what it prints, and how it exits."""
 
-import importlib
 import json
 import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -159,45 +157,6 @@ def test_a_terminal_that_is_not_utf8():
 def test_a_full_disk_behind_standard_output():
     found = run("refimpl info > /dev/full")
     assert found.returncode == 2 and found.stderr.count(b"\n") == 1
-
-
-@pytest.mark.parametrize(
-    ("command", "module", "half_way"),
-    [
-        ("trace -p 秋风 --out OUT", "golden.bundle", "sha256"),
-        ("export --out OUT --tokens 4 --context 16", "export.emit", "write_data"),
-    ],
-)
-def test_sigterm_leaves_nothing_half_written(tmp_path, monkeypatch, capsys, command, module, half_way):
-    def killed(path, *rest):
-        assert list(tmp_path.iterdir()), "it has begun to write"
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    monkeypatch.setattr(importlib.import_module(module), half_way, killed)
-    before = signal.getsignal(signal.SIGTERM)
-    assert main(command.replace("OUT", str(tmp_path / "out")).split()) == 143
-    assert not list(tmp_path.iterdir()) and capsys.readouterr().err == "refimpl: interrupted\n"
-    assert signal.getsignal(signal.SIGTERM) is before
-
-
-def test_a_terminated_conversion_goes_on(tmp_path, monkeypatch, capsys):
-    from refimpl import convert
-
-    write, command = (
-        convert._write_json,
-        ["convert", str(DATA / "qwen2-tiny" / "model"), "--out", str(tmp_path / "out")],
-    )
-
-    def killed(path, value):
-        write(path, value)
-        if path.name == "conversion.json":
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    with monkeypatch.context() as broken:
-        broken.setattr(convert, "_write_json", killed)
-        assert main(command) == 143
-    assert [path.name for path in tmp_path.iterdir()] == ["out.part"]
-    assert main(command) == 0 and [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_the_demo_tells_the_story(tmp_path, capsys):

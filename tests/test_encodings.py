@@ -230,7 +230,7 @@ def test_a_graph_has_an_encoding_for_all_but_what_the_recipe_leaves_out(family, 
     parts = emit(model, tokens=(8, 1), context=32, parts=3)
     for spec in (spec for run in parts.plan.runs for spec in run):
         proto = parts.graphs[spec.name].proto
-        own = graph_encodings(encodings, spec, proto)
+        own = graph_encodings(encodings, spec, parts.graphs[spec.name])
         values = [*proto.graph.input, *proto.graph.value_info, *proto.graph.output]
         made = {name: node.op_type for node in proto.graph.node for name in node.output}
         floats = {value.name for value in values if value.type.tensor_type.elem_type == 1}
@@ -256,9 +256,7 @@ def test_both_sides_of_a_split_agree(tiny_model):
     model = tiny_model("Baichuan2-7B")
     encodings = calibrate(model, TEXT)
     parts = emit(model, tokens=(8,), context=32, parts=3)
-    first, second, third = (
-        graph_encodings(encodings, spec, parts.graphs[spec.name].proto) for spec in parts.plan.runs[0]
-    )
+    first, second, third = (graph_encodings(encodings, spec, parts.graphs[spec.name]) for spec in parts.plan.runs[0])
     assert second["model.layers.0"] == third["model.layers.0"] == encodings["model.layers.0"]
     assert second["model.embed_tokens"] == first["model.embed_tokens.weight"], "a Gather gives rows of its table"
     assert third["logits"] == encodings["lm_head"] and "lm_head" not in third.activations

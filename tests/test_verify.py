@@ -10,7 +10,7 @@ import pytest
 from onnx import numpy_helper
 
 from export import emit, verify
-from export.graph import OnnxOps
+from export.ops import OnnxOps
 from export.parts import Part
 from refimpl.errors import InputError
 from refimpl.weights import Weight
@@ -86,7 +86,8 @@ MUTANTS = {
 
 def scaled(parameter, factor):
     array = parameter.weight.array
-    return type(parameter)(parameter.name, Weight(array if factor is None else array * np.float32(factor)))
+    weight = Weight(array if factor is None else array * np.float32(factor))
+    return type(parameter).whole(parameter.name, weight)
 
 
 @pytest.mark.parametrize("mutant", MUTANTS)

@@ -95,13 +95,24 @@ def simulate(arguments) -> int:
     option("--tokens", default="128,1", help="tokens per call of each graph (default: 128,1)"),
     option("--context", type=int, help="tokens that the static cache holds (default: the model's context)"),
     option("--parts", type=int, default=2, help="how many graphs the model is split into (default: 2)"),
-    option("--int4", type=int, metavar="BLOCK", help="quantize matrices to 4-bit blocks of this size first"),
+    option("--profile", help="plain, aihub, qdq or matmulnbits (default: qdq with --int4, else plain)"),
+    option("--opset", type=int, help="of ONNX, from 17 on (default: the profile's)"),
+    option("--ir-version", type=int, help="of ONNX's file format (default: the profile's)"),
+    option("--forms", metavar="LIST", help="some of conv,unpack,heads,scale-on-key,rank4 (default: the profile's)"),
+    option("--encodings", metavar="FILE", help="of refimpl calibrate; without, aihub's come from the prompt alone"),
+    option(
+        "--int4",
+        type=int,
+        metavar="BLOCK",
+        help="quantize matrices to 4-bit blocks of this size first (default: of 32 for qdq and matmulnbits)",
+    ),
     option("--keep", action="append", default=[], metavar="PATTERN", help="modules that stay as they are"),
     option("--force", action="store_true", help="replace an earlier export in DIR"),
 )
 def export(arguments) -> int:
     """Emit the model as ONNX, part by part, with golden inputs and outputs."""
     from export import emit
+    from export.encodings import read_encodings
     from export.preflight import check
 
     if arguments.check:
@@ -109,9 +120,14 @@ def export(arguments) -> int:
     if not arguments.out:
         raise InputError("nothing says where the graphs go; give --out DIR, or --check DIR for those that are there")
     model = load_model(arguments)
-    if arguments.int4:
-        model = model.quantize("int4", block_size=arguments.int4, keep=arguments.keep)
-    parts = emit(model, tokens=integers(arguments.tokens), context=arguments.context, parts=arguments.parts)
+    block_size = arguments.int4 or (32 if arguments.profile in ("qdq", "matmulnbits") else None)
+    if block_size:
+        model = model.quantize("int4", block_size=block_size, keep=arguments.keep)
+    parts = emit(
+        model, integers(arguments.tokens), arguments.context, arguments.parts, arguments.profile, arguments.opset,
+        arguments.ir_version, arguments.forms and [form for form in arguments.forms.split(",") if form],
+        encodings=read_encodings(arguments.encodings, model) if arguments.encodings else None,
+    )  # fmt: skip
     parts.save(Path(arguments.out), overwrite=arguments.force)
     print(f"{len(parts)} graphs are in {arguments.out}; refimpl verify {arguments.out} runs them")
     return 0

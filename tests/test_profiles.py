@@ -1,0 +1,100 @@
+"""Every profile and every form of a graph is the same model: proven by engines that are not ours."""
+
+from importlib.util import find_spec
+
+import numpy as np
+import onnx
+import pytest
+
+from export import emit, verify
+from export.preflight import check
+from export.profiles import FORMS, PROFILES
+from refimpl.errors import InputError
+
+ENGINES = ["reference", *(["onnxruntime"] if find_spec("onnxruntime") else [])]
+HEXAGON = PROFILES["aihub"].forms
+
+
+@pytest.fixture
+def saved(tiny_model, tmp_path):
+    def save(family, quantized=False, **options):
+        model = tiny_model(family)
+        model = model.quantize("int4", block_size=32) if quantized else model
+        parts = emit(model, tokens=(8, 1), context=24, parts=3, **options)
+        return parts, parts.save(tmp_path / "x", overwrite=True)
+
+    return save
+
+
+@pytest.mark.parametrize("forms", [["conv"], ["unpack"], ["heads"], ["scale-on-key"], ["rank4"], HEXAGON], ids=str)
+def test_a_form_changes_the_graph_and_not_the_numbers(forms, family, saved):
+    plain, _ = saved(family)
+    parts, folder = saved(family, forms=forms)
+    name = "prompt_ar8_cl24_2_of_3"
+    ops = [[node.op_type for node in each.graphs[name].proto.graph.node] for each in (plain, parts)]
+    same = forms == ["unpack"] and "Qwen" in family  # whose linears are three
+    assert (ops[0] == ops[1]) == same or forms == ["scale-on-key"]
+    for engine in ENGINES:
+        assert (report := verify(folder, engine)), report
+
+
+def test_every_form_is_tested():
+    assert {*HEXAGON} == set(FORMS) - {"fused"}
+
+
+def test_heads_are_single(saved):
+    """Each head has a projection and two products of its own, and a key head serves its group of queries."""
+    parts, _ = saved("Qwen2-7B", forms=["heads"])
+    graph = parts.graphs["prompt_ar8_cl24_2_of_3"].proto.graph
+    config = parts.model.config
+    heads, keys = config.num_attention_heads, config.num_key_value_heads
+    assert heads > keys > 1
+    ops = [node.op_type for node in graph.node]
+    assert ops.count("Softmax") == heads and ops.count("MatMul") == 2 * heads
+    assert ops.count("Gemm") == heads + 2 * keys + 4
+    shapes = {v.name: [d.dim_value for d in v.type.tensor_type.shape.dim] for v in graph.value_info}
+    assert [shapes[f"model.layers.0.self_attn.scores.{h}"] for h in range(heads)] == [[1, 1, 8, 24]] * heads
+    made = {name: node for node in graph.node for name in node.output}
+    products = [node for node in graph.node if node.op_type == "MatMul"]
+    values = [node.input[1] for node in products if "probs" in node.input[0]]
+    assert values == [values[h] for head in range(keys) for h in [head * heads // keys] * (heads // keys)]
+    assert made["past_key_0_out"].op_type == "Concat" and len(made["past_key_0_out"].input) == keys
+
+
+def test_what_ai_hub_gets(saved):
+    parts, folder = saved("Baichuan2-7B", profile="aihub")
+    assert bool(check(folder)), check(folder)
+    for name in parts:
+        assert {path.name for path in (folder / name).iterdir()} == {"model.onnx", "model.data", "model.encodings"}
+        proto = onnx.load(folder / name / "model.onnx", load_external_data=False)
+        assert (proto.opset_import[0].version, proto.ir_version) == (17, 8)
+        values = [*proto.graph.input, *proto.graph.output, *proto.graph.value_info]
+        assert {v.type.tensor_type.elem_type for v in values} <= {onnx.TensorProto.FLOAT, onnx.TensorProto.INT32}
+        wide = {i.name for i in proto.graph.initializer if i.data_type == onnx.TensorProto.INT64}
+        users = {node.op_type for node in proto.graph.node if wide & {*node.input}}
+        assert users <= {"Reshape"}, "ONNX wants a Reshape's shape in int64; nothing else has it"
+    first, second = (parts.graphs[f"token_ar1_cl24_{i}_of_3"].proto.graph for i in (1, 2))
+    assert first.output[0].name == second.input[0].name == "_model_embed_tokens_Gather_Gather_output_0"
+    assert second.output[0].name == "_model_layers_0_Add_1_Add_output_0"
+    mask = onnx.load_tensor(folder / "test_data" / "prompt_ar8_cl24_2_of_3" / "test_data_set_0" / "input_1.pb")
+    assert set(np.unique(onnx.numpy_helper.to_array(mask))) == {-50.0, 0.0}
+
+
+def test_matmulnbits_computes_with_the_same_weights(saved):
+    parts, folder = saved("Qwen2-7B", quantized=True, profile="matmulnbits")
+    graph = parts.graphs["token_ar1_cl24_2_of_3"].proto
+    assert [node.op_type for node in graph.graph.node].count("MatMulNBits") == 7
+    assert [o.domain for o in graph.opset_import] == ["", "com.microsoft"]
+    if "onnxruntime" in ENGINES:
+        assert (report := verify(folder, "onnxruntime")), report
+    with pytest.raises(InputError, match="has none; quantize it to int4"):
+        saved("Qwen2-7B", profile="matmulnbits")
+
+
+def test_unknown_words(saved):
+    with pytest.raises(InputError, match="expected one of plain, aihub, qdq, matmulnbits"):
+        saved("Qwen2-7B", profile="phone")
+    with pytest.raises(InputError, match="convolution is no form"):
+        saved("Qwen2-7B", forms=["convolution"])
+    with pytest.raises(InputError, match="fused needs 23"):
+        saved("Qwen2-7B", forms=["fused"])
