@@ -49,22 +49,29 @@ def loss(model: Model, ids, labels, dtype: str = "float32", attention_mask=None,
     return float(cross_entropy(logits, labels).sum() / counted.sum() + z)
 
 
+def windows(model: Model, ids, window: int | None = None) -> list[np.ndarray]:
+    """A long text or its ids cut into windows (n,) int64 that do not overlap, of two tokens at least.
+
+    They are as long as the context, unless `window` says less. Raises InputError if there is nothing to predict.
+    """
+    text = model.token_ids(ids)[0]
+    size = min(window or model.config.max_position_embeddings, model.config.max_position_embeddings)
+    if size < 2 or len(text) < 2:
+        raise InputError("a text, or a window, of fewer than two tokens has nothing to predict")
+    return [text[start : start + size] for start in range(0, len(text) - 1, size)]
+
+
 def predictions(
     model: Model, ids, dtype: str = "float32", window: int | None = None, piece: int = 128
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """The model's predictions over a long text: pieces of logits (n, V) and of the ids (n,) that did follow.
 
-    The text is cut into windows that do not overlap, as long as the context unless `window` says less; the first
-    token of each is not predicted. A window is fed `piece` tokens at a time, so that logits never pile up.
+    The text is cut into `windows`; the first token of each is not predicted. A window is fed `piece` tokens at a
+    time, so that logits never pile up.
 
     Raises InputError if there is nothing to predict.
     """
-    text = model.token_ids(ids)[0]
-    window = min(window or model.config.max_position_embeddings, len(text))
-    if window < 2:
-        raise InputError("a text of fewer than two tokens has nothing to predict")
-    for start in range(0, len(text) - 1, window):
-        row = text[start : start + window]
+    for row in windows(model, ids, window):
         cache = model.new_cache(capacity=len(row))
         for begin in range(0, len(row) - 1, piece):
             end = min(begin + piece, len(row) - 1)

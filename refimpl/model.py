@@ -45,23 +45,40 @@ def load(path: str | Path | None = None, backend: str | None = None) -> Model:
         raise InputError(f"{folder} is not a folder; expected one with config.json and weights")
     config = read_config(folder)
     tensors = read_checkpoint(folder)
-    model = Model(config, resolve(config, tensors), folder, backend)
+    made = (("load", None if path is None else str(folder.resolve()), backend),)
+    model = Model(config, resolve(config, tensors), folder, backend, made)
     for remark in remarks(config, tensors):
         warnings.warn(f"{folder}: {remark}", stacklevel=2)
     return model
 
 
 class Model:
-    """A config and weights, and the one forward over them. Immutable; `quantize` gives another model."""
+    """A config and weights, and the one forward over them. Immutable; `quantize` gives another model.
 
-    def __init__(self, config: Config, weights: Weights, folder: Path | None = None, backend: str | None = None):
-        self.config, self.weights, self.folder = config, weights, folder
+    `made`: the calls that made it, (method, *arguments) each and "load" first; None if it was put together in memory.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        weights: Weights,
+        folder: Path | None = None,
+        backend: str | None = None,
+        made: tuple[tuple, ...] | None = None,
+    ):
+        self.config, self.weights, self.folder, self.made = config, weights, folder, made
         self.asked_backend = backend
         self.backend = backends.choose(backend, weights)
 
     def __repr__(self) -> str:
         c = self.config
         return f"Model({c.family}, {c.num_hidden_layers} layers, hidden {c.hidden_size}, vocabulary {c.vocab_size})"
+
+    def __reduce__(self):
+        """Pickled as the calls that made it, not as its weights: who unpickles it loads them for itself."""
+        from refimpl.sweep import made_by, remade
+
+        return remade, (made_by(self), self.backend)
 
     def __call__(self, ids, dtype: str = "float32", attention_mask=None, cache: KVCache | None = None) -> np.ndarray:
         """Logits (B, T, V) of token ids: a list, an array (T,) or (B, T), or a text.
@@ -139,7 +156,11 @@ class Model:
 
         Without this, REFIMPL_BACKEND says which; without that, Numba computes where it helps: see `refimpl.backends`.
         """
-        return Model(self.config, self.weights, self.folder, backend)
+        return Model(self.config, self.weights, self.folder, backend, self.made_then("with_backend", backend))
+
+    def made_then(self, method: str, *arguments) -> tuple[tuple, ...] | None:
+        """The calls that made this model, and one more."""
+        return None if self.made is None else (*self.made, (method, *arguments))
 
     def position_tables(self, positions: np.ndarray, dtype) -> tuple[np.ndarray, np.ndarray] | tuple[None, None]:
         """cos and sin for positions (B, T), (B, 1, T, D/2) each; none for ALiBi, which works on the scores."""
@@ -195,7 +216,8 @@ class Model:
         from refimpl.quantize import quantize_weights
 
         weights = quantize_weights(self.weights, scheme, block_size, keep)
-        return Model(self.config, weights, self.folder, self.asked_backend)
+        made = self.made_then("quantize", scheme, block_size, tuple(keep))
+        return Model(self.config, weights, self.folder, self.asked_backend, made)
 
     def simulate(self, encodings: Encodings, rounding: Rounding = "away", integer: bool = False) -> Model:
         """This model as a quantized device computes it (see `refimpl.simulate`).

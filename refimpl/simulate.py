@@ -48,7 +48,8 @@ class SimulatedModel(Model):
             for name, encoding in encodings.parameters.items()
             if not name.endswith(".bias")
         }
-        super().__init__(model.config, model.weights.replace(weights), model.folder, backend="numpy")
+        made = model.made_then("simulate", encodings, rounding, integer)
+        super().__init__(model.config, model.weights.replace(weights), model.folder, "numpy", made)
 
     def decoder(self, ops: NumPyOps, tap: Tap, cache: KVCache | None) -> Decoder:
         """The forward with taps and operations that quantize; `tap` sees what comes of it."""

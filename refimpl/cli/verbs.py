@@ -84,6 +84,11 @@ TEXT = [
     option("--tokens", type=int, metavar="N", help="read no more than so many (default: all)"),
     option("--window", type=int, default=512, metavar="N", help="tokens at a time (default: 512)"),
 ]
+SWEEP = [
+    option("--jobs", type=int, default=1, metavar="N", help="processes that share the work (default: 1)"),
+    option("--dask", metavar="ADDRESS", help="compute on the Dask cluster at this address (extra: dask)"),
+    option("--resume", metavar="DIR", help="keep finished pieces there, and take up those that it has"),
+]
 
 
 def parser(version: str) -> argparse.ArgumentParser:

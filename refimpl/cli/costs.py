@@ -1,0 +1,59 @@
+"""Verbs about what a change of the weights costs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from refimpl.cli.verbs import DTYPE, JSON, MODEL, SWEEP, load_model, option, verb
+from refimpl.errors import InputError
+
+
+@verb(
+    "refimpl quality weights/B2-7B --format q4_0 --text wiki.txt",
+    MODEL,
+    option("--against", metavar="REF", help="the reference, another checkpoint (default: MODEL before --format)"),
+    option("--format", "--formats", metavar="NAME", help="quantize to this format first; several, or all: a table"),
+    option("--block-size", type=int, metavar="N", help="with it: weights that share a scale"),
+    option("--keep", action="append", default=[], metavar="PATTERN", help="with it: modules that stay as they are"),
+    option("--text", metavar="FILE", help="UTF-8 text, blank lines between documents (default: held-out poems)"),
+    option("--tokens", type=int, metavar="N", help="read no more than so many (default: all)"),
+    option("--window", type=int, default=512, metavar="N", help="tokens at a time (default: 512)"),
+    *(DTYPE, SWEEP, JSON),
+)
+def quality(arguments) -> int:
+    """Judge a model by a reference on a text: perplexity, KL divergence, same top-1, RMS Δp, with error bars."""
+    from golden.quality import quality, side_by_side, table, to_dicts
+    from kernels.formats import FORMATS
+    from refimpl.model import load
+    from refimpl.sweep import workers
+
+    if not (arguments.against or arguments.format):
+        raise InputError("there is nothing to compare with; give --against REF, or --format q4_0, or --format all")
+    model = load_model(arguments)
+    reference = load(arguments.against) if arguments.against else model
+    ids = text_ids(arguments, reference)
+    names = list(FORMATS) if arguments.format == "all" else (arguments.format or "").split(",")
+    with workers(arguments.jobs, arguments.dask) as executor:
+        rest = (arguments.window, arguments.dtype, executor, arguments.resume)
+        if len(names) > 1:
+            if arguments.against:
+                raise InputError("several formats are judged by MODEL as it is; leave --against out")
+            rows = side_by_side(model, names, ids, arguments.block_size, arguments.keep, *rest)
+            print(json.dumps(to_dicts(rows)) if arguments.json else table(rows))
+            return 0
+        if arguments.format:
+            model = model.quantize(arguments.format, arguments.block_size, arguments.keep)
+        found = quality(model, reference, ids, *rest)
+    print(json.dumps(found.to_dict()) if arguments.json else found)
+    return 0
+
+
+def text_ids(arguments, model) -> list[int]:
+    """The ids of --text, or for the embedded model those of the poems that it was not trained on."""
+    from golden.quality import read_documents
+    from refimpl.model import EMBEDDED
+
+    if arguments.text is None and model.folder != EMBEDDED:
+        raise InputError("give a text to judge by with --text FILE")
+    return read_documents(Path(arguments.text or EMBEDDED / "held_out.txt"), model)[: arguments.tokens]

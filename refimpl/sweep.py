@@ -1,0 +1,257 @@
+"""Long work cut into pieces: computed here, by other processes or by a cluster, and resumed where it stopped.
+
+A sweep is a function and the arguments of each piece. Results come in the order of the pieces and are put together in
+that order, and a piece gives one thread to NumPy's BLAS, whose last bits depend on how many it has. So it does not
+matter who computes what: the outcome is the same to the bit. (On machines of one kind: a BLAS has other kernels for
+other processors. The Numba backend has the same bits everywhere, at any number of threads.)
+
+An executor is anything with `submit(function, *arguments)` whose futures have `result()` and `cancel()`, as Python's
+concurrent.futures has it: `ProcessPoolExecutor`, `dask.distributed.Client(...).get_executor()`, and Ray's and others'
+by their adapters. What is sent is light: a model travels as the calls that made it (see `Model.__reduce__`), and each
+process loads it, mapped, and quantizes for itself. All of them must see the same files under the same paths.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import pickle
+import platform
+import threading
+import warnings
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import BrokenExecutor
+from contextlib import contextmanager
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+from tqdm import tqdm
+
+from refimpl.errors import InputError
+
+if TYPE_CHECKING:
+    from refimpl.model import Model
+
+Result = Mapping[str, np.ndarray]
+IN_FLIGHT = 128  # pieces that are under way at a time, at most: so many results may wait for one before them
+PATIENCE = "10s"  # until a Dask scheduler answers
+KEPT = 3  # models that a process keeps: the reference, the judged one, and the one that it was quantized from
+THREADS = "NUMBA_NUM_THREADS"
+
+
+class Executor(Protocol):
+    """Who computes pieces."""
+
+    def submit(self, function: Callable, /, *arguments: Any) -> Any: ...
+
+
+def sweep(
+    function: Callable[..., Result],
+    pieces: Sequence[tuple],
+    what: str,
+    executor: Executor | None = None,
+    resume: str | Path | None = None,
+) -> Iterator[Result]:
+    """`function(*piece)` of each piece, in order. `what` is shown beside the progress.
+
+    `executor`: None computes here. `resume`: a folder that keeps what is finished; who sweeps again with the same
+    models, files and options takes it up from there. Raises InputError if a worker dies.
+    """
+    from threadpoolctl import threadpool_limits
+
+    store = None if resume is None else _Store(Path(resume))
+    progress = tqdm(total=len(pieces), desc=what, unit="piece", disable=None, leave=False)
+    with progress, threadpool_limits(1, "blas"):
+        for result in _results(function, pieces, executor, store):
+            progress.update()
+            yield result
+
+
+def elsewhere(home: tuple[str, int], sent: bytes) -> Result:
+    """A pickled piece, wherever this is called. Not in the process `home`? There, too, BLAS has one thread."""
+    function, piece = pickle.loads(sent)
+    if home != here():
+        from threadpoolctl import threadpool_limits
+
+        threadpool_limits(1, "blas")  # for good: a worker does nothing else
+    return function(*piece)
+
+
+def here() -> tuple[str, int]:
+    """This process."""
+    return platform.node(), os.getpid()
+
+
+def _results(function, pieces, executor, store) -> Iterator[Result]:
+    waiting: deque[tuple[Any, Callable[[], Result]]] = deque()  # a future or None, and what gives the result
+
+    def begin(piece) -> tuple[Any, Callable[[], Result]]:
+        key = store.key(function, piece) if store else ""
+        found = store.read(key) if store else None
+        if found is not None:
+            return None, lambda: found
+        # pickled here, so that what cannot be sent is an error at once and not one that an executor trips over
+        future = executor.submit(elsewhere, here(), pickle.dumps((function, piece))) if executor else None
+        compute = future.result if future else lambda: function(*piece)
+        return future, (lambda: store.write(key, compute())) if store else compute
+
+    todo = iter(pieces)
+    try:
+        while True:
+            waiting.extend(map(begin, islice(todo, IN_FLIGHT - len(waiting) if executor else 1)))
+            if not waiting:
+                return
+            yield waiting.popleft()[1]()
+    except BrokenExecutor:
+        raise InputError("a worker died, perhaps for lack of memory; use fewer --jobs, or look at its log") from None
+    finally:
+        for future, _ in waiting:
+            if future:
+                future.cancel()
+
+
+class _Store:
+    """A folder of results, each in a safetensors file named by the hash of what it is the result of."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"cannot keep results in {folder}: {error.strerror}; name a folder") from None
+
+    def key(self, function: Callable, piece: tuple) -> str:
+        import refimpl
+
+        said = (refimpl.__version__, function.__module__, function.__qualname__, _described(piece))
+        return hashlib.sha256(repr(said).encode()).hexdigest()
+
+    def read(self, key: str) -> Result | None:
+        from safetensors import SafetensorError
+        from safetensors.numpy import load_file
+
+        try:
+            return load_file(self.folder / f"{key}.safetensors")
+        except (FileNotFoundError, SafetensorError):  # not there, or cut short: it is computed again
+            return None
+
+    def write(self, key: str, result: Result) -> Result:
+        from safetensors.numpy import save_file
+
+        path = self.folder / f"{key}.safetensors"
+        try:
+            save_file({k: np.ascontiguousarray(v) for k, v in result.items()}, path.with_suffix(".part"))
+            os.replace(path.with_suffix(".part"), path)
+        except OSError as error:
+            raise InputError(f"cannot write {path}: {error.strerror}; free some space") from None
+        return result
+
+
+def _described(argument: Any) -> Any:
+    """What tells an argument from others, in plain values whose repr is the same in every process."""
+    from refimpl.model import Model
+
+    if isinstance(argument, Model):
+        made = made_by(argument)
+        return _described(made), argument.backend, _stamps(made)
+    if isinstance(argument, tuple | list):
+        return tuple(map(_described, argument))
+    if isinstance(argument, Mapping):
+        return tuple((k, _described(v)) for k, v in argument.items())
+    if isinstance(argument, np.ndarray):
+        return argument.dtype.str, argument.shape, hashlib.sha256(argument.tobytes()).hexdigest()
+    if argument is None or isinstance(argument, str | int | float):
+        return argument
+    return hashlib.sha256(pickle.dumps(argument)).hexdigest()
+
+
+def made_by(model: Model) -> tuple:
+    """The calls that made a model. Raises InputError if it was put together in memory."""
+    if model.made is None:
+        raise InputError("a model that was put together in memory has no name elsewhere; save it, and load that")
+    return model.made
+
+
+def _stamps(made: tuple) -> tuple:
+    """Sizes and times of the files that a model is loaded from, by which they are seen to change."""
+    from refimpl.model import EMBEDDED
+
+    folder = Path(made[0][1] or EMBEDDED)
+    files = sorted(p for p in folder.glob("*") if p.suffix in (".safetensors", ".bin", ".json"))
+    return tuple((p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in files)
+
+
+_lock = threading.RLock()
+_kept: dict[bytes, Model] = {}
+
+
+def remade(made: tuple, backend: str) -> Model:
+    """The model that these calls make. A process makes it once, and keeps the last few."""
+    from refimpl.model import load
+
+    key = hashlib.sha256(pickle.dumps((made, backend, _stamps(made)))).digest()
+    with _lock:
+        model = _kept.pop(key, None)
+        if model is None:
+            *before, (method, *arguments) = made
+            if before:
+                model = getattr(remade(tuple(before), backend), method)(*arguments)
+            else:
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")  # who asked for the work was warned of this checkpoint
+                    model = load(*arguments)
+            if model.backend != backend:  # this process would have chosen another, and other last bits
+                model = model.with_backend(backend)
+        _kept[key] = model
+        while len(_kept) > KEPT:
+            del _kept[next(iter(_kept))]
+    return model
+
+
+@contextmanager
+def workers(jobs: int = 1, dask: str | None = None) -> Iterator[Executor | None]:
+    """An executor: of a Dask cluster at an address (extra: dask), else of `jobs` processes here, None if that is one.
+
+    The processes here share the cores among them. Raises InputError for a number below one, and if no cluster answers.
+    """
+    if jobs < 1:
+        raise InputError(f"jobs is {jobs}, expected how many processes to use")
+    if dask is not None:
+        with _dask_client(dask) as client:
+            yield client.get_executor(pure=False)
+    elif jobs == 1:
+        yield None
+    else:
+        with _process_pool(jobs) as pool:
+            yield pool
+
+
+def _dask_client(address: str):
+    try:
+        from dask.distributed import Client
+    except ImportError:
+        raise InputError("a Dask cluster needs the extra dask: pip install 'refimpl[dask]'") from None
+    try:
+        return Client(address, timeout=PATIENCE, set_as_default=False)
+    except (OSError, ValueError) as error:
+        raise InputError(f"no Dask scheduler answers at {address!r}: {error!s:.80}") from None
+
+
+@contextmanager
+def _process_pool(jobs: int):
+    from concurrent.futures import ProcessPoolExecutor
+    from multiprocessing import get_context
+
+    # New processes, not forks, which would inherit threads' locks. They read this name when they begin.
+    before = os.environ.get(THREADS)
+    os.environ[THREADS] = before or str(max(1, (os.cpu_count() or 1) // jobs))
+    pool = ProcessPoolExecutor(jobs, mp_context=get_context("spawn"))
+    try:
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
+        if before is None:
+            del os.environ[THREADS]

@@ -1,0 +1,123 @@
+"""Pieces of work: in order, elsewhere, resumed, and the same to the bit whoever computes them."""
+
+import os
+import pickle
+from concurrent.futures import Future
+
+import numpy as np
+import pytest
+from conftest import write_checkpoint
+
+import refimpl
+from golden.quality import quality
+from refimpl import InputError
+from refimpl.sweep import remade, sweep, workers
+
+TEXT = [int(i) for i in np.random.default_rng(0).integers(3, 90, 300)]
+calls: list[int] = []
+
+
+def square(x: int) -> dict[str, np.ndarray]:
+    calls.append(x)
+    if x == 13:
+        raise InputError("13 is unlucky")
+    return {"x": np.array([x * x], np.float64)}
+
+
+class Backwards:
+    """An executor that begins with what came last, and says what was cancelled."""
+
+    def __init__(self):
+        self.made: list = []
+
+    def submit(self, function, /, *arguments):
+        executor = self
+
+        class Late(Future):
+            def result(self, timeout=None):
+                for future, work in reversed(executor.made):
+                    if not future.done():
+                        future.set_result(work())
+                return super().result(timeout)
+
+        future = Late()
+        self.made.append((future, lambda: function(*arguments)))
+        return future
+
+
+def values(*arguments, **options) -> list[float]:
+    calls.clear()
+    return [float(result["x"][0]) for result in sweep(square, *arguments, "squaring", **options)]
+
+
+def test_results_come_in_the_order_of_the_pieces():
+    pieces = [(x,) for x in (3, 1, 2)]
+    assert values(pieces) == [9, 1, 4] and calls == [3, 1, 2]
+    assert values(pieces, executor=Backwards()) == [9, 1, 4] and calls == [2, 1, 3]
+
+
+def test_what_is_finished_is_not_computed_again(tmp_path):
+    first = [(x,) for x in (1, 2, 13, 4)]
+    with pytest.raises(InputError, match="unlucky"):
+        values(first, resume=tmp_path)
+    assert calls == [1, 2, 13]
+    assert values([(x,) for x in (1, 2, 3, 4)], resume=tmp_path) == [1, 4, 9, 16] and calls == [3, 4]
+    for file in tmp_path.iterdir():  # cut short: as if it were not there
+        file.write_bytes(file.read_bytes()[:-1])
+        break
+    assert values([(x,) for x in (1, 2, 3, 4)], resume=tmp_path) == [1, 4, 9, 16] and len(calls) == 1
+    with pytest.raises(InputError, match="cannot keep results"):
+        values(first, resume=tmp_path / file.name)
+
+
+def test_a_changed_checkpoint_is_not_resumed(tmp_path):
+    folder = write_checkpoint(tmp_path / "model", "Qwen2-7B")
+    small = refimpl.load(folder).quantize("q4_0")
+    before = quality(small, refimpl.load(folder), TEXT[:50], resume=tmp_path / "kept")
+    write_checkpoint(folder, "Qwen2-7B", seed=1)
+    after = quality(refimpl.load(folder).quantize("q4_0"), refimpl.load(folder), TEXT[:50], resume=tmp_path / "kept")
+    assert before != after
+
+
+def test_a_model_travels_as_the_calls_that_made_it(tiny_folder):
+    model = refimpl.load(tiny_folder("Baichuan2-7B"))
+    small = model.quantize("int4", 16, keep=["lm_head"])
+    sent = pickle.dumps(small)
+    assert len(sent) < 1000
+    back = pickle.loads(sent)
+    assert np.array_equal(back(TEXT[:9]), small(TEXT[:9])) and back.made == small.made
+    assert pickle.loads(pickle.dumps(small)) is back, "a process makes it once"
+    assert remade(small.made, "numba").backend == "numba"
+    with pytest.raises(InputError, match="put together in memory"):
+        pickle.dumps(refimpl.Model(model.config, model.weights))
+
+
+def test_processes_give_the_same_bits(tiny_folder):
+    model = refimpl.load(tiny_folder("Baichuan2-13B"))
+    small = model.quantize("q4_0")
+    alone = quality(small, model, TEXT)
+    with workers(2) as executor:
+        assert quality(small, model, TEXT, executor=executor) == alone
+        with pytest.raises(InputError, match="put together in memory"):
+            quality(refimpl.Model(model.config, model.weights), model, TEXT, executor=executor)
+    with workers(2) as executor, pytest.raises(InputError, match="a worker died"):
+        list(sweep(os._exit, [(3,)], "dying", executor))
+
+
+def test_a_dask_cluster_gives_the_same_bits(tiny_folder, monkeypatch):
+    distributed = pytest.importorskip("distributed")
+    model = refimpl.load(tiny_folder("Qwen2-7B"))
+    small = model.quantize("q4_0")
+    alone = quality(small, model, TEXT)
+    options = dict(n_workers=2, threads_per_worker=1, processes=True, dashboard_address=None)
+    with distributed.LocalCluster(**options) as cluster, workers(dask=cluster.scheduler_address) as executor:
+        assert quality(small, model, TEXT, executor=executor) == alone
+        with pytest.raises(InputError, match="vocabulary"):
+            list(sweep(remake_and_run, [(small, [99])], "failing", executor))
+    monkeypatch.setattr("refimpl.sweep.PATIENCE", "1s")
+    with pytest.raises(InputError, match="no Dask scheduler"), workers(dask="tcp://127.0.0.1:9"):
+        pass
+
+
+def remake_and_run(model, ids):
+    return {"x": model(ids)}
