@@ -87,7 +87,8 @@ FORMATS: dict[str, Format] = {
         Format(q8_0, "llama.cpp", 32, (32,), {"scales": _HALF}, code_dtype="int8"),
         Format(matmulnbits, "onnxruntime", 32, _POWERS,
                {"scales": _SCALE, "zero_points": Part("uint8", 4, optional=True)}, padded=True),
-        Format(lpbq, "AIMET", 64, _ANY, {"scales": _OF_ROW, "block_scales": Part("uint8", 4)}, whole_row=True),
+        Format(lpbq, "AIMET", 64, _ANY,
+               {"scales": Part("float64", 64, every="row"), "block_scales": Part("uint8", 4)}, whole_row=True),
         Format(qlinear8, "Baichuan", "channel", _ANY, {"scales": _OF_ROW}, whole_row=True, code_dtype="int8"),
         Format(qlinear4, "Baichuan", "channel", _ANY, {"scales": _OF_ROW}, whole_row=True),
     )
@@ -176,11 +177,9 @@ def from_arrays(header: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> 
     name, shape, block_size, axis = (header[k] for k in ("format", "shape", "block_size", "axis"))
     form = format_named(name)
     template = _layout(form, tuple(shape), _fitting(form, tuple(shape), block_size, axis)[0], axis)
-    nested = [part for part in NESTED if part in arrays]
-    if nested:
-        count = template["scales"][0][0]
-        template["scales"] = ((count,), "uint8")
-        template.update(nested_scales=((-(-count // dynamic8.BLOCK_SIZE),), "float32"))
+    if any(part in arrays for part in NESTED):
+        template |= _nested_layout(template)
+        template = {part: one for part, one in template.items() if part not in ("offset", "nested_code")}
     for part, (size, dtype) in template.items():
         optional = part in form.parts and form.parts[part].optional
         if part not in arrays:
@@ -200,6 +199,43 @@ def from_arrays(header: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> 
     return Blocks(
         name, tuple(shape), block_size, axis, arrays["packed"], arrays["scales"], arrays.get("zero_points"), extra
     )
+
+
+def layout(
+    format: str,
+    shape: tuple[int, ...],
+    block_size: int | str | None = None,
+    axis: int | None = None,
+    symmetric: bool = True,
+    double: bool = False,
+) -> tuple[dict[str, Any], dict[str, tuple[tuple[int, ...], np.dtype]]]:
+    """The header of a matrix (O, I) in blocks and, name -> (shape, dtype), its arrays, before there are any weights.
+
+    Raises ValueError where `quantize` with these arguments would: for what does not fit, whatever the weights are.
+    """
+    form = format_named(format)
+    axis, size, _ = _placed(form, shape, block_size, axis)
+    arrays = _layout(form, shape, size, axis)
+    if symmetric:
+        arrays = {name: one for name, one in arrays.items() if name not in form.parts or not form.parts[name].optional}
+    elif "symmetric" not in form.options:
+        raise ValueError(f"{format} has no option 'symmetric'; its options: {', '.join(form.options) or 'none'}")
+    if double:
+        if format not in ("nf4", "fp4"):
+            raise ValueError(f"{format} has no scales to quantize again; nf4 and fp4 with float32 scales have")
+        arrays |= _nested_layout(arrays)
+    header = {"format": format, "shape": list(shape), "block_size": size, "axis": axis}
+    return header, {name: (size, np.dtype(dtype)) for name, (size, dtype) in arrays.items()}
+
+
+def _nested_layout(arrays: Mapping[str, tuple]) -> dict[str, tuple]:
+    """What `nest` makes of the layout of scales."""
+    count = arrays["scales"][0][0]
+    groups = -(-count // dynamic8.BLOCK_SIZE)
+    return {
+        "scales": ((count,), "uint8"), "offset": ((), "float32"), "nested_scales": ((groups,), "float32"),
+        "nested_code": ((len(dynamic8.VALUES),), "float32"),
+    }  # fmt: skip
 
 
 def format_named(name: str) -> Format:
@@ -231,8 +267,7 @@ def quantize(
     form = format_named(format)
     if weight.ndim != 2 or 0 in weight.shape:
         raise ValueError(f"the weight has shape {weight.shape}, expected a matrix (O, I) that is not empty")
-    if axis is not None and axis not in form.axes and axis + 2 not in form.axes:
-        raise ValueError(f"{format} has no axis {axis}; {_names(a for a in form.axes if a is not None)}")
+    axis, block_size, unit = _placed(form, weight.shape, block_size, axis)
     unknown = [k for k in options if k not in form.options]
     if unknown or (importance is not None and "importance" not in form.options):
         known = ", ".join(form.options) or "none"
@@ -242,9 +277,6 @@ def quantize(
     tries = options.get("search", 0)
     if not isinstance(tries, int) or tries < 0 or (importance is not None and not tries):
         raise ValueError(f"search is {tries!r}, expected how many scales to try, above 0 for importance to matter")
-    axis = form.axes[0] if axis is None else axis % 2
-    axis = None if block_size == "tensor" else axis
-    block_size, unit = _fitting(form, weight.shape, block_size, axis)
     with np.errstate(over="ignore"):
         x = np.asarray(weight, np.float32)
     if not np.isfinite(x).all():
@@ -284,6 +316,16 @@ def _quantize_units(
 
 def _names(items) -> str:
     return f"its axes: {', '.join(map(str, items)) or 'none, its blocks run through the flattened matrix'}"
+
+
+def _placed(
+    form: Format, shape: tuple[int, ...], block_size: int | str | None, axis: int | None
+) -> tuple[int | None, int, int]:
+    """The axis, the block size as a number, and how many weights are quantized as one unit."""
+    if axis is not None and axis not in form.axes and axis + 2 not in form.axes:
+        raise ValueError(f"{form.name} has no axis {axis}; {_names(a for a in form.axes if a is not None)}")
+    axis = None if block_size == "tensor" else form.axes[0] if axis is None else axis % 2
+    return axis, *_fitting(form, shape, block_size, axis)
 
 
 def _fitting(form: Format, shape: tuple[int, ...], block_size: int | str | None, axis: int | None) -> tuple[int, int]:
@@ -340,7 +382,7 @@ def _assemble(
     return nest(blocks) if double else blocks
 
 
-def _layout(form: Format, shape: tuple[int, int], block_size: int, axis: int | None) -> dict[str, tuple]:
+def _layout(form: Format, shape: tuple[int, ...], block_size: int, axis: int | None) -> dict[str, tuple]:
     """name -> (shape, dtype) of the arrays of a matrix: what `quantize` makes of one row or one block, scaled up."""
     rows, columns = shape
     lines, length = (1, rows * columns) if axis is None else (shape[1 - axis], shape[axis])
@@ -351,9 +393,10 @@ def _layout(form: Format, shape: tuple[int, int], block_size: int, axis: int | N
         count = counts[part.every] if isinstance(part.every, str) else length // part.every
         size = (count,) if axis is None else (lines, count) if axis == 1 else (count, lines)
         found[name] = (size, part.dtype)
-    stored = blocks * block_size if form.padded else length if axis == 1 else columns
-    row = form.module.pack(np.zeros((1, stored if axis is not None else length), form.code_dtype))
-    return {"packed": (row.shape[1:] if axis is None else (rows, row.shape[1]), str(row.dtype)), **found}
+    stored = 2 if axis is None else blocks * block_size if form.padded else columns  # two codes are a byte, or two
+    row = form.module.pack(np.zeros((1, stored), form.code_dtype))
+    packed = (-(-length * row.shape[1] // 2),) if axis is None else (rows, row.shape[1])
+    return {"packed": (packed, str(row.dtype)), **found}
 
 
 def nest(blocks: Blocks) -> Blocks:
@@ -367,16 +410,18 @@ def nest(blocks: Blocks) -> Blocks:
 def join(tiles: Sequence[Blocks]) -> Blocks:
     """The matrix whose consecutive rows are these tiles. Raises ValueError where tiles do not fit together.
 
-    Blocks that run through the flattened matrix need tiles of a multiple of `tile_rows` rows, all but the last.
+    Blocks that run through the flattened matrix, or down its columns, need tiles of a multiple of `tile_rows` rows, all
+    but the last.
     """
     first = tiles[0]
     for tile in tiles:
         if tile.header() | {"shape": 0} != first.header() | {"shape": 0} or tile.shape[1] != first.shape[1]:
             raise ValueError(f"{tile!r} does not continue {first!r}")
         per_tensor = tile.axis is None and FORMATS[tile.format].axes[0] is not None
-        if tile.axis == 0 or per_tensor or "nested_scales" in tile.extra:
+        if per_tensor or "nested_scales" in tile.extra:
             raise ValueError(f"{tile!r} cannot be joined: its parts belong to the whole matrix")
-    if any(tile.shape[0] % tile_rows(first.format, first.shape[1], first.block_size) for tile in tiles[:-1]):
+    step = tile_rows(first.format, first.shape[1], first.block_size, first.axis)
+    if any(tile.shape[0] % step for tile in tiles[:-1]):
         raise ValueError(f"a tile of {first.format} ends within a block; give it a multiple of tile_rows(…) rows")
     parts = [tile.arrays() for tile in tiles]
     whole = {name: np.concatenate([p[name] for p in parts]) for name in parts[0]}
@@ -388,9 +433,11 @@ def join(tiles: Sequence[Blocks]) -> Blocks:
     )
 
 
-def tile_rows(format: str, in_features: int, block_size: int | None = None) -> int:
+def tile_rows(format: str, in_features: int, block_size: int | None = None, axis: int | None = None) -> int:
     """How many rows end on a block and a byte: a tile for `join` has a multiple of this."""
     form = format_named(format)
+    if axis == 0:
+        return block_size or int(form.block_size)
     if form.axes[0] is not None:
         return 1
     whole = int(np.lcm(block_size or int(form.block_size), 2))

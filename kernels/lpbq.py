@@ -2,26 +2,26 @@
 
     a row          w0 … w63 | w64 …                   blocks of `block_size` neighbours
     block_scales   k0 | k1 …                          integers 1 … 16, one a block
-    scales         s                                  float32, one a row (an output channel)
+    scales         s                                  float64, one a row (an output channel)
     codes          -8 … 7, packed as INT4 (see int4.py)
 
     step of a block = max(max(w) / 7, -min(w) / 8)                          s = max(step) / 16
     k = clip(round(step / s), 1, 16)                                        code = clip(round(w / (k s)), -8, 7)
-    w' = code * (k * s)                               4 + 4/block_size + 32/I bits a weight
+    w' = code * float32(k * s)                        4 + 4/block_size + 64/I bits a weight
 
 So a device can sum a row's blocks in integers: the 4-bit code times the 4-bit block scale is an 8-bit weight with
 one scale a row, which is why AIMET's encodings call it compressed_bw 4, bw 8. These count codes from 0, with an
 offset.
 
-Grids and rounding are AIMET's, as in affine.py: halves go up, after 8 was added in float32. Its scales are doubles;
-here a row's scale is rounded to float32 before codes are made with it, so that file and codes agree.
+Grids and rounding are AIMET's, as in affine.py: halves go up, after 8 was added in float32. A row's scale is a double,
+as in its encodings files: only k * s is rounded to float32. Rounding s first would give another last bit.
 
 **Source**: aimet_onnx: encodings of enc_type LPBQ; the arithmetic of its CPU kernel, observed from outside.
 
 >>> parts = quantize(np.array([[0.7, -0.2, 0.1, 0.0, 8.0, 1.0, -7.0, 3.0]], np.float32), block_size=4)
 >>> parts["codes"], parts["block_scales"], parts["scales"].round(4)
 (array([[ 7, -3,  1,  0,  7,  1, -6,  3]], dtype=int8), array([[ 1, 16]], dtype=uint8),
- array([[0.0714]], dtype=float32))
+ array([[0.0714]]))
 """
 
 from __future__ import annotations
@@ -37,13 +37,11 @@ from kernels.search import weighted_error
 def quantize(
     x: np.ndarray, block_size: int, search: int = 0, importance: np.ndarray | None = None
 ) -> dict[str, np.ndarray]:
-    """Rows (n, I) of float32 as `codes` (n, I) int8, `scales` (n, 1) float32, `block_scales` (n, I/block_size) uint8.
+    """Rows (n, I) of float32 as `codes` (n, I) int8, `scales` (n, 1) float64, `block_scales` (n, I/block_size) uint8.
 
     Any `search` tries all 16 integers for each block and takes that of the least error, weighted by `importance`.
     """
     grid = affine.for_weight(x, 4, block_size, lpbq=True)
-    scales = grid.scale.astype(np.float32)
-    grid = replace(grid, scale=scales.astype(np.float64))
     chosen = np.asarray(grid.block_scale)
     if search:
         blocks = x.reshape(-1, block_size)
@@ -54,12 +52,12 @@ def quantize(
         errors = [weighted_error(blocks, values, weights) for values in rounded]
         chosen = trials[np.argmin(errors, axis=0)].reshape(chosen.shape)
     codes = affine.integers(x, replace(grid, block_scale=chosen))
-    return dict(codes=codes.astype(np.int8), scales=scales[:, None], block_scales=chosen.astype(np.uint8))
+    return dict(codes=codes.astype(np.int8), scales=grid.scale[:, None], block_scales=chosen.astype(np.uint8))
 
 
 def dequantize(codes: np.ndarray, scales: np.ndarray, block_scales: np.ndarray) -> np.ndarray:
-    """Rows (n, I) of float32: code * (block scale * row scale)."""
-    scale = block_scales.astype(np.float32) * scales
+    """Rows (n, I) of float32: code * (block scale * row scale), rounded after either product."""
+    scale = (block_scales * scales).astype(np.float32)
     return (codes.reshape(*scale.shape, -1).astype(np.float32) * scale[..., None]).reshape(codes.shape)
 
 

@@ -144,14 +144,21 @@ def observe(model: Model, ids, window: int = WINDOW, dtype: str = "float32", his
     Windows do not overlap and are no longer than the context. Memory holds a few tensors of one of them.
     Raises InputError for ids outside the vocabulary, and if NaN or infinity is computed.
     """
-    ids = model.token_ids(ids)[0]
+    seen: dict[str, Seen] = {}
+    run_windows(model, model.token_ids(ids)[0], window, dtype, observing(seen, histogram), "calibrating")
+    return seen
+
+
+def run_windows(model: Model, ids: np.ndarray, window: int, dtype: str, tap: Tap, what: str) -> None:
+    """Runs token ids (T,) in windows that do not overlap and are no longer than the context; `tap` sees each tensor.
+
+    `what` is said beside the progress. Raises InputError for no tokens at a time.
+    """
     size = min(window, model.config.max_position_embeddings)
     if size < 1:
         raise InputError(f"window is {window}, expected a positive number of tokens")
-    seen: dict[str, Seen] = {}
-    for start in tqdm(range(0, len(ids), size), "calibrating", unit="window", disable=None, leave=False):
-        model.forward(ids[start : start + size], dtype, None, None, observing(seen, histogram))
-    return seen
+    for start in tqdm(range(0, len(ids), size), what, unit="window", disable=None, leave=False):
+        model.forward(ids[start : start + size], dtype, None, None, tap)
 
 
 def encode(

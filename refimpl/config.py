@@ -96,6 +96,7 @@ class Config:
         return ("W_pack",) if self.qkv_packed else ("q_proj", "k_proj", "v_proj")
 
 
+OURS = {"quant_method": "refimpl"}  # the quantization_config of a folder that `refimpl quantize` has written
 FACTS = ("family", "qkv_packed", "qkv_bias", "norm_head", "rope_upcast", "fused_attention", "quantized")
 # No model is larger, and what is built from a hostile file stays small.
 _SIZES = {
@@ -207,9 +208,14 @@ def config_from_keys(keys: Mapping[str, Any]) -> Config:
 
 
 def _quantized(keys: Any) -> bool:
-    """Whether the checkpoint is one of bitsandbytes, by its `quantization_config`; InputError for any other."""
+    """Whether the checkpoint is quantized, by its `quantization_config`: by bitsandbytes or by this package.
+
+    Raises InputError for any other.
+    """
     if keys is None:
         return False
+    if keys == OURS:
+        return True
     known = isinstance(keys, dict) and keys.get("quant_method", "bitsandbytes") == "bitsandbytes"
     if (
         not known

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,8 @@ from kernels import formats
 from refimpl import doctor
 from refimpl.config import Config, read_config
 from refimpl.errors import InputError, one_line
-from refimpl.weights import expected_shapes, read_checkpoint, resolve
+from refimpl.quantized_files import provenance
+from refimpl.weights import QuantizedWeight, Weights, expected_shapes, read_checkpoint, resolve
 
 if TYPE_CHECKING:
     from refimpl.model import Model
@@ -79,6 +81,7 @@ def examine(folder: str | Path) -> dict[str, Any]:
         stored = {str(w.dtype) for w in weights.values() if hasattr(w, "dtype")}
         stored |= {w.blocks.format for w in weights.values() if hasattr(w, "blocks")}
         facts["stored as"] = ", ".join(sorted(stored))
+        facts |= _quantization(weights, provenance(folder))
         facts["files"] = _files(folder)
         facts["bytes"] = sum(array.nbytes for array in arrays)
         facts["shared storage"] = _shared(tensors)
@@ -132,6 +135,34 @@ def memory(config: Config) -> dict[str, float]:
     return {name: size / 2**30 for name, size in sizes.items()}
 
 
+def _quantization(weights: Weights, made: Mapping[str, Any]) -> dict[str, Any]:
+    """The formats of quantized matrices, with bits a weight as their engines store them, and how they were made."""
+    found: dict[str, list[formats.Blocks]] = {}
+    for weight in weights.values():
+        if hasattr(weight, "blocks"):
+            found.setdefault(weight.blocks.format, []).append(weight.blocks)
+    if not found:
+        return {}
+    lines = []
+    for format, matrices in sorted(found.items()):
+        sizes = ", ".join(map(str, sorted({blocks.block_size for blocks in matrices})))
+        bits = f"{_bits(matrices):.3g} bits a weight"
+        lines.append(f"{len(matrices)} matrices in {format}, blocks of {sizes}, {bits}")
+    facts: dict[str, Any] = {"quantized": lines}
+    facts["bits a weight"] = round(_bits([blocks for matrices in found.values() for blocks in matrices]), 4)
+    if made.get("recipe"):
+        facts["recipe"] = json.dumps(made["recipe"], ensure_ascii=False)
+    if made.get("importance"):
+        facts["importance"] = json.dumps(made["importance"], ensure_ascii=False)
+    return facts
+
+
+def _bits(matrices: Sequence[formats.Blocks]) -> float:
+    """Bits a weight, over all of them."""
+    sizes = [blocks.shape[0] * blocks.shape[1] for blocks in matrices]
+    return sum(b.bits_per_weight * size for b, size in zip(matrices, sizes, strict=True)) / sum(sizes)
+
+
 def _revision(folder: Path) -> str:
     """What the folder's name says: a commit in Hugging Face's cache, or how many tokens were trained on."""
     folder = folder.resolve()
@@ -150,6 +181,8 @@ def _files(folder: Path) -> str:
 def _arrays(value: Any) -> list[np.ndarray]:
     if isinstance(value, list):
         return [array for item in value for array in _arrays(item)]
+    if isinstance(value, QuantizedWeight):
+        return list(value.blocks.arrays().values())
     return [value] if isinstance(value, np.ndarray) else []
 
 

@@ -20,12 +20,15 @@ from refimpl.doctor import remarks
 from refimpl.errors import InputError, at_most
 from refimpl.files import read_json
 from refimpl.positions import attention_bias, rope_tables, token_positions
+from refimpl.quantized_files import provenance
 from refimpl.trace import Tap, Trace, expect_same_prompt, feeding, prompt_of, recording, silent
 from refimpl.weights import Weights, read_checkpoint, resolve
 
 if TYPE_CHECKING:
     from kernels.affine import Rounding
     from refimpl.encodings import Encodings
+    from refimpl.importance import Importance
+    from refimpl.quantize import Recipe
     from refimpl.tokenizer import Tokenizer
 
 EMBEDDED = Path(__file__).parent / "embedded"
@@ -46,7 +49,8 @@ def load(path: str | Path | None = None, backend: str | None = None) -> Model:
     config = read_config(folder)
     tensors = read_checkpoint(folder)
     made = (("load", None if path is None else str(folder.resolve()), backend),)
-    model = Model(config, resolve(config, tensors), folder, backend, made)
+    weights = resolve(config, tensors).replace({}, provenance(folder))
+    model = Model(config, weights, folder, backend, made)
     for remark in remarks(config, tensors):
         warnings.warn(f"{folder}: {remark}", stacklevel=2)
     return model
@@ -207,17 +211,32 @@ class Model:
 
         return generate(self, ids, **options)
 
-    def quantize(self, scheme: str = "int4", block_size: int | None = None, keep: Sequence[str] = ()) -> Model:
-        """This model with its matrices in blocks of a format (see `refimpl.quantize`); `keep`: globs on module names.
+    def quantize(
+        self, recipe: Recipe = "int4", block_size: int | str | None = None, keep: Sequence[str] = (),
+        importance: Importance | None = None, **options: Any,
+    ) -> Model:  # fmt: skip
+        """This model with matrices in blocks of number formats, as a recipe says; `keep`: globs on module names.
 
-        "int4"; "nf4" and "int8", which are the official `quantize(4)` and `quantize(8)`; or another of the table in
-        `kernels/formats.py`. `block_size`: the format's own if not given.
+        The recipe is a format of the table in `kernels/formats.py`, such as "int4", "q4_0", or "nf4" and "int8", which
+        are the official `quantize(4)` and `quantize(8)`; or a mapping of globs to formats, of which the first that
+        matches decides: `{"lm_head": "q8_0", "*": {"format": "q4_k", "search": "mse"}}`. `options` of a format's name
+        are those of `refimpl.quantize.Scheme`: axis, search, symmetric, double. `importance`: what an error in each
+        input column costs (`refimpl.importance`), for a search.
+
+        Raises InputError for whatever does not exist, matches nothing or does not fit, and for NaN and infinity.
         """
         from refimpl.quantize import quantize_weights
 
-        weights = quantize_weights(self.weights, scheme, block_size, keep)
-        made = self.made_then("quantize", scheme, block_size, tuple(keep))
+        given = options if block_size is None else {"block_size": block_size, **options}
+        weights = quantize_weights(self.weights, recipe, keep, importance, **given)
+        made = self.made_then("quantize", weights.provenance["recipe"], None, (), importance)
         return Model(self.config, weights, self.folder, self.asked_backend, made)
+
+    def save(self, out: str | Path) -> dict[str, Any]:
+        """Writes the weights as they are, quantized ones too, into a new folder that `load` reads (`refimpl.save`)."""
+        from refimpl.save import save
+
+        return save(self, out)
 
     def simulate(self, encodings: Encodings, rounding: Rounding = "away", integer: bool = False) -> Model:
         """This model as a quantized device computes it (see `refimpl.simulate`).

@@ -90,6 +90,21 @@ def taps(config: Config) -> dict[str, Tap]:
     return dict([(t.name, t) for t in EMBED] + layers + [(t.name, t) for t in HEAD])
 
 
+def input_of(module: str) -> str:
+    """The tap that a linear multiplies.
+
+    >>> input_of("model.layers.3.mlp.up_proj"), input_of("lm_head")
+    ('model.layers.3.post_attention_layernorm', 'model.norm')
+    """
+    parent, _, kind = module.rpartition(".")
+    layer = parent.rpartition(".")[0]
+    found = {
+        "lm_head": "model.norm", "o_proj": f"{parent}.context", "down_proj": f"{parent}.product",
+        "gate_proj": f"{layer}.post_attention_layernorm", "up_proj": f"{layer}.post_attention_layernorm",
+    }  # fmt: skip
+    return found.get(kind, f"{layer}.input_layernorm")
+
+
 def shape(tap: Tap, config: Config, batch: int, tokens: int, keys: int) -> tuple[int, ...]:
     """The numbers behind a tap's letters.
 

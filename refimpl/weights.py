@@ -22,6 +22,7 @@ from refimpl.config import Config
 from refimpl.doctor import broken_promise, mismatch
 from refimpl.errors import InputError, at_most
 from refimpl.files import inside, read_json
+from refimpl.quantized_files import MANIFEST, collect
 from refimpl.torch_files import map_torch
 
 # The names of number formats in a safetensors header.
@@ -128,11 +129,25 @@ class Int8Weight(QuantizedWeight):
         return int8.linear(x, self.blocks.packed, self.blocks.scales, bias=bias)
 
 
-class Weights(Mapping[str, Any]):
-    """Parameter name -> what `ops` reads. Immutable; `replace` makes another with some entries changed."""
+def quantized_weight(blocks: formats.Blocks, rounded: np.dtype | None = None) -> QuantizedWeight:
+    """The weight that reads blocks as their engine does; `rounded`: to what, if not to what is usual."""
+    return (Int8Weight if blocks.format == "int8" else QuantizedWeight)(blocks, rounded or rounded_by(blocks.format))
 
-    def __init__(self, entries: Mapping[str, Any]):
+
+def rounded_by(format: str) -> np.dtype | None:
+    """What the engine of a format rounds a matrix to as it reads it back; None where float32 is the format's answer."""
+    return np.dtype(np.float16) if formats.FORMATS[format].engine == "bitsandbytes" else None
+
+
+class Weights(Mapping[str, Any]):
+    """Parameter name -> what `ops` reads. Immutable; `replace` makes another with some entries changed.
+
+    `provenance`: how the quantized ones were made (`recipe`, `importance`: see `refimpl.quantize`), where it is known.
+    """
+
+    def __init__(self, entries: Mapping[str, Any], provenance: Mapping[str, Any] | None = None):
         self._entries = dict(entries)
+        self.provenance: dict[str, Any] = dict(provenance or {})
 
     def __getitem__(self, name: str) -> Any:
         return self._entries[name]
@@ -143,8 +158,8 @@ class Weights(Mapping[str, Any]):
     def __len__(self) -> int:
         return len(self._entries)
 
-    def replace(self, entries: Mapping[str, Any]) -> Weights:
-        return Weights({**self._entries, **entries})
+    def replace(self, entries: Mapping[str, Any], provenance: Mapping[str, Any] | None = None) -> Weights:
+        return Weights({**self._entries, **entries}, self.provenance if provenance is None else provenance)
 
 
 def expected_shapes(config: Config) -> dict[str, tuple[int, ...]]:
@@ -170,30 +185,32 @@ def expected_shapes(config: Config) -> dict[str, tuple[int, ...]]:
 
 
 def resolve(config: Config, tensors: Mapping[str, Any]) -> Weights:
-    """What the decoder reads, from a checkpoint's tensors; matrices that bitsandbytes has quantized stay so.
+    """What the decoder reads, from a checkpoint's tensors; matrices that are quantized stay so.
 
     Raises InputError for missing, unknown and wrongly shaped tensors, and for formats that are not floating point.
     """
     # v1 saved RoPE's frequencies; the official code reads them back into a buffer that it computed just the same.
     tensors = {name: array for name, array in tensors.items() if not name.endswith(".rotary_emb.inv_freq")}
+    entries: dict[str, Any] = {n: weight for n, weight in tensors.items() if isinstance(weight, QuantizedWeight)}
+    tensors = {name: array for name, array in tensors.items() if name not in entries}
+    ours = set(entries)
     if config.tie_word_embeddings:
         tensors.pop("lm_head.weight", None)
     tensors, quantized = split(tensors)
-    entries: dict[str, Any] = {
-        name: (Int8Weight if blocks.format == "int8" else QuantizedWeight)(blocks, dtype)
-        for name, (blocks, dtype) in quantized.items()
-    }
+    entries |= {name: quantized_weight(blocks, dtype) for name, (blocks, dtype) in quantized.items()}
     shapes = expected_shapes(config)
     if lists := [name for name in shapes if isinstance(tensors.get(name), list)]:
         raise InputError(f"{lists[0]} is a list, expected a tensor of shape {shapes[lists[0]]}")
     known = {name: getattr(value, "shape", ()) for name, value in {**tensors, **entries}.items()}
     if strange := mismatch(config, known):
         raise InputError(f"config.json describes a {config.family}, but {strange}")
-    missing, unknown = [n for n in shapes if n not in known], sorted(set(tensors) - set(shapes))
+    missing = [name for name in shapes if name not in known]
+    unknown = sorted(set(tensors) - set(shapes)) + sorted(ours - set(shapes) - {"lm_head.weight"})
     if missing or unknown:
         said = [f"lacks {at_most(missing, 3)}"] * bool(missing) + [f"has unknown {at_most(unknown, 3)}"] * bool(unknown)
         raise InputError(f"the checkpoint {' and '.join(said)}; config.json describes a {config.family}")
-    for name, shape in shapes.items():
+    own_head = {"lm_head.weight": shapes["model.embed_tokens.weight"]} if "lm_head.weight" in ours else {}
+    for name, shape in {**shapes, **own_head}.items():
         found: Any = tensors.get(name, entries.get(name))
         if found.shape != shape:
             raise InputError(f"{name} has shape {found.shape}, config.json ({config.family}) says {shape}")
@@ -201,25 +218,36 @@ def resolve(config: Config, tensors: Mapping[str, Any]) -> Weights:
             if found.dtype not in FLOATS:
                 raise InputError(f"{name} is {found.dtype}, expected float32, float16 or bfloat16")
             entries[name] = Weight(found)
-        elif not name.startswith("model.layers."):
+        elif name not in ours and not name.startswith("model.layers."):
             raise InputError(f"{name} is quantized, expected the matrices of the layers alone to be")
-    if config.quantized and not quantized:
+    if config.quantized and not entries.keys() - tensors.keys():
         raise InputError("config.json has a quantization_config, but no matrix is quantized; remove it, or quantize()")
     if broken := broken_promise(config, tensors):
         raise InputError(broken)
-    head = entries["model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"]
-    return Weights({**entries, "lm_head.weight": NormHead(head.array) if config.norm_head else head})
+    head = entries.get("lm_head.weight") or entries["model.embed_tokens.weight"]
+    if config.norm_head and isinstance(head, Weight):  # blocks are of the head as it is used
+        head = NormHead(head.array)
+    return Weights({**entries, "lm_head.weight": head})
 
 
 def read_checkpoint(folder: Path) -> dict[str, Any]:
     """All tensors of a folder, mapped and unread: of `model.safetensors`, else of `pytorch_model.bin`.
 
     Either may be cut into shards, whose names stand in an index beside them. A `.bin` is parsed and never executed
-    (see `refimpl.torch_files`); with safetensors beside it, it is not looked at.
+    (see `refimpl.torch_files`); with safetensors beside it, it is not looked at. Matrices that a manifest says to be
+    quantized (see `refimpl.quantized_files`) come as a `QuantizedWeight`.
 
     Raises InputError for what is missing, damaged, or not understood.
     """
     folder = Path(folder)
+    tensors = _read_tensors(folder)
+    if not (folder / MANIFEST).exists():
+        return tensors
+    tensors, quantized = collect(folder / MANIFEST, tensors)
+    return {**tensors, **{name: quantized_weight(*found) for name, found in quantized.items()}}
+
+
+def _read_tensors(folder: Path) -> dict[str, Any]:
     for single in ("model.safetensors", "pytorch_model.bin"):
         if (folder / single).exists():
             return map_tensors(folder, single)

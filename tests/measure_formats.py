@@ -14,22 +14,11 @@ import refimpl
 from golden.quality import quality, read_documents
 from kernels import formats, search
 from refimpl.model import EMBEDDED, Model
+from refimpl.names import input_of
 from refimpl.weights import QuantizedWeight
 
 WAYS = {"nearest": {"search": 0}, "search": {"search": 16}, "importance": {"search": 16}}
 TOKENS = 1024
-
-
-def input_of(name: str) -> str:
-    """The tap that a matrix multiplies."""
-    module, _, kind = name.removesuffix(".weight").rpartition(".")
-    if name == "lm_head.weight":
-        return "model.norm"
-    layer = module.rpartition(".")[0]
-    return {
-        "o_proj": f"{module}.context", "down_proj": f"{module}.product",
-        "gate_proj": f"{layer}.post_attention_layernorm", "up_proj": f"{layer}.post_attention_layernorm",
-    }.get(kind, f"{layer}.input_layernorm")  # fmt: skip
 
 
 def rms(a: np.ndarray) -> float:
@@ -51,10 +40,12 @@ def main(path=None) -> None:
             options = options if "search" in form.options else {}
             quantized, errors, outputs, bits = {}, [], [], 0.0
             for matrix, weight in weights.items():
-                x = np.asarray(held[input_of(matrix)], np.float32).reshape(-1, weight.shape[1])
+                x = np.asarray(held[input_of(matrix.removesuffix(".weight"))], np.float32).reshape(-1, weight.shape[1])
                 given = dict(options)
                 if way == "importance":
-                    given["importance"] = search.importance_of(np.asarray(calibration[input_of(matrix)], np.float32))
+                    given["importance"] = search.importance_of(
+                        np.asarray(calibration[input_of(matrix.removesuffix(".weight"))], np.float32)
+                    )
                 blocks = formats.quantize(weight, name, **given)
                 back = formats.dequantize(blocks)
                 errors.append(rms(weight - back) / rms(weight))

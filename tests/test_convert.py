@@ -16,7 +16,7 @@ from torch_bytes import state_dict
 
 import refimpl
 from refimpl import InputError, cli
-from refimpl import convert as module
+from refimpl import shards as module
 from refimpl.convert import convert
 from refimpl.info import examine
 
@@ -98,7 +98,7 @@ def test_buffers_of_odd_kinds(tmp_path, buffer, monkeypatch):
     folder = write_checkpoint(tmp_path / "source", "Baichuan-7B")
     name = "model.layers.0.self_attn.rotary_emb.inv_freq"
     tensors = {**load_file(folder / "model.safetensors"), name: np.asarray(buffer) if np.ndim(buffer) == 0 else buffer}
-    for reader in (module, sys.modules["refimpl.model"], sys.modules["refimpl.info"]):
+    for reader in (sys.modules["refimpl.convert"], sys.modules["refimpl.model"], sys.modules["refimpl.info"]):
         monkeypatch.setattr(reader, "read_checkpoint", lambda path: tensors)
     with pytest.warns(UserWarning, match="inv_freq is not RoPE's"):
         refimpl.load(folder)(IDS)
@@ -154,7 +154,7 @@ def test_another_source_or_adapter_is_another_conversion(tmp_path, folder, monke
     adapter, out = tmp_path / "adapter", tmp_path / "out"
     tensors = write_adapter(adapter)
     with monkeypatch.context() as broken:
-        broken.setattr(module, "_write_shards", lambda *a: 1 / 0)
+        broken.setattr(module, "write_shards", lambda *a: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             convert(folder, out, lora=adapter)
     file = adapter / "adapter_model.safetensors"
@@ -174,7 +174,7 @@ def test_another_source_or_adapter_is_another_conversion(tmp_path, folder, monke
 
 def test_two_conversions_to_one_place(tmp_path, folder, monkeypatch):
     """The second says so, and the first does not notice."""
-    copy, said = module._copy_others, []
+    copy, said = module.copy_others, []
 
     def meanwhile(*arguments):
         for options in ({}, dict(dtype="bfloat16")):
@@ -183,9 +183,9 @@ def test_two_conversions_to_one_place(tmp_path, folder, monkeypatch):
             said.append(str(error.value))
         copy(*arguments)
 
-    monkeypatch.setattr(module, "_copy_others", meanwhile)
+    monkeypatch.setattr(module, "copy_others", meanwhile)
     convert(folder, tmp_path / "out")
-    monkeypatch.setattr(module, "_copy_others", copy)
+    monkeypatch.setattr(module, "copy_others", copy)
     convert(folder, tmp_path / "alone")
     assert len(said) == 2 and digests(tmp_path / "out") == digests(tmp_path / "alone")
 

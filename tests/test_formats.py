@@ -138,9 +138,9 @@ def test_lpbq_is_int4_whose_scales_are_multiples_of_the_rows():
     blocks = formats.quantize(weight, "lpbq", 64)
     integers = blocks.extra["block_scales"]
     assert integers.max(1).tolist() == [16] * 5 and (integers[:, 0] == 1).all()
-    scale = np.repeat(integers * blocks.scales, 64, axis=1)
+    scale = np.repeat((integers * blocks.scales).astype(np.float32), 64, axis=1)
     np.testing.assert_array_equal(formats.dequantize(blocks), blocks.codes * scale)
-    assert blocks.bits_per_weight == 4 + 4 / 64 + 32 / 256
+    assert blocks.bits_per_weight == 4 + 4 / 64 + 64 / 256
 
 
 def test_lpbq_rounds_as_aimet_does():
@@ -150,6 +150,13 @@ def test_lpbq_rounds_as_aimet_does():
     assert parts["codes"][0].tolist() == [7, -7, 0, 1, 1, 0, -8, 0]
     grid = affine.for_weight(row, 4, 8, lpbq=True)
     np.testing.assert_array_equal(lpbq.dequantize(**parts), affine.fake_quantize(row, grid))
+    # the steps of many rows, to the last bit: a row's scale is not rounded before the block's integer multiplies it
+    weight = weights(shape=(64, 512))
+    blocks, grid = formats.quantize(weight, "lpbq", 64), affine.for_weight(weight, 4, 64, lpbq=True)
+    steps = np.asarray(grid.block_scale, np.float32) * grid.scale.astype(np.float32)[:, None]
+    assert (steps != grid.steps.astype(np.float32)).any(), "the order of the roundings shows on these rows"
+    np.testing.assert_array_equal(formats.dequantize(blocks), affine.fake_quantize(weight, grid))
+    np.testing.assert_array_equal(blocks.codes, affine.integers(weight, grid))
 
 
 # Bytes of the engines ------------------------------------------------------------------------------------------------
@@ -267,6 +274,33 @@ def test_halves_are_rounded_as_each_format_does():
     assert parts["scales"] == 1 and parts["zero_points"] == -6 and parts["codes"].tolist() == [[-8, 6, -6, -5]]
 
 
+@pytest.mark.parametrize("weighed", [False, True])
+def test_q4_k_takes_the_best_of_nine_pairs_of_six_bit_numbers(weighed):
+    x = weights(shape=(4, 256))
+    importance = np.random.default_rng(1).lognormal(size=x.shape).astype(np.float32) if weighed else None
+    parts = q4_k.quantize(x, importance=importance)
+    subs, weigh = x.reshape(-1, 32), None if importance is None else importance.reshape(-1, 32)
+    low = np.minimum(subs.min(1, keepdims=True), 0)
+    scales, mins = search.best_lines(subs, (subs.max(1, keepdims=True) - low) / np.float32(15), low, 8, weigh, 0.0)
+    moved = 0
+    for i, block in enumerate(subs.astype(np.float64)):
+        d, dmin = (float(parts[name][i // 8, 0]) for name in ("scales", "dmins"))
+        near = round(float(scales[i, 0]) / d), round(-float(mins[i, 0]) / dmin)
+
+        def error(pair, block=block, i=i, d=d, dmin=dmin):
+            scale, least = (np.float64(np.float32(a * b)) for a, b in zip((d, dmin), pair, strict=True))
+            codes = np.clip(np.rint((block + least) / scale), 0, 15)
+            return float(np.sum((1 if weigh is None else weigh[i]) * (block - scale * codes + least) ** 2))
+
+        around = [(near[0] + a, near[1] + b) for a in (-1, 0, 1) for b in (-1, 0, 1)]
+        around = [pair for pair in around if 0 < pair[0] <= 63 and 0 <= pair[1] <= 63]
+        chosen = int(parts["sub_scales"].flat[i]), int(parts["sub_mins"].flat[i])
+        # in float32 a distance w - w' is off by about 2^-24 |w|, and w is some 30 times as large
+        assert error(chosen) <= min(map(error, around)) * (1 + 1e-5), (i, chosen, near)
+        moved += chosen != near
+    assert moved > len(subs) / 4, "a neighbour is often better than the rounded pair"
+
+
 def test_q4_k_of_one_sided_weights():
     weight = np.abs(weights(7, (4, 512), 1.0))
     for sided in (weight + 5, -weight - 5, weight):
@@ -377,9 +411,40 @@ def test_tiles_of_flattened_blocks_end_on_a_block():
     tiles = [formats.quantize(weights(shape=(1, 96)), "nf4", 64)] * 2
     with pytest.raises(ValueError, match="ends within a block"):
         formats.join(tiles)
-    for options in ({"block_size": "tensor"}, {"block_size": 1, "axis": 0}):
-        with pytest.raises(ValueError, match="its parts belong to the whole matrix"):
-            formats.join([formats.quantize(weights(shape=(1, 96)), "int4", **options)] * 2)
+    with pytest.raises(ValueError, match="its parts belong to the whole matrix"):
+        formats.join([formats.quantize(weights(shape=(1, 96)), "int4", "tensor")] * 2)
+
+
+def test_tiles_of_columns_end_on_a_block():
+    weight = weights(shape=(24, 10))
+    whole = formats.quantize(weight, "int4", 4, axis=0, symmetric=False)
+    tiles = [formats.quantize(weight[i : i + 8], "int4", 4, axis=0, symmetric=False) for i in (0, 8, 16)]
+    assert formats.tile_rows("int4", 10, 4, axis=0) == 4
+    for part, array in whole.arrays().items():
+        np.testing.assert_array_equal(formats.join(tiles).arrays()[part], array)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [(name, {}) for name in NAMES]
+    + [("int4", dict(block_size=16, symmetric=False)), ("int4", dict(block_size=3, axis=0, symmetric=False))]
+    + [("int4", dict(block_size="tensor")), ("int4", dict(block_size="channel")), ("matmulnbits", dict(block_size=128))]
+    + [("nf4", dict(block_size=100, double=True)), ("fp4", dict(double=True)), ("lpbq", dict(block_size=32))],
+)
+def test_a_layout_is_known_before_the_weights(name, options):
+    blocks = formats.quantize(weights(shape=(9, 256)), name, **options)
+    header, arrays = formats.layout(name, (9, 256), **options)
+    assert header == blocks.header()
+    assert arrays == {part: (array.shape, array.dtype) for part, array in blocks.arrays().items()}
+
+
+@pytest.mark.parametrize("options", [dict(symmetric=False), dict(double=True), dict(axis=0), dict(block_size=48)])
+def test_a_layout_refuses_what_the_quantizer_refuses(options):
+    with pytest.raises(ValueError, match="q4_0") as one:
+        formats.layout("q4_0", (6, 512), **options)
+    with pytest.raises(ValueError, match="q4_0") as other:
+        formats.quantize(weights(), "q4_0", **options)
+    assert str(one.value).split(";")[0][-20:] == str(other.value).split(";")[0][-20:]
 
 
 def test_bits_per_weight():
@@ -388,7 +453,7 @@ def test_bits_per_weight():
     row = 32 / 4096
     assert table == {
         "int4": 5, "nf4": 4.5, "fp4": 4.5, "int8": 8 + row, "q4_0": 4.5, "q4_1": 5, "q4_k": 4.5, "q8_0": 8.5,
-        "matmulnbits": 5, "lpbq": 4 + 4 / 64 + row, "qlinear8": 8 + row, "qlinear4": 4 + row,
+        "matmulnbits": 5, "lpbq": 4 + 4 / 64 + 2 * row, "qlinear8": 8 + row, "qlinear4": 4 + row,
     }  # fmt: skip
     double = formats.quantize(weight, "nf4", double=True).bits_per_weight
     assert double == pytest.approx(4 + 8 / 64 + 32 / (64 * 256), abs=1e-3)

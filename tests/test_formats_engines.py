@@ -6,7 +6,7 @@ rows of zeros, ties, one sign only, tiny and large, and of sizes that end within
 
 import importlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
@@ -213,16 +213,20 @@ def run_onnx(engine, model, weight):
 
 
 def onnx_lpbq():
-    """LPBQ in ONNX: the block scales are themselves dequantized, with a scale for each row."""
+    """LPBQ in ONNX: the block scales are themselves dequantized, with a scale for each row.
+
+    ONNX has float32 scales, AIMET doubles: so these are doubles that float32 holds, and no rounding can differ.
+    """
     import onnxruntime
     from onnx import TensorProto, helper, numpy_helper
 
     for weight in matrices(64):
         blocks = formats.quantize(weight, "lpbq", 64)
+        blocks = replace(blocks, scales=blocks.scales.astype(np.float32).astype(np.float64))
         constants = [
             helper.make_tensor("codes", TensorProto.INT4, weight.shape, blocks.packed.tobytes(), raw=True),
             numpy_helper.from_array(blocks.extra["block_scales"], "integers"),
-            numpy_helper.from_array(blocks.scales.reshape(-1), "rows"),
+            numpy_helper.from_array(blocks.scales.reshape(-1).astype(np.float32), "rows"),
         ]
         nodes = [
             helper.make_node("DequantizeLinear", ["integers", "rows"], ["scales"], axis=0),

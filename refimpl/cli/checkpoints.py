@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import json
 import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-from refimpl.cli.verbs import JSON, MODEL, model_folder, option, verb
+from refimpl.cli.verbs import DTYPE, JSON, MODEL, TEXT, load_model, model_folder, option, verb
+
+if TYPE_CHECKING:
+    from refimpl.importance import Importance
 
 
 @verb("refimpl info weights/Baichuan2-7B-Chat", MODEL, JSON)
@@ -46,3 +51,75 @@ def convert(arguments) -> int:
         shortest, longest = report["row lengths"]
         print(f"the rows of lm_head have lengths from {shortest:.6f} to {longest:.6f}: what rounding leaves of 1")
     return 0
+
+
+@verb(
+    "refimpl quantize weights/Baichuan2-7B-Chat --out weights/b2-7b-q4_0 --format q4_0 --keep lm_head",
+    MODEL,
+    option("--out", required=True, metavar="DIR", help="a new folder, which every verb takes as a model"),
+    option("--format", help="of all matrices but the embedding: q4_0, q4_k, int4, nf4, … (kernels/README.md)"),
+    option("--recipe", metavar="FILE", help='instead: JSON such as {"lm_head": "q8_0", "*": {"format": "q4_k"}}'),
+    option("--keep", action="append", default=[], metavar="PATTERN", help="modules that stay as they are"),
+    option("--block-size", type=int, metavar="N", help="(default: the format's own)"),
+    option(
+        "--search",
+        choices=("mse", "nearest"),
+        help="look for the scales of the least squared error, or round to nearest (default: the format's own way)",
+    ),
+    option("--importance", metavar="FILE", help="weigh errors by input columns: a file of refimpl importance"),
+    option("--text", metavar="FILE", help="the same, from a UTF-8 text that the model is run on first"),
+    option("--tokens", type=int, metavar="N", help="read no more of the text than so many (default: all)"),
+    option("--shard-size", default="500MB", metavar="SIZE", help="bytes in a file at most (default: 500MB)"),
+    JSON,
+)
+def quantize(arguments) -> int:
+    """Write a checkpoint with its matrices in blocks of a number format."""
+    from refimpl.errors import InputError
+    from refimpl.quantize import read_recipe
+    from refimpl.save import quantize_checkpoint
+
+    if (arguments.format is None) == (arguments.recipe is None):
+        raise InputError("give either --format or --recipe, which says what the matrices become")
+    recipe = arguments.format or read_recipe(Path(arguments.recipe))
+    search = 0 if arguments.search == "nearest" else arguments.search
+    given = {"block_size": arguments.block_size, "search": search}
+    options = {name: value for name, value in given.items() if value is not None}
+    report = quantize_checkpoint(model_folder(arguments), arguments.out, recipe, arguments.keep,
+                                 _importance(arguments), arguments.shard_size, **options)  # fmt: skip
+    said = f"{len(report['tensors'])} matrices are quantized; {report['bytes'] / 1e9:.3g} GB are in {arguments.out}"
+    print(json.dumps(report) if arguments.json else said)
+    return 0
+
+
+@verb(
+    "refimpl importance weights/Baichuan2-7B-Chat --text wiki.txt --out b2-7b.importance",
+    *(MODEL, TEXT, DTYPE),
+    option("--out", required=True, metavar="FILE"),
+)
+def importance(arguments) -> int:
+    """Find on a text which input columns of each matrix matter, for refimpl quantize --importance."""
+    from golden.quality import read_documents
+    from refimpl.importance import observe_importance, write_importance
+
+    model = load_model(arguments)
+    ids = read_documents(Path(arguments.text), model)[: arguments.tokens]
+    found = observe_importance(model, ids, arguments.window, arguments.dtype)
+    write_importance(arguments.out, found)
+    print(f"the importance of the inputs of {len(found)} matrices, from {len(ids)} tokens, is in {arguments.out}")
+    return 0
+
+
+def _importance(arguments) -> Importance | None:
+    """What --importance or --text gives."""
+    from golden.quality import read_documents
+    from refimpl.errors import InputError
+    from refimpl.importance import observe_importance, read_importance
+
+    if arguments.importance and arguments.text:
+        raise InputError("give either --importance or --text; both say which columns matter")
+    if arguments.importance:
+        return read_importance(arguments.importance)
+    if not arguments.text:
+        return None
+    model = load_model(arguments)
+    return observe_importance(model, read_documents(Path(arguments.text), model)[: arguments.tokens])
