@@ -6,28 +6,23 @@ protobuf's wire format makes a page of code; weights are skipped where they lie,
 that says more than any real graph is refused, so memory and time are bounded. Of an encodings file, the thousands of
 steps of a weight's rows are counted before JSON is parsed, not parsed.
 
-**Source**: protobuf's encoding guide; `onnx.proto3` for the numbers of fields; `export/encodings.py` for encodings.
+**Source**: `onnx.proto3` for the numbers of fields; `export/encodings.py` for encodings.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import mmap
-import os
 import re
-import stat
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from export.encodings import VERSIONS, named_entries
+from export.wire import TEXT, DamagedError, Wire, mapped
 from refimpl.errors import InputError
 
-FIELDS = 4_000_000  # of an ONNX file that are read; a part of 20,000 nodes has 700,000
-TEXT = 64 << 20  # bytes of names in an ONNX file, and of an encodings file without the steps of weights
 NESTED = 8  # graphs within graphs
 
 # How many bits an element has, by ONNX's number of its type.
@@ -113,21 +108,14 @@ class ModelInfo:
 def read_onnx(path: Path) -> ModelInfo:
     """The structure of an ONNX file. Raises InputError, in one line, for one that is damaged, or vast."""
     try:
-        with _mapped(path) as data:
+        with mapped(path) as data:
             return _Reader(data).model()
-    except _DamagedError as error:
+    except DamagedError as error:
         raise InputError(f"{path.name} is no ONNX model: {error}; export it again") from None
 
 
-class _DamagedError(Exception):
-    """The bytes do not say what their format demands; the message says where."""
-
-
-class _Reader:
-    """Reads protobuf messages from mapped bytes. A number of a field belongs to the message that is being read."""
-
-    def __init__(self, data: Any):
-        self.data, self.fields_left, self.text_left = data, FIELDS, TEXT
+class _Reader(Wire):
+    """Reads ONNX's messages. The number of a field belongs to the message that is being read."""
 
     def model(self) -> ModelInfo:
         graph, found = None, ModelInfo(GraphInfo())
@@ -136,14 +124,14 @@ class _Reader:
                 found.ir_version = self.integer(value, stop)
             elif number == 7:
                 if graph is not None:
-                    raise _DamagedError("it holds two graphs")
+                    raise DamagedError("it holds two graphs")
                 graph = found.graph = self.graph(*self.message(value, stop), depth=0)
             elif number == 8:
                 found.opsets.append(self.opset(*self.message(value, stop)))
             elif number == 25:
                 found.functions += 1
         if graph is None:
-            raise _DamagedError("it holds no graph")
+            raise DamagedError("it holds no graph")
         return found
 
     def opset(self, start: int, stop: int) -> tuple[str, int]:
@@ -157,7 +145,7 @@ class _Reader:
 
     def graph(self, start: int, stop: int, depth: int) -> GraphInfo:
         if depth == NESTED:
-            raise _DamagedError(f"graphs lie {NESTED} deep within graphs")
+            raise DamagedError(f"graphs lie {NESTED} deep within graphs")
         found = GraphInfo()
         for number, value, end in self.fields(start, stop):
             if number == 1:
@@ -220,12 +208,12 @@ class _Reader:
             elif number == 13:
                 key, said = self.pair(*self.message(value, end))
                 if key in places:
-                    raise _DamagedError(f"a tensor says its {key!a:.40} twice")
+                    raise DamagedError(f"a tensor says its {key!a:.40} twice")
                 places[key] = said
             elif number == 14:
                 external = self.integer(value, end) == 1
         if any(size < 0 for size in dims):
-            raise _DamagedError(f"the tensor {found.name!a:.80} has a negative size")
+            raise DamagedError(f"the tensor {found.name!a:.80} has a negative size")
         found.dims = tuple(dims)
         found.external = places if external else None
         return found
@@ -265,83 +253,6 @@ class _Reader:
                 size = self.text(value, end)
         return size
 
-    def fields(self, at: int, stop: int) -> Iterator[tuple[int, int, int]]:
-        """Number, and first and last byte, of each field; or number, an integer, and -1."""
-        data = self.data
-        while at < stop:
-            self.fields_left -= 1
-            if self.fields_left < 0:
-                raise _DamagedError(f"it has more than {FIELDS:,} fields, which no graph needs")
-            tag = data[at]
-            at += 1
-            if tag & 0x80:
-                tag, at = self.varint(at - 1, stop)
-            kind = tag & 7
-            if kind == 2:
-                if at < stop and not data[at] & 0x80:
-                    length = data[at]
-                    at += 1
-                else:
-                    length, at = self.varint(at, stop)
-                if length > stop - at:
-                    raise _DamagedError(f"at byte {at} come {length} bytes, of which {stop - at} are there")
-                yield tag >> 3, at, at + length
-                at += length
-            elif kind == 0:
-                value, at = self.varint(at, stop)
-                yield tag >> 3, value, -1
-            elif kind in (1, 5):
-                at += 8 if kind == 1 else 4
-                if at > stop:
-                    raise _DamagedError(f"it ends within a number at byte {stop}")
-            else:
-                raise _DamagedError(f"byte {at} begins no field")
-
-    def varint(self, at: int, stop: int) -> tuple[int, int]:
-        value = 0
-        for shift in range(0, 70, 7):
-            if at >= stop:
-                raise _DamagedError(f"it ends within a number at byte {stop}")
-            byte = self.data[at]
-            at += 1
-            value |= (byte & 0x7F) << shift
-            if not byte & 0x80:
-                return value, at
-        raise _DamagedError(f"the number before byte {at} has no end")
-
-    def integer(self, value: int, stop: int) -> int:
-        """A field of 64 bits with its sign."""
-        if stop >= 0:
-            raise _DamagedError(f"at byte {value} are bytes where a number belongs")
-        return value - (1 << 64) if value >= 1 << 63 else value
-
-    def integers(self, value: int, stop: int) -> list[int]:
-        """A field of integers, of which each may be a field, or all one."""
-        if stop < 0:
-            return [self.integer(value, stop)]
-        found, at = [], value
-        while at < stop:
-            one, at = self.varint(at, stop)
-            found.append(self.integer(one, -1))
-            if len(found) > 64:
-                raise _DamagedError("a tensor has more than 64 axes")
-        return found
-
-    def message(self, value: int, stop: int) -> tuple[int, int]:
-        if stop < 0:
-            raise _DamagedError("a number is where a message belongs")
-        return value, stop
-
-    def text(self, value: int, stop: int) -> str:
-        start, stop = self.message(value, stop)
-        self.text_left -= stop - start
-        if self.text_left < 0:
-            raise _DamagedError(f"its names have more than {TEXT >> 20} MiB")
-        try:
-            return self.data[start:stop].decode("utf-8")
-        except UnicodeDecodeError:
-            raise _DamagedError(f"the name at byte {start} is not UTF-8") from None
-
 
 @dataclass(frozen=True)
 class Grid:
@@ -373,7 +284,7 @@ def read_grids(path: Path) -> dict[str, Grid]:
     Raises InputError, in one line, for what is no such file, is vast, or says two things of one tensor.
     """
     try:
-        with _mapped(path) as data:
+        with mapped(path) as data:
             content = json.loads(_without_rows(data))
         if not isinstance(content, dict) or content.get("version") not in VERSIONS:
             said = content.get("version") if isinstance(content, dict) else content
@@ -454,19 +365,3 @@ def _bits(value: Any) -> int:
     if type(value) is not int or not 2 <= value <= 32:
         raise ValueError("no bits")
     return value
-
-
-@contextmanager
-def _mapped(path: Path) -> Iterator[Any]:
-    """The bytes of a file. Raises InputError for what cannot be read."""
-    try:
-        with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
-            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):  # a pipe would be waited for
-                raise InputError(f"{path.name} is not a file")
-            if not os.fstat(file.fileno()).st_size:  # which cannot be mapped
-                yield b""
-                return
-            with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-                yield data
-    except OSError as error:
-        raise InputError(f"{path.name} cannot be read: {error.strerror}") from None

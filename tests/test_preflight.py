@@ -15,7 +15,8 @@ from onnx import TensorProto, helper
 
 from export import emit
 from export.preflight import RULES, check
-from export.skeleton import FIELDS, read_grids, read_onnx
+from export.skeleton import read_grids, read_onnx
+from export.wire import FIELDS
 from refimpl import InputError, load
 from refimpl.cli import main
 
