@@ -1,6 +1,7 @@
 """Checkpoints that bitsandbytes has quantized, and quantizing as it does, against what it recorded."""
 
 import json
+from dataclasses import replace
 
 import ml_dtypes
 import numpy as np
@@ -11,6 +12,7 @@ from safetensors.numpy import load_file, save_file
 
 import refimpl
 from kernels import formats
+from kernels.int8 import outlier_columns
 from kernels.ops import NumPyOps
 from refimpl import InputError
 from refimpl.bitsandbytes import split
@@ -174,6 +176,84 @@ def test_llm_int8_goldens(shared):
         expected = recorded[f"{short}.t6.out"].astype(np.float64)
         unit = {"f32": 2**-22, "bf16": 2**-7, "fp16": 2**-10}[short]
         assert np.abs(out - expected).max() <= unit * np.abs(expected).max()
+
+
+def weights_before_nf4() -> dict[str, np.ndarray]:
+    """The float32 weights that the 4-bit checkpoint was made of, which is not recorded: drawn once more, seed 102."""
+    hidden, intermediate, vocabulary, layers = 96, 200, 317, 3
+    rng = np.random.default_rng(102)
+    outliers = rng.choice(hidden, 2, replace=False)
+
+    def drawn(shape, scale, axis=None):
+        values = (rng.standard_normal(shape) * scale).astype(np.float32)
+        if axis is not None:
+            np.moveaxis(values, axis, 0)[outliers] *= 20
+        return values
+
+    def gains(scale):
+        values = (scale * (1 + 0.15 * rng.standard_normal(hidden))).astype(np.float32)
+        values[outliers] *= 0.12
+        values[rng.integers(hidden)] *= -1
+        return values
+
+    made = {"model.embed_tokens.weight": drawn((vocabulary, hidden), 0.08, 1)}
+    for i in range(layers):
+        root = np.sqrt(hidden)
+        made |= {
+            f"model.layers.{i}.self_attn.W_pack.weight": drawn((3 * hidden, hidden), 1.15 / root),
+            f"model.layers.{i}.self_attn.o_proj.weight": drawn((hidden, hidden), 0.69 / root, 0),
+            f"model.layers.{i}.mlp.gate_proj.weight": drawn((intermediate, hidden), 1.15 / root),
+            f"model.layers.{i}.mlp.down_proj.weight": drawn((hidden, intermediate), 0.6 / np.sqrt(intermediate), 0),
+            f"model.layers.{i}.mlp.up_proj.weight": drawn((intermediate, hidden), 1.15 / root),
+            f"model.layers.{i}.input_layernorm.weight": gains(1),
+            f"model.layers.{i}.post_attention_layernorm.weight": gains(1),
+        }
+    head = {"model.norm.weight": gains(2.5), "lm_head.weight": drawn((vocabulary, hidden), 0.1)}
+    head["lm_head.weight"] *= np.exp(rng.uniform(-1.5, 1.5, (vocabulary, 1))).astype(np.float32)
+    return made | head
+
+
+@pytest.fixture(scope="module")
+def before_nf4(official):
+    """The model of these weights; that they are the ones is seen from the checkpoint, code by code."""
+    tensors = weights_before_nf4()
+    for name, weight in official.weights.items():
+        half = tensors[name].astype(np.float16)
+        if isinstance(weight, QuantizedWeight):
+            expected = formats.quantize(half, "nf4", double=True).arrays()
+            assert all(
+                np.array_equal(array, expected[part])
+                for part, array in weight.blocks.arrays().items()
+                if part in expected
+            )
+        else:
+            assert np.array_equal(weight.array, half)
+    return refimpl.Model(official.config, resolve(replace(official.config, quantized=False), tensors))
+
+
+@pytest.mark.parametrize("case", PROMPTS)
+def test_the_recorded_logits_in_int8(before_nf4, recorded, case):
+    """A model in LLM.int8 against bitsandbytes'. In float16 a last bit turns codes: no farther than from float32."""
+    small = before_nf4.quantize("int8")
+    exact, half = (recorded[f"int8_t6.{short}.{case}.logits"].astype(np.float64) for short in ("f32", "fp16"))
+    assert np.abs(small(PROMPTS[case]) - exact).max() < 1e-5
+    assert np.linalg.norm(small(PROMPTS[case], "float16") - half) < np.linalg.norm(half - exact)
+    assert np.abs(before_nf4(PROMPTS[case]) - exact).max() > 0.05, "without quantizing it is another model"
+
+
+def test_the_recorded_outliers(before_nf4, recorded):
+    """How many columns of each linear's input reach 6.0."""
+    trace = before_nf4.quantize("int8").trace(PROMPTS["p33"])
+    taps = (
+        "input_layernorm",
+        "self_attn.context",
+        "post_attention_layernorm",
+        "post_attention_layernorm",
+        "mlp.product",
+    )
+    inputs = [trace[f"model.layers.{i}.{tap}"].astype(np.float16) for i in range(3) for tap in taps]
+    counts = [len(outlier_columns(x.reshape(-1, x.shape[-1]))) for x in inputs]
+    assert counts == recorded["int8_t6.f32.outlier_columns_p33"].tolist() and sum(counts) > 0
 
 
 def test_a_model_in_int8_quantizes_activations(tiny_model):
