@@ -13,19 +13,21 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
 from golden.quality import Quality, quality
 from kernels.affine import Rounding
-from refimpl.calibrate import WINDOW
+from refimpl.calibrate import CHUNK, WINDOW, cut
 from refimpl.encodings import Encodings, grid_of
-from refimpl.errors import InputError
 from refimpl.model import Model
-from refimpl.trace import Tap, Trace, feeding, silent
+from refimpl.names import taps
+from refimpl.sweep import Executor, Result, sweep
+from refimpl.trace import Tap, feeding, recording, silent
 
 
 @dataclass(frozen=True)
@@ -74,38 +76,54 @@ def predict(
     rounding: Rounding = "away",
     integer: bool = False,
     dtype: str = "float32",
+    executor: Executor | None = None,
+    resume: str | Path | None = None,
 ) -> Prediction:
     """The noise that `encodings` put on each tensor of a model, on a text or its ids, window by window.
 
-    Memory holds the trace of one window. Raises InputError for encodings of another model.
+    Memory holds what one layer shows of one window. `executor`, `resume`: who computes the windows, and where finished
+    ones are kept (`refimpl.sweep`). Raises InputError for encodings of another model.
     """
     simulated = model.simulate(encodings, rounding, integer)
-    ids = model.token_ids(ids)[0]
-    size = min(window, model.config.max_position_embeddings)
-    if size < 1:
-        raise InputError(f"window is {window}, expected a positive number of tokens")
-    energy: dict[str, np.ndarray] = {}  # of the tensor, of its own error, of its total error
-    for start in tqdm(range(0, len(ids), size), "predicting", unit="window", disable=None, leave=False):
-        piece = ids[start : start + size]
-        reference = model.trace(piece, dtype)
-        simulated.forward(piece, dtype, None, None, measuring(energy, reference, 1, then=feeding(reference)))
-        simulated.forward(piece, dtype, None, None, measuring(energy, reference, 2))
+    pieces = [(model, simulated, row, dtype) for row in cut(model, ids, window)]
+    energy: dict[str, np.ndarray] = {}
+    for found in sweep(energies, pieces, "predicting", executor, resume):
+        for name, sums in found.items():
+            energy[name] = energy.get(name, 0.0) + sums
     noises = []
-    for name, (signal, own, total) in energy.items():
+    for name in taps(model.config):
+        signal, own, total = energy[name]
         grid = grid_of(encodings, model.config, name)
         noises.append(Noise(name, grid.bits if grid else None, decibel(signal, own), decibel(signal, total)))
-    return Prediction(tuple(noises), len(ids))
+    return Prediction(tuple(noises), sum(len(row) for _, _, row, _ in pieces))
 
 
-def measuring(energy: dict[str, np.ndarray], reference: Trace, which: int, then: Tap = silent) -> Tap:
-    """Adds each tensor's energy (once) and that of its difference from `reference` to `energy`; passes it on."""
+def energies(model: Model, simulated: Model, ids: np.ndarray, dtype: str) -> Result:
+    """Of every tensor of one forward: (3,) float64, the sums of squares of it, of its own error, of its total error.
+
+    Three runs go side by side, layer by layer: the float model, the simulator fed by it, and the simulator alone.
+    """
+    energy: dict[str, np.ndarray] = {}
+    right: dict[str, np.ndarray] = {}  # what the float model has shown in this layer
+    exact = model.stages(ids, dtype, recording(right))
+    own = simulated.stages(ids, dtype, measuring(energy, right, 1, then=feeding(right)))
+    total = simulated.stages(ids, dtype, measuring(energy, right, 2))
+    for _ in zip(exact, own, total, strict=True):
+        right.clear()
+    return energy
+
+
+def measuring(energy: dict[str, np.ndarray], right: Mapping[str, np.ndarray], which: int, then: Tap = silent) -> Tap:
+    """Adds each tensor's energy (once) and that of its difference from `right` to `energy`; passes it on."""
 
     def tap(name, x):
-        right = reference[name].astype(np.float64)
         sums = energy.setdefault(name, np.zeros(3))
-        sums[which] += np.square(x - right).sum()
-        if which == 1:
-            sums[0] += np.square(right).sum()
+        a, b = x.reshape(-1), right[name].reshape(-1)
+        for start in range(0, len(a), CHUNK):
+            expected = b[start : start + CHUNK].astype(np.float64)
+            sums[which] += np.square(a[start : start + CHUNK] - expected).sum()
+            if which == 1:
+                sums[0] += np.square(expected).sum()
         return then(name, x)
 
     return tap
@@ -134,10 +152,12 @@ def what_if(
     rounding: Rounding = "away",
     integer: bool = False,
     dtype: str = "float32",
+    executor: Executor | None = None,
+    resume: str | Path | None = None,
 ) -> list[Outcome]:
     """The quality of a model with these encodings, then with each of the changes alone: (glob, bits).
 
-    Raises InputError for a glob that matches nothing.
+    `executor`, `resume`: as in `predict`. Raises InputError for a glob that matches nothing.
     """
     variants = [("as encoded", 0, encodings)]
     for pattern, bits in changes:
@@ -148,7 +168,7 @@ def what_if(
     outcomes = []
     for what, count, variant in tqdm(variants, "comparing", disable=None, leave=False):
         simulated = model.simulate(variant, rounding, integer)
-        outcomes.append(Outcome(what, count, quality(simulated, model, ids, window, dtype)))
+        outcomes.append(Outcome(what, count, quality(simulated, model, ids, window, dtype, executor, resume)))
     return outcomes
 
 

@@ -22,19 +22,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
-from tqdm import tqdm
 
 from kernels.affine import Encoding, from_range
 from refimpl.encodings import Encodings, Recipe
 from refimpl.errors import InputError
 from refimpl.names import taps
+from refimpl.sweep import Executor, Result, sweep
 from refimpl.trace import Tap, silent
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from refimpl.model import Model
 
 BINS = 4096
@@ -70,19 +72,39 @@ class Seen:
                 at = np.floor(flat[start : start + CHUNK] / self.width).astype(np.int64) - self.first
                 self.counts += np.bincount(at, minlength=len(self.counts))
 
-    def _make_room(self) -> None:
-        """Widens the bins until `low` and `high` are within BINS of them."""
+    def merge(self, other: Seen) -> None:
+        """Takes in what another has seen of the same tensor; both with a histogram, or both without."""
+        self.low, self.high, self.count = min(self.low, other.low), max(self.high, other.high), self.count + other.count
+        if other.width:
+            self._make_room(other.width)
+            self._add_bins(other)
+
+    def _make_room(self, least: float = 0.0) -> None:
+        """Widens the bins to `least`, and until `low` and `high` are within BINS of them."""
         # not so narrow, for values that are far from 0 and alike, that a bin's number would lose its last digits
         narrowest = max((self.high - self.low) / BINS, max(-self.low, self.high) * 2.0**-40, 1e-30)
-        width = self.width or 2.0 ** math.floor(math.log2(narrowest))
+        width = max(least, self.width or least or 2.0 ** math.floor(math.log2(narrowest)))
         while math.floor(self.high / width) - math.floor(self.low / width) >= BINS:
             width *= 2
         first, last = math.floor(self.low / width), math.floor(self.high / width)
-        counts = np.zeros(last - first + 1, np.int64)
-        if self.width:
-            old = np.floor((self.first + np.arange(len(self.counts))) / (width / self.width))  # exact: powers of two
-            np.add.at(counts, old.astype(np.int64) - first, self.counts)
-        self.width, self.first, self.counts = width, first, counts
+        before = replace(self)
+        self.width, self.first, self.counts = width, first, np.zeros(last - first + 1, np.int64)
+        if before.width:
+            self._add_bins(before)
+
+    def _add_bins(self, other: Seen) -> None:
+        """The counts of another, whose bins are as wide or narrower."""
+        bins = np.floor((other.first + np.arange(len(other.counts))) / (self.width / other.width))  # powers of two
+        np.add.at(self.counts, bins.astype(np.int64) - self.first, other.counts)
+
+    def to_array(self) -> np.ndarray:
+        """All of it as float64 (5 + bins,), in which whole numbers to 2^53 are exact; `from_array` reads it back."""
+        return np.array([self.low, self.high, self.count, self.width, self.first, *self.counts], np.float64)
+
+    @classmethod
+    def from_array(cls, array: np.ndarray) -> Seen:
+        low, high, count, width, first = map(float, array[:5])
+        return cls(low, high, int(count), width, int(first), array[5:].astype(np.int64))
 
     @property
     def centers(self) -> np.ndarray:
@@ -138,27 +160,46 @@ def observing(seen: dict[str, Seen], histogram: bool, then: Tap = silent) -> Tap
     return tap
 
 
-def observe(model: Model, ids, window: int = WINDOW, dtype: str = "float32", histogram: bool = True) -> dict[str, Seen]:
+def observe(
+    model: Model,
+    ids,
+    window: int = WINDOW,
+    dtype: str = "float32",
+    histogram: bool = True,
+    executor: Executor | None = None,
+    resume: str | Path | None = None,
+) -> dict[str, Seen]:
     """What every tap takes on over a text or its ids: name -> Seen, from one pass window by window.
 
-    Windows do not overlap and are no longer than the context. Memory holds a few tensors of one of them.
+    Windows do not overlap and are no longer than the context. Memory holds a few tensors of one of them. `executor`,
+    `resume`: who computes them, and where finished ones are kept (`refimpl.sweep`).
     Raises InputError for ids outside the vocabulary, and if NaN or infinity is computed.
     """
+    pieces = [(model, row, dtype, histogram) for row in cut(model, ids, window)]
     seen: dict[str, Seen] = {}
-    run_windows(model, model.token_ids(ids)[0], window, dtype, observing(seen, histogram), "calibrating")
-    return seen
+    for found in sweep(observe_window, pieces, "calibrating", executor, resume):
+        for name, array in found.items():
+            seen.setdefault(name, Seen()).merge(Seen.from_array(array))
+    return {name: seen[name] for name in taps(model.config)}
 
 
-def run_windows(model: Model, ids: np.ndarray, window: int, dtype: str, tap: Tap, what: str) -> None:
-    """Runs token ids (T,) in windows that do not overlap and are no longer than the context; `tap` sees each tensor.
+def cut(model: Model, ids, window: int) -> list[np.ndarray]:
+    """A text or its ids in windows (n,) int64 that do not overlap and are no longer than the context.
 
-    `what` is said beside the progress. Raises InputError for no tokens at a time.
+    Raises InputError for ids outside the vocabulary, and for no tokens at a time.
     """
+    ids = model.token_ids(ids)[0]
     size = min(window, model.config.max_position_embeddings)
     if size < 1:
         raise InputError(f"window is {window}, expected a positive number of tokens")
-    for start in tqdm(range(0, len(ids), size), what, unit="window", disable=None, leave=False):
-        model.forward(ids[start : start + size], dtype, None, None, tap)
+    return [ids[start : start + size] for start in range(0, len(ids), size)]
+
+
+def observe_window(model: Model, ids: np.ndarray, dtype: str, histogram: bool) -> Result:
+    """What every tap takes on in one forward: name -> `Seen.to_array()`."""
+    seen: dict[str, Seen] = {}
+    model.forward(ids, dtype, None, None, observing(seen, histogram))
+    return {name: one.to_array() for name, one in seen.items()}
 
 
 def encode(
@@ -169,10 +210,7 @@ def encode(
     Raises InputError for an unknown method, and where the recipe does not fit the model.
     """
     recipe, config = recipe or Recipe(), model.config
-    if method not in METHODS:
-        raise InputError(f"the method is {method!r}, expected one of {', '.join(METHODS)}")
-    if not 50 < percent <= 100:
-        raise InputError(f"the percentile is {percent:g}, expected more than 50 and at most 100")
+    _expect_method(method, percent)
     activations: dict[str, Encoding] = recipe.inputs(config)
     for name in taps(config):
         grid = recipe.activation(config, name)
@@ -180,6 +218,13 @@ def encode(
             low, high = grid.fixed or seen[name].range(method, grid.bits, grid.symmetric, percent)
             activations[name] = from_range(low, high, grid.bits, grid.symmetric)
     return Encodings(activations, recipe.parameters(config, model.weights))
+
+
+def _expect_method(method: str, percent: float) -> None:
+    if method not in METHODS:
+        raise InputError(f"the method is {method!r}, expected one of {', '.join(METHODS)}")
+    if not 50 < percent <= 100:
+        raise InputError(f"the percentile is {percent:g}, expected more than 50 and at most 100")
 
 
 def calibrate(
@@ -190,7 +235,10 @@ def calibrate(
     percent: float = 99.99,
     window: int = WINDOW,
     dtype: str = "float32",
+    executor: Executor | None = None,
+    resume: str | Path | None = None,
 ) -> Encodings:
     """The encodings of a model from a text or its ids: `observe`, then `encode`."""
-    seen = observe(model, ids, window, dtype, histogram=method != "minmax")
+    _expect_method(method, percent)
+    seen = observe(model, ids, window, dtype, method != "minmax", executor, resume)
     return encode(model, seen, recipe, method, percent)

@@ -21,9 +21,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from refimpl.calibrate import WINDOW, run_windows
+from refimpl.calibrate import WINDOW, cut
 from refimpl.errors import InputError
 from refimpl.names import input_of
+from refimpl.sweep import Executor, Result, sweep
 from refimpl.weights import map_safetensors
 
 if TYPE_CHECKING:
@@ -61,25 +62,28 @@ class Importance(dict):
         return digest.hexdigest()
 
 
-def observe_importance(model: Model, ids, window: int = WINDOW, dtype: str = "float32") -> Importance:
+def observe_importance(
+    model: Model,
+    ids,
+    window: int = WINDOW,
+    dtype: str = "float32",
+    executor: Executor | None = None,
+    resume: str | Path | None = None,
+) -> Importance:
     """The importance of every linear's inputs over a text or its ids, window by window.
 
-    Memory holds a few tensors of one window, and a float64 for each column. Raises InputError for ids outside the
-    vocabulary, and if NaN or infinity is computed.
+    Memory holds a few tensors of one window, and a float64 for each column. `executor`, `resume`: who computes the
+    windows, and where finished ones are kept (`refimpl.sweep`). Raises InputError for ids outside the vocabulary, and
+    if NaN or infinity is computed.
     """
     ids = model.token_ids(ids)[0]
     matrices = [n for n, w in model.weights.items() if len(w.shape) == 2 and n != "model.embed_tokens.weight"]
     inputs = {name.removesuffix(".weight"): input_of(name.removesuffix(".weight")) for name in matrices}
+    wanted = tuple(sorted(set(inputs.values())))
+    pieces = [(model, wanted, row, dtype) for row in cut(model, ids, window)]
     squares: dict[str, np.ndarray] = {}
-    wanted = set(inputs.values())
-
-    def tap(name, x):
-        if name in wanted:
-            wide = x.reshape(-1, x.shape[-1]).astype(np.float64)
-            squares[name] = squares.get(name, 0.0) + np.einsum("ti,ti->i", wide, wide)
-        return x
-
-    run_windows(model, ids, window, dtype, tap, "collecting importance")
+    for found in sweep(sums_of_squares, pieces, "collecting importance", executor, resume):
+        squares = {name: squares.get(name, 0.0) + found[name] for name in wanted}
     means = {name: (total / len(ids)).astype(np.float32) for name, total in squares.items()}
     for name, mean in means.items():
         if not np.isfinite(mean).all():
@@ -87,6 +91,20 @@ def observe_importance(model: Model, ids, window: int = WINDOW, dtype: str = "fl
     digest = hashlib.sha256(ids.astype("<i8").tobytes()).hexdigest()
     meta = {"family": model.config.family, "tokens": len(ids), "ids_sha256": digest, "window": window}
     return Importance({module: means[tap] for module, tap in inputs.items()}, meta)
+
+
+def sums_of_squares(model: Model, wanted: tuple[str, ...], ids: np.ndarray, dtype: str) -> Result:
+    """The squares of some tensors (…, I) of one forward, summed over its tokens: name -> (I,) float64."""
+    squares: dict[str, np.ndarray] = {}
+
+    def tap(name, x):
+        if name in wanted:
+            wide = x.reshape(-1, x.shape[-1]).astype(np.float64)
+            squares[name] = np.einsum("ti,ti->i", wide, wide)
+        return x
+
+    model.forward(ids, dtype, None, None, tap)
+    return squares
 
 
 def write_importance(path: str | Path, importance: Importance) -> None:

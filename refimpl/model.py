@@ -122,10 +122,7 @@ class Model:
         ids, ops = self.token_ids(ids), self.ops(dtype)
         batch, tokens = ids.shape
         past = cache.length if cache else 0
-        if past + tokens > self.config.max_position_embeddings:
-            raise InputError(
-                f"{past + tokens} tokens exceed the context of {self.config.max_position_embeddings}; use fewer"
-            )
+        self._expect_room(past + tokens)
         if attention_mask is not None:
             attention_mask = np.array(attention_mask)
             if attention_mask.shape != (batch, past + tokens) or attention_mask.dtype.kind not in "iub":
@@ -148,6 +145,31 @@ class Model:
         if cache is not None:
             cache.advance(mask)
         return logits
+
+    def stages(
+        self, ids, dtype: str = "float32", tap: Tap = silent, start: int = 0, stream: np.ndarray | None = None
+    ) -> Iterator[np.ndarray]:
+        """The forward of a prompt, one step each time that the iterator is asked: the stream (B, T, C) after the
+        embedding and after each layer, and at last the logits (B, T, V).
+
+        So several runs can go side by side and share what each layer shows. With the `stream` that enters layer
+        `start`, it begins there; `start` may be the number of layers. Raises InputError as a call does.
+        """
+        ids, ops = self.token_ids(ids), self.ops(dtype)
+        self._expect_room(ids.shape[1])
+        mask = np.ones_like(ids)
+        cos, sin = self.position_tables(token_positions(mask), ops.wide)
+        bias = self.attention_bias(mask, ids.shape[1], ops.wide)
+        decoder = self.decoder(ops, tap, None)
+        if stream is None:
+            yield (stream := decoder.embed(ids))
+        for i in range(start, self.config.num_hidden_layers):
+            yield (stream := decoder.layer(i, stream, cos, sin, bias))
+        yield decoder.head(stream)
+
+    def _expect_room(self, tokens: int) -> None:
+        if tokens > self.config.max_position_embeddings:
+            raise InputError(f"{tokens} tokens exceed the context of {self.config.max_position_embeddings}; use fewer")
 
     def ops(self, dtype: str) -> NumPyOps:
         """The operations at a number format. Raises InputError for one that is not known."""

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -290,6 +291,21 @@ def test_the_prediction_is_the_traces(encoded):
             assert getattr(noise, which) == pytest.approx(expected, abs=1e-9)
     assert json.loads(found.to_json())["tokens"] == len(IDS)
     assert "predicted SQNR of lm_head" in str(found)
+
+
+def test_a_prediction_holds_one_layer(tmp_path):
+    """What it allocates hardly grows with the layers (by their weights), though a trace of them all does."""
+    peaks = []
+    for layers in (2, 8):
+        changes = {"num_hidden_layers": layers, "max_position_embeddings": 256}
+        model = refimpl.load(write_checkpoint(tmp_path / str(layers), "Baichuan2-7B", **changes))
+        ids = np.resize(TEXT, 256)
+        encodings = calibrate(model, ids)
+        tracemalloc.start()
+        predict(model, encodings, ids)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[1] < 1.5 * peaks[0], peaks
 
 
 def test_noise_of_a_grid_is_a_twelfth_of_its_step_squared(encoded):

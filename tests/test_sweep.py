@@ -1,16 +1,22 @@
 """Pieces of work: in order, elsewhere, resumed, and the same to the bit whoever computes them."""
 
+import json
 import os
 import pickle
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 import pytest
 from conftest import write_checkpoint
 
 import refimpl
+from golden.predict import predict, what_if
 from golden.quality import quality
 from refimpl import InputError
+from refimpl.calibrate import calibrate
+from refimpl.cli import main
+from refimpl.importance import observe_importance
+from refimpl.model import EMBEDDED
 from refimpl.sweep import remade, sweep, workers
 
 TEXT = [int(i) for i in np.random.default_rng(0).integers(3, 90, 300)]
@@ -121,3 +127,40 @@ def test_a_dask_cluster_gives_the_same_bits(tiny_folder, monkeypatch):
 
 def remake_and_run(model, ids):
     return {"x": model(ids)}
+
+
+def test_calibration_gives_the_same_bits(tiny_folder, tmp_path):
+    model = refimpl.load(tiny_folder("Qwen2-7B"))
+    alone = calibrate(model, TEXT, method="mse", window=50)
+    with ThreadPoolExecutor(2) as executor:
+        shared = calibrate(model, TEXT, method="mse", window=50, executor=executor, resume=tmp_path)
+    resumed = calibrate(model, TEXT, method="mse", window=50, resume=tmp_path)
+    assert len(list(tmp_path.iterdir())) == 6
+    assert pickle.dumps(alone) == pickle.dumps(shared) == pickle.dumps(resumed)
+
+
+def test_a_prediction_gives_the_same_bits(tiny_folder):
+    model = refimpl.load(tiny_folder("Qwen2-7B"))
+    encodings = calibrate(model, TEXT)
+    changes = [("*.mlp.*.weight", 8)]
+    alone = predict(model, encodings, TEXT, 50), what_if(model, encodings, TEXT, changes, 50)
+    with workers(2) as executor:
+        shared = predict(model, encodings, TEXT, 50, executor=executor)
+        assert (shared, what_if(model, encodings, TEXT, changes, 50, executor=executor)) == alone
+
+
+def test_importance_gives_the_same_bits(tiny_folder):
+    model = refimpl.load(tiny_folder("Baichuan2-7B"))
+    alone = observe_importance(model, TEXT, 50)
+    with ThreadPoolExecutor(2) as executor:
+        assert observe_importance(model, TEXT, 50, executor=executor).sha256 == alone.sha256
+
+
+def test_calibrate_says_in_json_what_it_did(tmp_path, capsys):
+    out = str(tmp_path / "e.json")
+    text = ["--text", str(EMBEDDED / "held_out.txt"), "--tokens", "200", "--window", "50"]
+    assert main(["calibrate", *text, "--out", out, "--json", "--jobs", "2"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert said["out"] == out and said["tokens"] == 200 and said["activations"] > 40
+    assert main(["calibrate", *text, "--out", str(tmp_path / "f.json")]) == 0
+    assert (tmp_path / "e.json").read_bytes() == (tmp_path / "f.json").read_bytes()

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from refimpl.cli.verbs import DTYPE, JSON, MODEL, TEXT, load_model, model_folder, option, verb
+from refimpl.cli.verbs import DTYPE, JSON, MODEL, SWEEP, TEXT, load_model, model_folder, option, verb
 
 if TYPE_CHECKING:
     from refimpl.importance import Importance
@@ -93,18 +93,23 @@ def quantize(arguments) -> int:
 
 @verb(
     "refimpl importance weights/Baichuan2-7B-Chat --text wiki.txt --out b2-7b.importance",
-    *(MODEL, TEXT, DTYPE),
+    *(MODEL, TEXT, DTYPE, SWEEP, JSON),
     option("--out", required=True, metavar="FILE"),
 )
 def importance(arguments) -> int:
     """Find on a text which input columns of each matrix matter, for refimpl quantize --importance."""
     from golden.quality import read_documents
     from refimpl.importance import observe_importance, write_importance
+    from refimpl.sweep import workers
 
     model = load_model(arguments)
     ids = read_documents(Path(arguments.text), model)[: arguments.tokens]
-    found = observe_importance(model, ids, arguments.window, arguments.dtype)
+    with workers(arguments.jobs, arguments.dask) as executor:
+        found = observe_importance(model, ids, arguments.window, arguments.dtype, executor, arguments.resume)
     write_importance(arguments.out, found)
+    if arguments.json:
+        print(json.dumps({"out": arguments.out, "matrices": len(found), **found.meta}, ensure_ascii=False))
+        return 0
     print(f"the importance of the inputs of {len(found)} matrices, from {len(ids)} tokens, is in {arguments.out}")
     return 0
 

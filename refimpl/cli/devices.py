@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
-from refimpl.cli.verbs import DTYPE, JSON, MODEL, TEXT, integers, load_model, option, report, verb
+from refimpl.cli.verbs import DTYPE, JSON, MODEL, SWEEP, TEXT, integers, load_model, option, report, verb
 from refimpl.errors import InputError
 
 
 @verb(
     "refimpl calibrate weights/B2-7B --text wiki.txt --out encodings.json",
-    *(MODEL, TEXT, DTYPE),
+    *(MODEL, TEXT, DTYPE, SWEEP, JSON),
     option("--out", required=True, metavar="FILE"),
     option("--version", default="1.0.0", help="of the file: 0.6.1, 1.0.0 (default) or 2.0.0"),
     option(
@@ -36,12 +37,19 @@ def calibrate(arguments) -> int:
     from golden.quality import read_documents
     from refimpl.calibrate import calibrate
     from refimpl.encodings import Recipe
+    from refimpl.sweep import workers
 
     model = load_model(arguments)
     ids = read_documents(Path(arguments.text), model)[: arguments.tokens]
     recipe = Recipe(weight_bits=arguments.weight_bits, block_size=arguments.block_size, lpbq=arguments.lpbq)
-    found = calibrate(model, ids, recipe, arguments.method, arguments.percentile, arguments.window, arguments.dtype)
+    with workers(arguments.jobs, arguments.dask) as executor:
+        found = calibrate(model, ids, recipe, arguments.method, arguments.percentile, arguments.window, arguments.dtype,
+                          executor, arguments.resume)  # fmt: skip
     write_encodings(found, arguments.out, arguments.version)
+    if arguments.json:
+        counts = {"activations": len(found.activations), "parameters": len(found.parameters), "tokens": len(ids)}
+        print(json.dumps({"out": arguments.out, **counts}, ensure_ascii=False))
+        return 0
     print(f"{len(found.activations)} tensors and {len(found.parameters)} weights, from {len(ids)} tokens, "
           f"have their encodings in {arguments.out}")  # fmt: skip
     return 0
@@ -49,7 +57,7 @@ def calibrate(arguments) -> int:
 
 @verb(
     "refimpl simulate weights/B2-7B --encodings e.json --text wiki.txt --what-if '*.down_proj.weight=8'",
-    *(MODEL, TEXT, DTYPE, JSON),
+    *(MODEL, TEXT, DTYPE, SWEEP, JSON),
     option("--encodings", required=True, metavar="FILE"),
     option(
         "--what-if",
@@ -71,14 +79,16 @@ def simulate(arguments) -> int:
     from export.encodings import read_encodings
     from golden.predict import outcome_table, outcomes_json, predict, what_if
     from golden.quality import read_documents
+    from refimpl.sweep import workers
 
     model = load_model(arguments)
     encodings = read_encodings(arguments.encodings, model)
     ids = read_documents(Path(arguments.text), model)[: arguments.tokens]
     changes = [change(text) for text in arguments.what_if]
-    noise = predict(model, encodings, ids, arguments.window, arguments.rounding, arguments.integer, arguments.dtype)
-    outcomes = what_if(model, encodings, ids, changes, arguments.window, arguments.rounding, arguments.integer,
-                       arguments.dtype)  # fmt: skip
+    with workers(arguments.jobs, arguments.dask) as executor:
+        rest = (arguments.window, arguments.rounding, arguments.integer, arguments.dtype, executor, arguments.resume)
+        noise = predict(model, encodings, ids, *rest)
+        outcomes = what_if(model, encodings, ids, changes, *rest)
     if arguments.json:
         print(f'{{"noise": {noise.to_json()}, "outcomes": {outcomes_json(outcomes)}}}')
     else:
