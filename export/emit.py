@@ -19,13 +19,16 @@ from tqdm import tqdm
 
 import refimpl
 from export.encodings import graph_encodings, simulate_graph, write_encodings
+from export.fuse import fusing
 from export.graph import Built, Graph, Parameter, write_data
 from export.heads import Stack
 from export.ops import OnnxOps
 from export.parts import GraphSpec, Plan, carry, host_inputs
 from export.profiles import Profile, checked_forms, profile_named
+from export.qdq import quantized
 from golden.bundle import sha256 as digest
 from golden.tolerance import tolerances
+from kernels.affine import Rounding
 from kernels.ops import NumPyOps
 from refimpl.calibrate import calibrate
 from refimpl.encodings import Encodings
@@ -67,10 +70,12 @@ def emit(
                  for weight in model.weights.values())  # fmt: skip
     name = profile or ("qdq" if blocks else "plain")
     row = profile_named(name)
+    if name == "qdq" and encodings is not None:
+        row = replace(row, weights="float32", forms=row.forms | {"unpack"}, on_grids=True)
     if row.weights != "float32" and not blocks:
         raise InputError(f"the profile {name} is for 4-bit weights, and the model has none; quantize it to int4 first")
     if opset is not None:
-        row = replace(row, opset=opset)
+        row = replace(row, opset=opset, forms=row.forms | {"fused"} if name == "plain" and opset >= 23 else row.forms)
     lowest = helper.OP_SET_ID_VERSION_MAP.get(("ai.onnx", row.opset), 0)
     if row.opset < 17 or not lowest:
         raise InputError(f"opset is {row.opset}, expected 17 to {onnx.defs.onnx_opset_version()}")
@@ -89,22 +94,24 @@ def emit(
         encodings = calibrate(model, np.array([ids]))
     if encodings is not None:
         encodings.check(model.config, model.weights)
-    graphs = {spec.name: build(model, spec, row) for run in plan.runs for spec in run}
+    graphs = {spec.name: build(model, spec, row, encodings) for run in plan.runs for spec in run}
     return Parts(model, plan, ids, graphs, row, encodings)
 
 
-def build(model: Model, spec: GraphSpec, profile: Profile) -> Built:
+def build(model: Model, spec: GraphSpec, profile: Profile, encodings: Encodings | None = None) -> Built:
     """One graph: the decoder's own code, run on symbols."""
     graph = Graph(profile.forms)
     ops = OnnxOps(graph, profile.opset, profile.weights)
     inputs = {v.name: graph.input(v.name, v.shape, ONNX_TYPES[v.dtype]) for v in spec.inputs}
     weights = {name: Parameter.whole(name, weight) for name, weight in model.weights.items()}
-    computed = spec.part.outputs(model.config, weights, ops, inputs, graph.tap)
+    tap = fusing(graph, graph.tap) if "fused" in profile.forms else graph.tap
+    computed = spec.part.outputs(model.config, weights, ops, inputs, tap)
     outputs = {name: x.join() if isinstance(x, Stack) else x for name, x in computed.items()}
     for name, tensor in outputs.items():
         tensor.name = name
     inputs_and_outputs = list(inputs.values()), list(outputs.values())
-    return graph.build(spec.name, *inputs_and_outputs, profile.opset, profile.ir_version)
+    built = graph.build(spec.name, *inputs_and_outputs, profile.opset, profile.ir_version)
+    return quantized(built, graph_encodings(encodings, spec, built)) if encodings and profile.on_grids else built
 
 
 def golden_prompt(model: Model, room: int) -> list[int]:
@@ -191,7 +198,9 @@ class Parts:
             record(path, digest(path))
 
         weights: dict[int, tuple[Path, str]] = {}  # of a part, once they are written
-        cases = goldens(self.model, self.plan, self.prompt, self.encodings)
+        rounding: Rounding = "even" if self.profile.on_grids else "away"  # as ONNX does, or AIMET
+        simulation = SimulatedModel(self.model, self.encodings, rounding) if self.encodings else None
+        cases = goldens(self.model, self.plan, self.prompt, simulation)
         for spec, case in tqdm(cases, "exporting", len(self), unit="graph", disable=None, leave=False):
             graph, data_set = folder / spec.name, folder / TEST_DATA.format(spec.name)
             built = self.graphs[spec.name]
@@ -207,7 +216,7 @@ class Parts:
                 weights[spec.part.number] = graph / "model.data", sha256
             record(graph / "model.data", sha256)
             onnx.checker.check_model(str(graph / "model.onnx"), full_check=True)
-            if self.encodings:
+            if self.encodings and self.profile.encodings:
                 save(graph / "model.encodings", graph_encodings(self.encodings, spec, built))
             for kind, arrays in case.items():
                 for i, (name, array) in enumerate(arrays.items()):
@@ -251,17 +260,16 @@ Arrays = dict[str, np.ndarray]
 
 
 def goldens(
-    model: Model, plan: Plan, prompt: list[int], encodings: Encodings | None = None
+    model: Model, plan: Plan, prompt: list[int], simulation: SimulatedModel | None = None
 ) -> Iterator[tuple[GraphSpec, dict[str, Arrays]]]:
     """Each graph with its golden "input" and "output", run by run: the first reads the prompt, each other goes on.
 
     It goes on with the likeliest token, and then, where more are asked for, with the prompt again. Outputs are what
     NumPy computes in float64 from the very inputs, rounded to float32, and the next part is given those.
 
-    With `encodings` there is also what the simulation of a quantized device says: "simulated", from the golden
-    inputs, and "simulated_chained", from what it said of the graphs before.
+    With a `simulation` of a quantized device there is also what that says: "simulated", of the golden inputs, and
+    "simulated_chained", of what it said of the graphs before.
     """
-    simulation = SimulatedModel(model, encodings) if encodings else None
     after_prompt, after_simulated = Arrays(), Arrays()
     for run in plan.runs:
         ids, flow, simulated = prompt, Arrays(after_prompt), Arrays(after_simulated)

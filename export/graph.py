@@ -27,7 +27,10 @@ from export.heads import Stack, apply
 from kernels.ops import TILE_BYTES, Readable
 
 ALIGNMENT = 4096  # of a weight in model.data: a page, so that a runtime can map it
-BITS: dict[int, int] = {TensorProto.INT4: 4, TensorProto.UINT8: 8}  # of an element in model.data; of all others 32
+BITS: dict[int, int] = {  # of an element in model.data; of all others 32
+    TensorProto.INT4: 4, TensorProto.UINT4: 4, TensorProto.INT8: 8, TensorProto.UINT8: 8,
+    TensorProto.INT16: 16, TensorProto.UINT16: 16,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -168,6 +171,10 @@ class Graph:
             self.constants[key], self.arrays[tensor] = tensor, array
         return self.constants[key]
 
+    def number(self, tensor: Tensor) -> float:
+        """The value of a constant of one element."""
+        return float(self.arrays[tensor])
+
     def parameter(self, name: str, shape: tuple[int, ...], dtype: int, tiles: Callable[[], Iterator[np.ndarray]]):
         """A value that is kept in `model.data`, which `tiles()` gives from first row to last."""
         if name not in self.parameters:
@@ -242,9 +249,10 @@ class Graph:
             takes, gives = ([t.name for t in tensors] for tensors in (node.inputs, node.outputs))
             protos.append(helper.make_node(node.op, takes, gives, gives[0], domain=node.domain, **node.attributes))
         initializers = [numpy_helper.from_array(a, t.name) for t, a in self.arrays.items() if t in needed]
-        parameters = [t for t in self.parameters.values() if t in needed]
+        parameters = [TensorProto(name=t.name, data_type=t.dtype, dims=t.shape)
+                      for t in self.parameters.values() if t in needed]  # fmt: skip
         layout = place(parameters)
-        initializers += [external(t, *layout[t.name]) for t in parameters]
+        initializers += parameters
         inner = [info(t) for node in nodes for t in node.outputs if t not in set(outputs)]
         graph = helper.make_graph(protos, name, [info(t) for t in inputs], [info(t) for t in outputs], initializers,
                                   value_info=inner)  # fmt: skip
@@ -254,26 +262,21 @@ class Graph:
         values = {tensor.name for tensor in needed}
         shown = {name: tap for name, tap in self.shown.items() if name in values}
         sources = {name: parameter for name, parameter in self.sources.items() if name in layout}
-        return Built(proto, layout, {t.name: self.tiles[t.name] for t in parameters}, shown, sources)
+        return Built(proto, layout, {name: self.tiles[name] for name in layout}, shown, sources)
 
 
-def place(parameters: Iterable[Tensor]) -> dict[str, tuple[int, int]]:
-    """Where each parameter lies in `model.data`: name -> (offset, length) in bytes, one after the other."""
+def place(parameters: Iterable[TensorProto]) -> dict[str, tuple[int, int]]:
+    """Gives initializers their places in `model.data`, one after the other: name -> (offset, length) in bytes."""
     layout, end = {}, 0
-    for tensor in parameters:
+    for proto in parameters:
         offset = -(-end // ALIGNMENT) * ALIGNMENT
-        layout[tensor.name] = (offset, -(-math.prod(tensor.shape) * BITS.get(tensor.dtype, 32) // 8))
-        end = sum(layout[tensor.name])
+        length = -(-math.prod(proto.dims) * BITS.get(proto.data_type, 32) // 8)
+        layout[proto.name] = (offset, length)
+        proto.data_location = TensorProto.EXTERNAL
+        for key, value in (("location", "model.data"), ("offset", offset), ("length", length)):
+            proto.external_data.add(key=key, value=str(value))
+        end = offset + length
     return layout
-
-
-def external(tensor: Tensor, offset: int, length: int) -> TensorProto:
-    """An initializer whose bytes are in `model.data`."""
-    proto = TensorProto(name=tensor.name, data_type=tensor.dtype, dims=tensor.shape)
-    proto.data_location = TensorProto.EXTERNAL
-    for key, value in (("location", "model.data"), ("offset", offset), ("length", length)):
-        proto.external_data.add(key=key, value=str(value))
-    return proto
 
 
 def write_data(file: BinaryIO, built: Built) -> str:

@@ -31,8 +31,9 @@ class Profile:
     """One kind of export.
 
     `weights`: "float32"; "int4", blocks and DequantizeLinear where the model has them; "matmulnbits", the same blocks
-    in that operator. `encodings`: each graph has a `model.encodings`. `lowest_mask`: what the host writes where nobody
-    may look. `hub_names`: the hidden state has the names of Qualcomm's published Baichuan2 parts.
+    in that operator. `encodings`: each graph has a `model.encodings`. `on_grids`: it rounds by itself, in pairs of
+    QuantizeLinear and DequantizeLinear, which qdq does if it is given encodings. `lowest_mask`: what the host writes
+    where nobody may look. `hub_names`: the hidden state has the names of Qualcomm's published Baichuan2 parts.
     """
 
     opset: int
@@ -40,6 +41,7 @@ class Profile:
     weights: str
     forms: frozenset[str] = frozenset()
     encodings: bool = False
+    on_grids: bool = False
     lowest_mask: float = LOWEST
     hub_names: bool = False
 
@@ -67,4 +69,6 @@ def checked_forms(forms: Iterable[str], opset: int) -> frozenset[str]:
         raise InputError(f"{at_most(unknown)} is no form of a graph; expected some of {', '.join(FORMS)}")
     if "fused" in chosen and opset < 23:
         raise InputError(f"opset is {opset}, but the form fused needs 23, the first with RMSNormalization")
+    if "fused" in chosen and (apart := sorted(chosen & {"heads", "rank4", "scale-on-key"})):
+        raise InputError(f"the form fused has in one node what {at_most(apart)} takes apart; choose one of the two")
     return chosen

@@ -161,7 +161,6 @@ def file_names(spec: GraphSpec, simulated: bool) -> list[str]:
     names = [f"{spec.name}/model.onnx", f"{spec.name}/model.data"]
     kinds = [("input", spec.inputs), ("output", spec.outputs)]
     if simulated:
-        names.append(f"{spec.name}/model.encodings")
         kinds += [("simulated", spec.outputs), ("simulated_chained", spec.outputs)]
     for kind, values in kinds:
         names += [f"{TEST_DATA.format(spec.name)}/{kind}_{i}.pb" for i in range(len(values))]

@@ -2,11 +2,12 @@
 
 Three things differ from the model as it is, and nothing in the decoder: the tap puts each tensor on its grid before
 anybody sees it, `SimulatedWeight` reads as values of its grid, and `SimulatedOps` puts what no tap shows on grids
-that follow from those: sigmoid's output on [0, 1], and scores + mask on the sum of both ranges. The mask is clipped
+that follow from those: sigmoid's output on [0, 1], scores + mask on the sum of both ranges, and RoPE's products with
+cos and sin on a range no larger than that of what is turned. The mask is clipped
 to its range, so that -50 and not minus infinity stands for "not here".
 
 What is left alone, and why: all inside an RMSNorm, one operation on a device; q kᵀ before its scale, on whose grid it
-stands but for a constant; the products inside RoPE, whose 16 bits drown in the 8 of the key and repeat the query's.
+stands but for a constant.
 
 Sums are float32, as in AIMET's simulation, and so depend in their last bits on the order that a BLAS takes. With
 `integer=True` the codes themselves are multiplied and summed, exactly, and scaled once: then every bit is defined.
@@ -96,6 +97,7 @@ class SimulatedOps(NumPyOps):
         super().__init__(dtype)
         self.encodings, self.config, self.rounding, self.integer = encodings, config, rounding, integer
         self.grids: dict[str, Grid | None] = {}
+        self.keys_next = False  # whether RoPE has turned a layer's queries and not yet its keys
 
     def quantizing(self, then: Tap = silent) -> Tap:
         """The tap that puts each tensor on its grid, and passes it on to `then`."""
@@ -118,6 +120,20 @@ class SimulatedOps(NumPyOps):
             both = from_range(scores.low + mask.low, scores.high + mask.high, scores.bits)
             x = on_grid(x, both, self.rounding)
         return super().softmax(x)
+
+    def split(self, x: np.ndarray, sizes: Sequence[int]) -> list[np.ndarray]:
+        """As ever; halves are RoPE's, of the query first and then of the key."""
+        pieces = super().split(x, sizes)
+        if len(sizes) != 2:
+            return pieces
+        kind = "W_pack" if self.config.qkv_packed else "k_proj" if self.keys_next else "q_proj"
+        self.keys_next = not self.keys_next
+        grid = self.grids.get(kind)
+        if not isinstance(grid, Encoding) or not isinstance(self.encodings.activations.get(COS), Encoding):
+            return pieces
+        largest = max(-float(grid.low), float(grid.high))
+        product = from_range(-largest, largest, grid.bits)
+        return [Turned.of(piece, product, self.rounding) for piece in pieces]
 
     def linear(self, x: np.ndarray, weight: Readable, bias: Readable | None = None) -> np.ndarray:
         """As ever, or with exact sums of integers where both sides have them."""
@@ -156,6 +172,23 @@ class SimulatedOps(NumPyOps):
     def _integers(self, x: np.ndarray, encoding: Encoding) -> np.ndarray:
         """As float64, whose sums are exact below 2^53: 17 bits by 16 and a million terms stay there."""
         return integers(x, encoding, self.rounding).astype(np.float64)
+
+
+class Turned(np.ndarray):
+    """Half of a query or key, whose products with cos and sin are put on a grid."""
+
+    grid: Encoding
+    rounding: Rounding
+
+    @classmethod
+    def of(cls, x: np.ndarray, grid: Encoding, rounding: Rounding) -> Turned:
+        """The same numbers, that will be multiplied so."""
+        half = x.view(cls)
+        half.grid, half.rounding = grid, rounding
+        return half
+
+    def __mul__(self, table: np.ndarray) -> np.ndarray:  # type: ignore[override]
+        return on_grid(np.multiply(self.view(np.ndarray), table), self.grid, self.rounding)
 
 
 @dataclass(frozen=True, eq=False)

@@ -9,6 +9,9 @@ import pytest
 from export import emit, verify
 from export.preflight import check
 from export.profiles import FORMS, PROFILES
+from export.verify import read_arrays, read_manifest
+from refimpl.calibrate import calibrate
+from refimpl.encodings import Recipe
 from refimpl.errors import InputError
 
 ENGINES = ["reference", *(["onnxruntime"] if find_spec("onnxruntime") else [])]
@@ -34,6 +37,18 @@ def test_a_form_changes_the_graph_and_not_the_numbers(forms, family, saved):
     ops = [[node.op_type for node in each.graphs[name].proto.graph.node] for each in (plain, parts)]
     same = forms == ["unpack"] and "Qwen" in family  # whose linears are three
     assert (ops[0] == ops[1]) == same or forms == ["scale-on-key"]
+    for engine in ENGINES:
+        assert (report := verify(folder, engine)), report
+
+
+def test_fused_operators(family, saved):
+    """Opset 23 has norms, RoPE and attention as operators: what remains is the skeleton of the architecture."""
+    parts, folder = saved(family, profile="plain", opset=23)
+    rope = parts.model.config.rope_theta is not None
+    graph = parts.graphs["prompt_ar8_cl24_2_of_3"].proto.graph
+    ops = [node.op_type for node in graph.node]
+    counts = {op: ops.count(op) for op in ("RMSNormalization", "RotaryEmbedding", "Attention", "Softmax", "Sqrt")}
+    assert [*counts.values()] == [2, 2 * rope, 1, 0, 0]
     for engine in ENGINES:
         assert (report := verify(folder, engine)), report
 
@@ -78,6 +93,30 @@ def test_what_ai_hub_gets(saved):
     assert second.output[0].name == "_model_layers_0_Add_1_Add_output_0"
     mask = onnx.load_tensor(folder / "test_data" / "prompt_ar8_cl24_2_of_3" / "test_data_set_0" / "input_1.pb")
     assert set(np.unique(onnx.numpy_helper.to_array(mask))) == {-50.0, 0.0}
+
+
+@pytest.mark.parametrize("options", [{}, {"block_size": 32}, {"block_size": 32, "lpbq": True}], ids=str)
+@pytest.mark.parametrize("family", ["Baichuan2-7B", "Baichuan2-13B", "Qwen2-7B"])
+def test_onnxruntime_on_grids_is_the_simulator(family, options, saved, tiny_model):
+    """Both round half to even, so keys and values have the same codes. What remains is the order of float32 sums: now
+    and then it crosses a half, which moves a 16-bit tensor by a step, and what follows from it by a few."""
+    onnxruntime = pytest.importorskip("onnxruntime")
+    text = np.random.default_rng(0).integers(3, 90, (1, 60))
+    encodings = calibrate(tiny_model(family), text, Recipe(**options))
+    _, folder = saved(family, profile="qdq", encodings=encodings)
+    plan, _ = read_manifest(folder)
+    for spec in (spec for run in plan.runs for spec in run):
+        proto = onnx.load(folder / spec.name / "model.onnx", load_external_data=False)
+        kinds = {i.data_type for i in proto.graph.initializer if i.name.endswith("_proj.weight.codes")}
+        assert kinds <= {onnx.TensorProto.INT4}
+        session = onnxruntime.InferenceSession(folder / spec.name / "model.onnx", providers=["CPUExecutionProvider"])
+        found = session.run(None, read_arrays(folder, spec, "input", spec.inputs))
+        expected = read_arrays(folder, spec, "simulated", spec.outputs)
+        for value, array in zip(spec.outputs, found, strict=True):
+            if value.tap in encodings.activations:
+                grid = encodings.activations[value.tap]
+                codes = np.abs(np.rint((array - expected[value.name]) / np.float32(grid.scale)))
+                assert codes.max() <= (0 if grid.bits == 8 else 8), (spec.name, value.name, codes.max())
 
 
 def test_matmulnbits_computes_with_the_same_weights(saved):
