@@ -29,12 +29,13 @@ from tqdm import tqdm
 
 from kernels import formats
 from kernels.ops import Readable
+from refimpl import backends
 from refimpl.errors import InputError, at_most
 from refimpl.files import read_json
 from refimpl.importance import Importance
 from refimpl.weights import QuantizedWeight, Weights, quantized_weight
 
-TILE_ELEMENTS = 1 << 20  # a thread reads and quantizes rows of so many elements at a time: a few MB of float32
+TILE_ELEMENTS = 1 << 18  # a thread reads and quantizes rows of so many elements at a time: 1 MB of float32
 TRIES = 16  # scales that a search for the least squared error tries in each block
 EMBED = "model.embed_tokens.weight"
 
@@ -106,6 +107,11 @@ class Scheme:
     def takes_importance(self) -> bool:
         """Whether importance can matter: the format has a search, and it is not turned off."""
         return "importance" in formats.FORMATS[self.format].options and self.search != 0
+
+    @property
+    def compiled(self) -> bool:
+        """Whether `kernels.fast_quantize` has it: Q4_0, rounded to nearest."""
+        return self.format == "q4_0" and not self.search
 
     def layout(self, shape: tuple[int, ...]) -> tuple[dict[str, Any], dict[str, tuple]]:
         """See `formats.layout`."""
@@ -230,6 +236,12 @@ def quantizing(
     The blocks do not depend on the number of threads: tiles are cut by shape alone, and joined in order.
     """
     columns = _columns(weights, schemes, importance)
+    tile = _tile
+    if backends.choose(None, weights) == "numba" and any(scheme.compiled for scheme in schemes.values()):
+        from kernels import fast_quantize
+
+        fast_quantize.prepare()
+        tile = _compiled_tile
     order = list(schemes)
     running: dict[str, list] = {}
 
@@ -237,7 +249,7 @@ def quantizing(
         weight, scheme = weights[name], schemes[name]
         step = scheme.tile_rows(weight.shape)
         cuts = [slice(at, at + step) for at in range(0, weight.shape[0], step)]
-        running[name] = [pool.submit(_tile, weight, rows, scheme, columns.get(name)) for rows in cuts]
+        running[name] = [pool.submit(tile, weight, rows, scheme, columns.get(name)) for rows in cuts]
 
     def blocks(name: str) -> formats.Blocks:
         at = order.index(name)
@@ -260,6 +272,17 @@ def _tile(weight: Readable, rows: slice, scheme: Scheme, importance: np.ndarray 
     with np.errstate(over="ignore"):  # an infinite weight is refused, in words
         values = weight.read(np.dtype(np.float16 if scheme.official else np.float32), rows)
     return scheme.quantize(values, importance)
+
+
+def _compiled_tile(weight: Any, rows: slice, scheme: Scheme, importance: np.ndarray | None) -> formats.Blocks:
+    """The same, from the bytes as they are stored, where there is a kernel for them."""
+    from kernels import fast_quantize
+
+    if scheme.compiled and importance is None and hasattr(weight, "in_place"):
+        array, divisors = weight.in_place
+        if array.dtype in (fast_quantize.BFLOAT16, np.float32):
+            return fast_quantize.quantize_q4_0(array[rows], None if divisors is None else divisors[rows])
+    return _tile(weight, rows, scheme, importance)
 
 
 def _columns(

@@ -19,7 +19,6 @@ import os
 import shutil
 import struct
 import sys
-import threading
 import time
 import zlib
 from pathlib import Path
@@ -29,6 +28,7 @@ import torch_bytes as tb
 from conftest import config_keys
 
 import refimpl
+from refimpl.bench_storage import AnonymousMemory, cold, copy_folder
 from refimpl.config import config_from_keys
 from refimpl.convert import convert
 from refimpl.doctor import KEYS, OFFICIAL
@@ -119,38 +119,6 @@ def write_bin(path: Path, shapes: dict[str, tuple[int, ...]], block: bytes | Non
 # Measuring
 
 
-class AnonymousMemory:
-    """The largest anonymous memory of this process while the block runs, in bytes beyond what it had at first."""
-
-    def __enter__(self):
-        self.first = self.peak = self.now()
-        self.done = threading.Event()
-        self.thread = threading.Thread(target=self.watch)
-        self.thread.start()
-        return self
-
-    def __exit__(self, *_):
-        self.done.set()
-        self.thread.join()
-
-    def watch(self):
-        while not self.done.wait(0.01):
-            self.peak = max(self.peak, self.now())
-
-    @staticmethod
-    def now() -> int:
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("RssAnon"))
-
-
-def cold(folder: Path) -> None:
-    """Drops a folder's files from the page cache."""
-    for path in folder.iterdir():
-        with open(path, "rb") as file:
-            os.fsync(file.fileno())
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-
-
 def resident(path: Path) -> np.ndarray:
     """Whether each page of a file is in the page cache."""
     libc = ctypes.CDLL(None, use_errno=True)
@@ -217,7 +185,7 @@ def measure(folder: Path, layers: int, rounds: int, skip_convert: bool) -> None:
             with AnonymousMemory() as memory:
                 began = time.perf_counter()
                 if kind == "copy":
-                    plain_copy(folder, out)
+                    copy_folder(folder, out)
                 else:
                     convert(folder, out)
                 took = time.perf_counter() - began
@@ -227,15 +195,6 @@ def measure(folder: Path, layers: int, rounds: int, skip_convert: bool) -> None:
             shutil.rmtree(out)
         ratios.append(speeds["convert"] / speeds["copy"])
     print(f"convert reaches {', '.join(f'{ratio:.0%}' for ratio in ratios)} of a plain copy")
-
-
-def plain_copy(folder: Path, out: Path) -> None:
-    """shutil's copy of every file, synced to the disk as a conversion is."""
-    out.mkdir()
-    for path in folder.iterdir():
-        shutil.copyfile(path, out / path.name)
-        with open(out / path.name, "rb") as file:
-            os.fsync(file.fileno())
 
 
 if __name__ == "__main__":

@@ -3,12 +3,14 @@
 import hashlib
 import json
 import os
+import pickle
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 import pytest
 from conftest import write_checkpoint
@@ -16,7 +18,7 @@ from safetensors.numpy import load_file, save_file
 
 import refimpl
 from golden.quality import read_documents
-from kernels import formats
+from kernels import fast_quantize, formats
 from refimpl import InputError, cli, shards
 from refimpl import quantize as module
 from refimpl.importance import Importance, observe_importance, read_importance, write_importance
@@ -187,6 +189,41 @@ def test_tiles_and_threads_do_not_show(wide, monkeypatch):
                 found = blocks(name)
             for part, array in whole.arrays().items():
                 assert np.array_equal(found.arrays()[part], array), (way, elements, part)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
+def test_the_compiled_quantizer_gives_the_same_bytes(dtype):
+    rng = np.random.default_rng(0)
+    weight = (rng.standard_normal((40, 96)) * rng.lognormal(sigma=3, size=(40, 1))).astype(dtype)
+    weight[0, :32], weight[1], weight[2, 5] = 0, 1e-45, 3e4  # nothing, too small for a reciprocal, an outlier
+    weight[3, :32], weight[3, 32:64] = [2, -2] * 16, [-2, 2] * 16  # the first of two that are as large
+    weight[4] = np.linspace(-1, 1, 96).astype(dtype)
+    lengths = rng.uniform(0.5, 2, 40).astype(np.float32)
+    for divisors in (None, lengths):
+        found = fast_quantize.quantize_q4_0(weight, divisors)
+        values = weight.astype(np.float32)
+        twin = formats.quantize(values if divisors is None else values / divisors[:, None], "q4_0")
+        assert found.header() == twin.header()
+        assert np.array_equal(found.packed, twin.packed) and np.array_equal(found.scales, twin.scales)
+    for row, bad in enumerate((np.nan, -np.nan, np.inf, -np.inf)):
+        broken = weight.copy()
+        broken[row, 50] = bad
+        with pytest.raises(ValueError, match="a weight is NaN or infinite"):
+            fast_quantize.quantize_q4_0(broken)
+    with pytest.raises(ValueError, match="overflows for weights as large as"):
+        fast_quantize.quantize_q4_0(np.full((1, 32), 1e30, dtype))
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
+def test_either_backend_quantizes_to_the_same_folder(tmp_path, monkeypatch, dtype):
+    folder = write_checkpoint(tmp_path / "source", "Baichuan2-7B", dtype=dtype)
+    kernel, used = fast_quantize.quantize_q4_0, []
+    monkeypatch.setattr(fast_quantize, "quantize_q4_0", lambda *a: (used.append(a), kernel(*a))[1])
+    for backend in ("numpy", "numba"):
+        monkeypatch.setenv("REFIMPL_BACKEND", backend)
+        quantize_checkpoint(folder, tmp_path / backend, {"lm_head": "q4_0", "*.mlp.*": "q4_0", "*": "q8_0"})
+        assert bool(used) == (backend == "numba" and dtype != np.float16)
+    assert files(tmp_path / "numpy") == files(tmp_path / "numba")
 
 
 def test_every_family(tmp_path, family, tiny_folder):
@@ -528,3 +565,28 @@ def test_a_pool_of_another_size_gives_the_same_folder(tmp_path, wide):
     for threads in (1, 2, 5):
         quantize_checkpoint(wide, tmp_path / str(threads), "q4_k", threads=threads)
     assert files(tmp_path / "1") == files(tmp_path / "2") == files(tmp_path / "5")
+
+
+def test_the_bench_of_storage(monkeypatch, capsys):
+    from refimpl import bench_storage
+
+    small = dict(vocab_size=96, hidden_size=64, intermediate_size=128, num_attention_heads=4)
+    monkeypatch.setattr(bench_storage, "KEYS", {**bench_storage.KEYS, **small})
+    assert cli.main(["bench", "quantize", "--layers", "2", "--rounds", "2", "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert [row["name"] for row in facts["rows"]] == ["copy", "quantize", "cores"]
+    assert facts["rows"][1]["times"] > 0 and facts["bytes"] > 2 * 2 * 96 * 64
+    said = bench_storage.show(facts)
+    assert "bfloat16 to q4_0" in said and "x copy" in said and "MB of memory at most" in said
+    assert cli.main(["bench", "load", "--rounds", "0"]) == 2
+    assert "numbers from 1" in capsys.readouterr().err
+
+
+def test_a_model_travels_with_its_recipe(tiny_model):
+    """Who unpickles it makes the same blocks."""
+    model = tiny_model("Baichuan2-7B")
+    recipe = {"lm_head": None, "*.mlp.*": {"format": "int4", "block_size": 16, "search": 3}, "*": "q4_0"}
+    small = model.quantize(recipe, importance=observe_importance(model, IDS))
+    again = pickle.loads(pickle.dumps(small))
+    assert quantized(again) == quantized(small) and again.weights.provenance == small.weights.provenance
+    assert np.array_equal(again(IDS), small(IDS))

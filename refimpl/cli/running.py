@@ -83,19 +83,29 @@ def trace(arguments) -> int:
 
 @verb(
     "refimpl bench decode --engines read,refimpl,llama.cpp",
-    option("what", choices=("decode", "prefill"), help="one token after another, or many at once"),
+    option(
+        "what",
+        choices=("decode", "prefill", "load", "quantize"),
+        help="one token after another, many at once; opening a quantized folder, or making one",
+    ),
     option("--layers", type=int, default=32, help="fewer than 32 fit into less memory, or into a cache"),
     option("--rounds", type=int, default=5, help="engines take turns so many times (default: 5)"),
     option("--threads", type=int, help="(default: all cores)"),
     option("--tokens", type=int, default=128, help="how many at once in prefill (default: 128)"),
+    option("--format", default="q4_0", help="what quantize makes (default: q4_0)"),
     option("--engines", default="read,refimpl,llama.cpp,onnxruntime,torch", help="who takes part"),
     JSON,
 )
 def bench(arguments) -> int:
     """Measure a synthetic Baichuan2-7B against other engines and the speed of memory (extra: bench)."""
-    from refimpl import bench
+    from refimpl import bench, bench_storage
 
-    facts = bench.run(arguments.what, arguments.layers, arguments.rounds, arguments.threads or bench.default_threads(),
+    threads = arguments.threads or bench.default_threads()
+    if arguments.what in ("load", "quantize"):
+        stored = bench_storage.run(arguments.what, arguments.layers, arguments.rounds, threads, arguments.format)
+        print(json.dumps(stored) if arguments.json else bench_storage.show(stored))
+        return 0
+    facts = bench.run(arguments.what, arguments.layers, arguments.rounds, threads,
                       tuple(arguments.engines.split(",")), arguments.tokens)  # fmt: skip
     print(json.dumps(facts) if arguments.json else bench.show(facts))
     return 0

@@ -1,0 +1,239 @@
+"""How fast a checkpoint is quantized, and a quantized one opened: against a plain copy, and the cores alone.
+
+`quantize` has a synthetic checkpoint on disk, in bfloat16 and in the true shapes of Baichuan2-7B, with as many layers
+as are asked for. In turns, each from a cold page cache to synced files:
+
+- `copy`: every file, as `shutil.copyfile` does it
+- `quantize`: `refimpl.save.quantize_checkpoint`
+- `cores`: the same arithmetic on all cores, from pages that are warm, and nothing written: what binds without a disk
+
+`load` has a quantized folder in Q4_0. `open` is `refimpl.load`, `token` the first token after it, each with a cold and
+with a warm page cache; `read` reads every byte of the warm files once.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from refimpl import shards
+from refimpl.bench import Row, synthetic
+from refimpl.config import config_from_keys
+from refimpl.errors import InputError
+from refimpl.model import Model, load
+from refimpl.quantize import plan, quantizing
+from refimpl.save import quantize_checkpoint, save
+from refimpl.weights import expected_shapes
+
+BLOCK_BYTES = 64 << 20  # random numbers that are repeated
+KEYS = {
+    "model_type": "baichuan", "tokenizer_class": "BaichuanTokenizer", "vocab_size": 125696, "hidden_size": 4096,
+    "intermediate_size": 11008, "num_attention_heads": 32, "rms_norm_eps": 1e-6, "hidden_act": "silu",
+    "max_position_embeddings": 4096, "torch_dtype": "bfloat16",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Repeated:
+    """A bfloat16 tensor to be written: one block of numbers again and again."""
+
+    shape: tuple[int, ...]
+    block: np.ndarray
+    start: int
+
+    @property
+    def dtype(self) -> np.dtype:
+        return np.dtype(ml_dtypes.bfloat16)
+
+    def tiles(self) -> Iterator[np.ndarray]:
+        """Its bytes in order."""
+        at, left = self.start, shards.size_of(self)
+        while left:
+            tile = self.block[at : at + left]
+            yield tile
+            at, left = 0, left - len(tile)
+
+
+def run(what: str, layers: int, rounds: int, threads: int, format: str = "q4_0", search: str | None = None) -> dict:
+    """The facts of `quantize` or `load`: seconds of each row, bytes, and the peak of anonymous memory.
+
+    Raises InputError for no rounds or layers, and a disk that is too small.
+    """
+    if rounds < 1 or layers < 1:
+        raise InputError("rounds and layers are numbers from 1")
+    with tempfile.TemporaryDirectory() as place:
+        if what == "load":
+            return _load(Path(place), layers, rounds)
+        return _quantize(Path(place), layers, rounds, threads, format, search)
+
+
+def show(facts: dict) -> str:
+    """The facts as a table."""
+    lines = [f"Baichuan2-7B with {facts['layers']} of 32 layers, {facts['bytes'] / 1e9:.2f} GB, {facts['of']}"]
+    for row in facts["rows"]:
+        times = f"   {row['times']:6.3f} x {facts['reference']}" if "times" in row else ""
+        rate = f"   {row['gigabytes_per_second']:6.2f} GB/s" if "gigabytes_per_second" in row else ""
+        seconds = f"{row['seconds']:8.3f} s ({row['fastest']:.3f} - {row['slowest']:.3f})"
+        lines.append(f"{row['name']:12} {seconds}{rate}{times}")
+    if "peak_memory" in facts:
+        lines.append(f"quantizing takes {facts['peak_memory'] / 1e6:.0f} MB of memory at most, beside mapped files")
+    return "\n".join(lines)
+
+
+def _facts(rows: dict[str, Row], reference: str, nbytes: dict[str, int]) -> list[dict[str, Any]]:
+    found = []
+    for name, row in rows.items():
+        middle = float(np.median(row.seconds))
+        one = {"name": name, "seconds": middle, "fastest": min(row.seconds), "slowest": max(row.seconds)}
+        if name in nbytes:
+            one["gigabytes_per_second"] = nbytes[name] / middle / 1e9
+        if reference in rows and name != reference:
+            one["times"] = float(np.median([a / b for a, b in zip(rows[reference].seconds, row.seconds, strict=True)]))
+        found.append(one)
+    return found
+
+
+def _quantize(place: Path, layers: int, rounds: int, threads: int, format: str, search: str | None) -> dict:
+    source = write_checkpoint(place / "source", layers)
+    nbytes = sum(path.stat().st_size for path in source.iterdir())
+    model = load(source)
+    schemes = plan(model.weights, format, search=search).schemes
+    peak = 0
+
+    def cores() -> None:
+        with quantizing(model.weights, schemes, None, threads) as blocks:
+            for name in schemes:
+                blocks(name)
+
+    def quantize() -> None:
+        nonlocal peak
+        with AnonymousMemory() as memory:
+            quantize_checkpoint(source, place / "quantize", format, threads=threads, search=search)
+        peak = max(peak, memory.peak - memory.first)
+
+    passes: dict[str, Callable[[], None]] = {
+        "copy": lambda: copy_folder(source, place / "copy"), "quantize": quantize, "cores": cores,
+    }  # fmt: skip
+    rows = {name: Row(name) for name in passes}
+    for _ in range(rounds):
+        for name, once in passes.items():
+            if name == "cores":
+                for path in source.iterdir():
+                    path.read_bytes()
+            else:
+                cold(source)
+                os.sync()
+            start = time.perf_counter()
+            once()
+            rows[name].seconds.append(time.perf_counter() - start)
+            shutil.rmtree(place / name, ignore_errors=True)
+    return {
+        "what": "quantize", "layers": layers, "bytes": nbytes, "of": f"bfloat16 to {format}, {threads} threads",
+        "reference": "copy", "rows": _facts(rows, "copy", dict.fromkeys(rows, nbytes)), "peak_memory": peak,
+    }  # fmt: skip
+
+
+def _load(place: Path, layers: int, rounds: int) -> dict:
+    folder = place / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({**KEYS, "num_hidden_layers": layers}))
+    made = synthetic(layers)
+    save(Model(made.config, made.weights, folder), place / "quantized")
+    del made
+    folder = place / "quantized"
+    nbytes = sum(path.stat().st_size for path in folder.iterdir())
+    names = [f"{what}, {how}" for how in ("cold", "warm") for what in ("open", "token")]
+    rows = {name: Row(name) for name in (*names, "read")}
+    for _ in range(rounds):
+        for how in ("cold", "warm"):
+            if how == "cold":
+                cold(folder)
+            start = time.perf_counter()
+            model = load(folder)
+            rows[f"open, {how}"].seconds.append(time.perf_counter() - start)
+            start = time.perf_counter()
+            model([[5]])
+            rows[f"token, {how}"].seconds.append(time.perf_counter() - start)
+            del model
+        start = time.perf_counter()
+        for path in folder.iterdir():
+            np.add.reduce(np.memmap(path, np.uint8, "r")[: path.stat().st_size // 8 * 8].view(np.uint64))
+        rows["read"].seconds.append(time.perf_counter() - start)
+    return {
+        "what": "load", "layers": layers, "bytes": nbytes, "of": "in Q4_0", "reference": "read",
+        "rows": _facts(rows, "read", {"read": nbytes}),
+    }  # fmt: skip
+
+
+def write_checkpoint(folder: Path, layers: int, seed: int = 0) -> Path:
+    """A checkpoint of Baichuan2-7B's shapes with seeded bfloat16 numbers, in safetensors files."""
+    rng = np.random.default_rng(seed)
+    block = (rng.standard_normal(BLOCK_BYTES // 2, dtype=np.float32) * 0.02).astype(ml_dtypes.bfloat16).view(np.uint8)
+    keys = {**KEYS, "num_hidden_layers": layers}
+    shapes = expected_shapes(config_from_keys(keys))
+    starts = rng.integers(0, 4096, len(shapes)) * 4096
+    entries = {
+        name: Repeated(shape, block, int(start)) for (name, shape), start in zip(shapes.items(), starts, strict=True)
+    }
+    files = shards.cut(entries, 5_000_000_000)
+    with shards.workplace(folder, files, {}, resumable=False) as work:
+        shards.write_shards(work, files, "writing")
+        shards.write_json(work / "config.json", keys)
+    return folder
+
+
+def copy_folder(source: Path, out: Path) -> None:
+    """shutil's copy of every file, synced to the disk as a conversion is."""
+    out.mkdir()
+    for path in source.iterdir():
+        shutil.copyfile(path, out / path.name)
+        with open(out / path.name, "rb") as file:
+            os.fsync(file.fileno())
+
+
+def cold(folder: Path) -> None:
+    """Drops a folder's files from the page cache, where the system can be asked to."""
+    for path in folder.iterdir():
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())
+            if hasattr(os, "posix_fadvise"):
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+class AnonymousMemory:
+    """The largest anonymous memory of this process while the block runs, in bytes; `first`: what it had before.
+
+    Mapped pages of files do not count: they are the page cache's. Only Linux says; elsewhere all is 0.
+    """
+
+    def __enter__(self) -> AnonymousMemory:
+        self.first = self.peak = self.now()
+        self.done = threading.Event()
+        self.thread = threading.Thread(target=self.watch, daemon=True)
+        self.thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.done.set()
+        self.thread.join()
+
+    def watch(self) -> None:
+        while not self.done.wait(0.01):
+            self.peak = max(self.peak, self.now())
+
+    @staticmethod
+    def now() -> int:
+        status = Path("/proc/self/status")
+        lines = status.read_text().splitlines() if status.exists() else []
+        return 1024 * next((int(line.split()[1]) for line in lines if line.startswith("RssAnon")), 0)
