@@ -194,15 +194,13 @@ def read_torch(data: np.ndarray, ahead: Callable[[int], None] = lambda at: None)
 
 
 def _entry(name: str, value: Any, storages: Mapping[str, np.ndarray]) -> Any:
-    if isinstance(value, TensorView):
-        return value.array(storages[value.storage.key])
-    if isinstance(value, list):
+    if isinstance(value, TensorView | list):
         return _arrays(value, storages, LIST_DEPTH)
     raise InputError(f"{name!a:.80} is a {type(value).__name__}, expected a tensor; is it a training checkpoint?")
 
 
 def _arrays(value: Any, storages: Mapping[str, np.ndarray], depth: int) -> Any:
-    """A list's copy with arrays for the tensors in it."""
+    """The array of a tensor, or a list's copy with arrays for the tensors in it."""
     if isinstance(value, TensorView):
         return value.array(storages[value.storage.key])
     if isinstance(value, list | tuple):
