@@ -12,7 +12,7 @@ import sys
 
 import refimpl
 
-from refimpl.cli import running, checkpoints, goldens, costs, devices  # isort: skip  # noqa: F401  as the help lists them
+from refimpl.cli import running, checkpoints, goldens, costs, devices, hub  # isort: skip  # noqa: F401  as the help lists them
 from refimpl.cli.verbs import parser, stop_printing
 from refimpl.errors import InputError
 

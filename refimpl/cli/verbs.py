@@ -24,7 +24,10 @@ if TYPE_CHECKING:
     from golden.compare import Report
     from refimpl.model import Model
 
-GROUPS = {"golden": "Make, check and show goldens from PyTorch."}
+GROUPS = {
+    "golden": "Make, check and show goldens from PyTorch.",
+    "hub": "Compile and run an export on devices of AI Hub.",
+}
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,160 @@
+"""The `qai-hub` client: connected by its own client.ini, and its errors as one line that says what to do."""
+
+from __future__ import annotations
+
+import contextlib
+import ipaddress
+import os
+import re
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from typing import Any
+from urllib.parse import urlsplit
+
+from refimpl.errors import InputError
+
+PUBLIC = "https://workbench.aihub.qualcomm.com"
+
+# What AI Hub says of jobs that fail, and what is likely the matter.
+CAUSES = [
+    (r"exit code 14|conversion to context binary failed", "an operation or a Reshape at the graph's ends that the "
+     "device's compiler cannot place; compile fewer layers a part to find it"),
+    (r"non-identical quantization parameters", "an encoding is missing, or differs, where two parts meet or on a "
+     "cache's way in and out"),
+    (r"\b3110\b|op(eration)? (config )?validation|datatype.*not supported", "an operation has a type that the device "
+     "lacks, such as bool"),
+    (r"\b1002\b|context.*memory|(device|out of).*memory|\boom\b", "the part is too large for the device; "
+     "export more parts, of 1 to 2 GB"),
+    (r"skel|ufixed_point_16", "16-bit inputs and outputs fail on this device; try one with Hexagon v75 or later"),
+    (r"ir.?version", "the ONNX file is of a newer kind; export with ir_version=10 at most"),
+    (r"opset", "export with opset 17 or 18"),
+    (r"com\.microsoft", "an operation of ONNX Runtime is in the graph; AI Hub takes ONNX's own only"),
+    (r"int64|64.?bit", "an input or output has 64 bits; give --compile-options=--truncate_64bit_io"),
+    (r"external data|model\.data|weights? file", "the weights did not come along; export again"),
+    (r"dynamic", "a shape is not static"),
+    (r"dsp.*version|hexagon.*version|htp.*arch", "the binary is for another Hexagon version; name the device it was "
+     "compiled for"),
+    (r"(qnn|qairt|sdk).*version", "the runtimes differ; give one --qairt to all jobs"),
+    (r"2 ?gib|protobuf.*size|too large", "the upload is too large; export more parts"),
+    (r"schema|does not match|input.*(order|shape|dtype)", "the inputs are not in the graph's order or shapes"),
+    (r"busy|provision|timed? ?out|unavailable|internal", "the device farm's own trouble; run again with --retry"),
+]  # fmt: skip
+
+
+def transient(error: BaseException) -> bool:
+    """Whether the same request may do better later: the network, the server's own trouble, or too many requests."""
+    import requests
+    from qai_hub.client import InternalError, RateLimitedError
+    from qai_hub.public_rest_api import APIException
+
+    if isinstance(error, InternalError) and error.__cause__ is not None:
+        return transient(error.__cause__)
+    if isinstance(error, APIException):
+        return (error.status_code or 0) >= 500 or error.status_code == 429
+    return isinstance(error, (RateLimitedError, requests.exceptions.RequestException))
+
+
+def advice(reason: str, url: str) -> str:
+    """What the client says, and what to do where that is known."""
+    if re.search(r"authenticat", reason, re.I):
+        return f"the token in {config_path()} is not valid at {url}; make a new one in your account there"
+    if re.search(r"too large", reason, re.I):
+        return f"{reason[:200]}; export more parts"
+    if re.search(r"parsing message|DecodeError|wire", reason, re.I):
+        return "its answer is no message of its own; is a proxy in between, or is --api-url not AI Hub?"
+    cause = likely(reason)
+    return f"{reason[:300]}" + (f"; likely {cause}" if cause else "")
+
+
+def likely(reason: str) -> str:
+    """The likely cause of a job's failure, or nothing."""
+    return next((cause for pattern, cause in CAUSES if re.search(pattern, reason, re.I)), "")
+
+
+def one_line(text: str) -> str:
+    """A message without the frame that the client draws, on one line."""
+    text = re.sub(r"[┌┐└┘─│]|^\| | \|$", " ", text, flags=re.M)
+    return " ".join("".join(c if c.isprintable() else " " for c in text).split())
+
+
+def config_path() -> str:
+    """Where the client has its configuration."""
+    from qai_hub.api_utils import get_config_path
+
+    return get_config_path()
+
+
+def configured() -> dict[str, str]:
+    """What client.ini says, as far as it can be read. Nothing of it is checked."""
+    import configparser
+
+    try:
+        parser = configparser.ConfigParser(interpolation=None)
+        parser.read([os.path.expanduser(os.environ.get("QAIHUB_CLIENT_INI", "~/.qai_hub/client.ini"))])
+        return dict(parser["api"])
+    except (KeyError, configparser.Error, UnicodeDecodeError, OSError):
+        return {}
+
+
+def connect(url: str) -> Any:
+    """A client for a server, with the token of client.ini; a server on this machine needs none, and gets none.
+
+    Raises InputError without a token, or if it would travel unencrypted.
+    """
+    from qai_hub import Client
+    from qai_hub.api_utils import load_default_api_config
+    from qai_hub.public_rest_api import ClientConfig
+
+    split = urlsplit(url)
+    if split.scheme not in ("http", "https") or not split.hostname:
+        raise InputError(f"{url!r} is no address such as {PUBLIC}")
+    here = is_here(split.hostname)
+    config = None
+    try:
+        config = load_default_api_config()
+    except FileNotFoundError:
+        reason = "is not there"
+    except Exception:  # it has a reader of its own for each kind of damage
+        reason = "cannot be read, or lacks api_token, api_url or web_url"
+    if not here and (config is None or not config.api_token.strip()):
+        raise InputError(
+            f"no token for AI Hub: {config_path()} {reason if config is None else 'has an empty token'}; run "
+            f"`qai-hub configure --api_token TOKEN` with the token of your account at {PUBLIC}"
+        )
+    if here and (config is None or urlsplit(config.api_url).netloc != split.netloc):
+        config = ClientConfig(api_token="loopback", api_url=url, web_url=url)
+    assert config
+    if split.scheme == "http" and not here:
+        raise InputError(f"{url} is not encrypted, and would be sent your token; use https")
+    config.api_url, config.verbose = url, sys.stderr.isatty()
+    return Client(config)
+
+
+def is_here(host: str) -> bool:
+    """Whether a host is this machine."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def version() -> str:
+    """The client's version."""
+    import qai_hub
+
+    return str(qai_hub.__version__)
+
+
+@contextlib.contextmanager
+def scratch() -> Iterator[None]:
+    """A place for what the client writes and leaves behind, such as the zips of its uploads; gone afterwards."""
+    before = tempfile.tempdir
+    folder = tempfile.mkdtemp(prefix="refimpl-hub-")
+    tempfile.tempdir = folder
+    try:
+        yield
+    finally:
+        tempfile.tempdir = before
+        shutil.rmtree(folder, ignore_errors=True)

@@ -1,0 +1,251 @@
+"""AI Hub in the loop: every graph of an export compiled, the graphs of a part linked, golden inputs run on a device.
+
+    compile    each graph to a DLC, by its encodings where it has any
+    link       the graphs of each part into one context binary, in which they share their weights
+    infer      the golden inputs through each graph: isolated, each from its golden; chained, each from what the one
+               before gave. The outputs come to outputs/{device}/{isolated or chained}/{graph}.h5
+    profile    what each graph takes of time and memory: outputs/{device}/profile/{graph}.json
+    fetch      what has been sent by now and is finished, without sending anything
+
+Each does what it needs of those before it. What was done is in the ledger (`export.ledger`), and is not done again.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from export.executor import Arrays
+from export.jobs import SAMPLE, Source
+from export.ledger import Entry, Ledger
+from export.parts import GraphSpec, carry
+from export.session import JOBS, Session, failures
+from export.verify import read_arrays, read_manifest
+from refimpl.config import read_json
+
+WAYS = ("isolated", "chained")
+VERBS = ("compile", "link", "infer", "profile", "fetch")
+
+
+@dataclass
+class Outcome:
+    """What became of what a verb sent: a row for each thing, and a line for each that failed."""
+
+    rows: list[dict[str, Any]]
+    failures: list[str] = field(default_factory=list)
+
+    def __bool__(self) -> bool:
+        return not self.failures
+
+    def __str__(self) -> str:
+        return "\n".join([table(self.rows), *self.failures])
+
+
+class Loop:
+    """An export at AI Hub. Raises InputError for a folder that is none, or not whole."""
+
+    def __init__(self, session: Session):
+        self.session, folder = session, session.folder
+        self.plan, _ = read_manifest(folder)
+        known: dict[str, dict[str, str]] = {}
+        for name, file in read_json(folder / "manifest.json")["files"].items():
+            graph, _, rest = name.partition("/")
+            known.setdefault(graph, {})[rest] = file["sha256"]
+        self.specs = [spec for run in self.plan.runs for spec in run]
+        self.sources = {spec.name: Source.read(folder / spec.name, known.get(spec.name)) for spec in self.specs}
+        self.parts: dict[int, list[Source]] = {}
+        for spec in self.specs:
+            self.parts.setdefault(spec.part.number, []).append(self.sources[spec.name])
+        self.keys: list[str] = []
+
+    def do(self, verb: str) -> Outcome:
+        """Does one of VERBS; what became of it. Raises InputError for what cannot go on."""
+        flow: Callable[[], object] = getattr(self, verb)
+
+        def from_the_start() -> None:
+            self.keys = []
+            flow()
+
+        self.session.lasting(from_the_start)
+        keys = list(dict.fromkeys(self.keys))
+        entries = [self.session.ledger.get(key) for key in keys]
+        return Outcome([row(entry) for entry in entries if entry], failures(self.session.ledger, keys))
+
+    def compile(self) -> None:
+        session = self.session
+        keys = []
+        for source in self.sources.values():
+            keys.append(session.compile(source))
+            self.keys += [session.model_key(source), keys[-1]]
+        session.wait(keys, "compiling")
+
+    def link(self) -> dict[int, str]:
+        """The key of each part's link job, of the parts whose graphs were all compiled and linked."""
+        session = self.session
+        self.compile()
+        keys = {
+            number: session.link(f"part_{number}_of_{self.plan.parts}", sources)
+            for number, sources in self.parts.items()
+            if all(self._done(session.compile_key(source)) for source in sources)
+        }
+        self.keys += keys.values()
+        session.wait(keys.values(), "linking")
+        return {number: key for number, key in keys.items() if self._done(key)}
+
+    def profile(self) -> None:
+        binaries = self.link()
+        keys = {
+            spec.name: self.session.profile(binaries[spec.part.number], self.sources[spec.name])
+            for spec in self.specs
+            if spec.part.number in binaries
+        }
+        self.keys += keys.values()
+        self.session.wait(keys.values(), "profiling")
+        for name, key in keys.items():
+            if self._done(key):
+                self.session.fetch_profile(key, self.session.outputs / "profile" / f"{name}.json")
+
+    def infer(self) -> None:
+        """All isolated runs are sent first, the chain is followed meanwhile."""
+        session, binaries = self.session, self.link()
+        isolated = {
+            spec.name: session.infer(binaries[spec.part.number], self.sources[spec.name], f"{spec.name}/isolated",
+                                     [self._golden(spec)])
+            for spec in self.specs if spec.part.number in binaries
+        }  # fmt: skip
+        self.keys += isolated.values()
+
+        def run(spec: GraphSpec, inputs: Arrays) -> str | None:
+            if spec.part.number not in binaries:
+                return None
+            key = session.infer(binaries[spec.part.number], self.sources[spec.name], f"{spec.name}/chained", [inputs])
+            self.keys.append(key)
+            session.wait([key], f"running {spec.name}")
+            return key
+
+        self._chain(run)
+        session.wait(isolated.values(), "running")
+        for name, key in isolated.items():
+            self._fetch(key, name, "isolated")
+
+    def fetch(self) -> None:
+        session, known = self.session, self.session.ledger.get
+        for sources in self.parts.values():
+            self.keys += [*map(session.compile_key, sources), session.link_key(sources)]
+
+        def sent(spec: GraphSpec, inputs: Arrays) -> str | None:
+            key = session.inference_key(self._binary(spec), spec.name, [inputs])
+            if not known(key).get("id"):
+                return None
+            self.keys.append(key)
+            if not self._done(key) and known(key).get("state") != "failed":
+                session.look(key)
+            return key
+
+        for spec in self.specs:
+            if key := sent(spec, self._golden(spec)):
+                self._fetch(key, spec.name, "isolated")
+        self._chain(sent)
+
+    def _chain(self, run: Callable[[GraphSpec, Arrays], str | None]) -> None:
+        """Runs each graph on what those before it gave, as far as they gave anything."""
+        after_prompt = Arrays()
+        for specs in self.plan.runs:
+            flow = Arrays(after_prompt)
+            for spec in specs:
+                golden = self._golden(spec)
+                linked = golden | {v.name: carry(spec, v, flow) for v in spec.inputs if v.source}
+                key = run(spec, linked)
+                if key is None or not self._done(key):
+                    return
+                flow |= self._fetch(key, spec.name, "chained")
+            after_prompt = after_prompt or flow
+
+    def _fetch(self, key: str, graph: str, way: str) -> Arrays:
+        if not self._done(key):
+            return {}
+        return self.session.fetch(key, self.session.outputs / way / f"{graph}.h5", self.sources[graph])[0]
+
+    def _done(self, key: str) -> bool:
+        return self.session.ledger.get(key).get("state") == "done"
+
+    def _binary(self, spec: GraphSpec) -> str:
+        return self.session.link_key(self.parts[spec.part.number])
+
+    def _golden(self, spec: GraphSpec) -> Arrays:
+        return read_arrays(self.session.folder, spec, "input", spec.inputs)
+
+    def planned(self, verb: str) -> list[dict[str, Any]]:
+        """What a verb would send: kind, label, bytes as they are and about as they travel, options, and whether the
+        ledger has it already. Nothing is sent, no token is needed."""
+        session, rows = self.session, list[dict[str, Any]]()
+
+        def add(kind: str, label: str, key: str, size: int = 0, zipped: int = 0, options: str = "") -> None:
+            rows.append({"kind": kind, "label": label, "bytes": size, "zipped": zipped, "options": options,
+                         "sent": bool(session.ledger.get(key).get("id"))})  # fmt: skip
+
+        for source in self.sources.values():
+            add("model", source.name, session.model_key(source), source.bytes, source.zipped())
+        for source in self.sources.values():
+            add("compile", source.name, session.compile_key(source), options=session.options.for_compile(source))
+        if verb != "compile":
+            for number, sources in self.parts.items():
+                label = f"part_{number}_of_{self.plan.parts}"
+                add("link", label, session.link_key(sources), options=session.options.for_link())
+        for spec in self.specs if verb == "profile" else ():
+            key = session.profile_key(self._binary(spec), spec.name)
+            add("profile", spec.name, key, options=session.options.for_profile(spec.name))
+        for spec in self.specs if verb == "infer" else ():
+            golden, options = self._golden(spec), session.options.for_inference(spec.name)
+            size, zipped = sum(a.nbytes for a in golden.values()), sum(map(deflated, golden.values()))
+            key, data = session.inference_key(self._binary(spec), spec.name, [golden]), session.data_key([golden])
+            fed = any(v.source for v in spec.inputs) and (spec.past or any(v.tap for v in spec.inputs))
+            for way in WAYS if fed else WAYS[:1]:  # what takes nothing from before is the same both ways
+                if way == "chained":  # what its inputs are is known when it is their turn
+                    key = data = f"{spec.name}/chained"
+                    entries = [e for e in session.ledger.entries.values() if e.get("label") == key]
+                    sent = {str(e["kind"]): e for e in entries if e.get("device") == session.device}
+                    key, data = (sent.get(kind, {}).get("key", "") for kind in ("inference", "dataset"))
+                add("dataset", f"{spec.name}/{way}", data, size, zipped)
+                add("inference", f"{spec.name}/{way}", key, options=options)
+        return rows
+
+
+def deflated(array: np.ndarray) -> int:
+    """About how many bytes of an array travel: what its beginning compresses to."""
+    data = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+    piece = data[:SAMPLE].tobytes()
+    return int(len(zlib.compress(piece, 1)) * data.size / max(len(piece), 1))
+
+
+def row(entry: Entry) -> dict[str, Any]:
+    """An entry of the ledger, as a person reads it."""
+    state = entry.get("state") or ("sent" if entry.get("id") else "lost" if entry.get("name") else "to be sent")
+    if entry.get("kind") in ("model", "dataset"):
+        state = "uploaded" if entry.get("id") else "not uploaded"
+    kept = {name: entry[name] for name in ("device", "options", "reason", "bytes", "file") if entry.get(name)}
+    return {"kind": entry.get("kind"), "label": entry.get("label"), "state": state, "id": entry.get("id"), **kept}
+
+
+def status(folder: Path, session: Session | None = None) -> Outcome:
+    """All that the ledger knows; with a session, after another look at the jobs that had not ended."""
+    if session:
+        for key, entry in list(session.ledger.entries.items()):
+            pending = entry.get("id") and entry.get("state") not in ("done", "failed")
+            if pending and entry.get("kind") in JOBS and entry.get("server") == session.url:
+                session.look(key)
+    ledger = session.ledger if session else Ledger(folder)
+    keys = list(ledger.entries)
+    return Outcome([row(ledger.get(key)) for key in keys], failures(ledger, keys))
+
+
+def table(rows: Iterable[dict[str, Any]]) -> str:
+    """Rows as lines in columns."""
+    lines = [(str(r["kind"]), str(r["label"]), str(r["state"]), str(r["id"] or "")) for r in rows]
+    widths = [max((len(line[i]) for line in lines), default=0) for i in range(4)]
+    return "\n".join("  ".join(f"{x:{w}}" for x, w in zip(line, widths, strict=True)).rstrip() for line in lines)

@@ -1,0 +1,135 @@
+"""The ledger: what was sent to AI Hub and what came of it, in one file that a kill at any byte leaves readable.
+
+    {"format": "refimpl hub ledger 1"}
+    {"key": "5c0e…", "time": "2025-01-31T12:00:00Z", "kind": "model", "name": "prompt_ar16_cl64_1_of_3-5c0e…-9f2c"}
+    {"key": "5c0e…", "time": "…", "id": "mqkyd9o2n"}
+
+One line a fact, appended and synced before anything goes on, so the file never says less than what was done. A key is
+the sha256 of what is sent and to where; an entry is what all lines of its key say, the later over the earlier. A line
+that says what is about to be sent comes before one that says its id: in between a kill may have come, and `name`, which
+is nobody else's, tells whether the server has it. The end of a line that a kill cut off is dropped.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import re
+import time
+from pathlib import Path
+from typing import IO, Any
+
+from refimpl.errors import InputError
+
+FORMAT = "refimpl hub ledger 1"
+FILE = "hub.jsonl"
+LARGEST = 64 << 20  # bytes; a session of hundreds of jobs has some hundred thousand
+_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
+
+Entry = dict[str, Any]
+
+
+class Ledger:
+    """A folder's ledger; as a context it is locked, for one process writes at a time, and may be written."""
+
+    def __init__(self, folder: str | Path):
+        self.path = Path(folder) / FILE
+        self.entries: dict[str, Entry] = {}
+        self._file: IO[bytes] | None = None
+        self._whole = self._read()
+
+    def _read(self) -> int:
+        """Fills `entries`; returns how many bytes are whole lines. Raises InputError for what is no ledger."""
+        self.entries = {}
+        try:
+            if self.path.stat().st_size > LARGEST:
+                raise InputError(f"{self.path} is larger than any ledger; move it away")
+            data = self.path.read_bytes()
+        except FileNotFoundError:
+            return 0
+        except OSError as error:
+            raise InputError(f"cannot read {self.path}: {error.strerror}") from None
+        whole = data.rfind(b"\n") + 1
+        for number, line in enumerate(data[:whole].splitlines(), 1):
+            try:
+                fact = json.loads(line)
+                if number == 1:
+                    sound = fact == {"format": FORMAT}
+                else:
+                    sound = isinstance(fact["key"], str) and all(
+                        _ID.fullmatch(fact[key]) for key in ("id", "target") if fact.get(key) is not None
+                    )
+            except (ValueError, KeyError, TypeError, RecursionError):
+                sound = False
+            if not sound:
+                raise InputError(
+                    f"line {number} of {self.path} is damaged; mend it, or move the file away and begin anew"
+                )
+            if number > 1:
+                self.entries.setdefault(fact["key"], {}).update(fact)
+        return whole
+
+    def get(self, key: str) -> Entry:
+        """What is known of a key: nothing, at first."""
+        return self.entries.get(key, {})
+
+    def write(self, key: str, **facts: Any) -> Entry:
+        """Adds facts to an entry, and returns it once they are on disk."""
+        line = {"key": key, "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), **facts}
+        self._append(line)
+        entry = self.entries.setdefault(key, {})
+        entry.update(line)
+        return entry
+
+    def _append(self, line: dict[str, Any]) -> None:
+        assert self._file, "a ledger is written while it is locked"
+        try:
+            data = json.dumps(line, ensure_ascii=False).encode() + b"\n"
+            if self._file.write(data) != len(data):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            raise InputError(
+                f"cannot write {self.path}: {error.strerror}; nothing is lost, make room and go on"
+            ) from None
+
+    def __enter__(self) -> Ledger:
+        try:
+            self._file = open(self.path, "ab", buffering=0)
+        except OSError as error:
+            raise InputError(f"cannot write {self.path}: {error.strerror}") from None
+        try:
+            lock(self._file)
+            self._whole = self._read()
+            self._file.truncate(self._whole)
+            if not self._whole:
+                self._append({"format": FORMAT})
+        except BlockingIOError:
+            self.__exit__()
+            raise InputError(f"another process works on {self.path.parent}; wait until it is done") from None
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._file:
+            self._file.close()  # which unlocks
+            self._file = None
+
+
+def lock(file: IO[bytes]) -> None:
+    """Locks an open file until it is closed, or its process ends. Raises BlockingIOError if another has it."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        import msvcrt
+
+        try:
+            file.seek(LARGEST)  # locked bytes cannot be read there, so those are beyond the end
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined,unused-ignore]
+        except OSError:
+            raise BlockingIOError from None
+        return
+    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -1,0 +1,109 @@
+"""Verbs for AI Hub: an export compiled, linked and run on its devices."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from refimpl.cli.verbs import JSON, option, verb
+
+if TYPE_CHECKING:
+    from export.hub import Outcome
+    from export.session import Session
+
+FOLDER = option("folder", metavar="DIR", help="an export")
+PLACE = [
+    option("--device", required=True, metavar="NAME", help="as AI Hub calls it, such as 'Samsung Galaxy S25'"),
+    option("--api-url", metavar="URL", help="another server than that of client.ini, such as a loopback"),
+    option("--qairt", default="2.42", metavar="VERSION", help="of the runtime, for all jobs (default: 2.42)"),
+    option("--compile-options", default="", metavar="TEXT", help="added to those of compile jobs"),
+    option("--link-options", default="", metavar="TEXT"),
+    option("--run-options", default="", metavar="TEXT", help="of inference and profile jobs"),
+    JSON,
+]
+SENDING = [
+    FOLDER,
+    *PLACE,
+    option("--retry", action="store_true", help="send once more what failed"),
+    option("--dry-run", action="store_true", help="print what would be sent, and how large it is; send nothing"),
+]
+
+
+@verb("refimpl hub compile build/b2-7b --device 'Samsung Galaxy S25' --dry-run", SENDING)
+def hub_compile(arguments) -> int:
+    """Upload every graph of an export and compile it for a device."""
+    return _send(arguments, "compile")
+
+
+@verb("refimpl hub link build/b2-7b --device 'Samsung Galaxy S25'", SENDING)
+def hub_link(arguments) -> int:
+    """Link the graphs of each part into one context binary, in which they share their weights."""
+    return _send(arguments, "link")
+
+
+@verb("refimpl hub infer build/b2-7b --device 'Samsung Galaxy S25'", SENDING)
+def hub_infer(arguments) -> int:
+    """Run the golden inputs on the device, isolated and chained, and fetch the outputs to DIR/outputs."""
+    return _send(arguments, "infer")
+
+
+@verb("refimpl hub profile build/b2-7b --device 'Samsung Galaxy S25'", SENDING)
+def hub_profile(arguments) -> int:
+    """Measure the time and memory that each graph takes on the device."""
+    return _send(arguments, "profile")
+
+
+@verb("refimpl hub fetch build/b2-7b --device 'Samsung Galaxy S25'", FOLDER, PLACE)
+def hub_fetch(arguments) -> int:
+    """Fetch the outputs of what has been sent and is done by now."""
+    from export.hub import Loop
+
+    with _session(arguments) as session:
+        return _show(arguments, Loop(session).do("fetch"))
+
+
+@verb("refimpl hub status build/b2-7b", FOLDER, JSON)
+def hub_status(arguments) -> int:
+    """Show what was sent and what became of it, as the ledger in DIR has it."""
+    from export.hub import status
+
+    return _show(arguments, status(Path(arguments.folder)))
+
+
+def _session(arguments, locked: bool = True) -> Session:
+    from export.jobs import Options
+    from export.session import Session
+
+    options = Options(arguments.qairt, arguments.compile_options, arguments.link_options, arguments.run_options)
+    return Session(arguments.folder, arguments.device, arguments.api_url, options,
+                   retry=getattr(arguments, "retry", False), locked=locked)  # fmt: skip
+
+
+def _send(arguments, verb: str) -> int:
+    from export.hub import Loop
+
+    with _session(arguments, locked=not arguments.dry_run) as session:
+        loop = Loop(session)
+        if not arguments.dry_run:
+            return _show(arguments, loop.do(verb))
+        rows = loop.planned(verb)
+    if arguments.json:
+        print(json.dumps(rows))
+        return 0
+    for row in rows:
+        size = (
+            f"{row['bytes'] / 1e6:.1f} MB, about {row['zipped'] / 1e6:.1f} zipped" if row["bytes"] else row["options"]
+        )
+        print(f"{row['kind']:10}{row['label']:44}{'sent before' if row['sent'] else size}")
+    new = [row for row in rows if not row["sent"]]
+    uploads = [row for row in new if row["bytes"]]
+    print(f"{len(uploads)} uploads of {sum(r['bytes'] for r in uploads) / 1e6:.1f} MB (about "
+          f"{sum(r['zipped'] for r in uploads) / 1e6:.1f} MB zipped) and {len(new) - len(uploads)} jobs would be sent "
+          f"to {session.url} for {session.device}; {len(rows) - len(new)} were sent before")  # fmt: skip
+    return 0
+
+
+def _show(arguments, outcome: Outcome) -> int:
+    print(json.dumps({"rows": outcome.rows, "failures": outcome.failures}) if arguments.json else outcome)
+    return 0 if outcome else 1

@@ -1,0 +1,559 @@
+"""AI Hub in the loop: the unmodified client against a loopback server, and whatever may happen on the way."""
+
+import json
+import os
+import re
+import shutil
+import signal
+
+import h5py
+import numpy as np
+import pytest
+from loopback_hub import Fault, LoopbackHub, fake_quantize, grid_of
+
+from export import emit, session
+from export.client import likely
+from export.encodings import graph_encodings, simulate_graph, write_encodings
+from export.executor import Engine
+from export.hub import Loop
+from export.jobs import Options, named_outputs
+from export.ledger import FILE, Ledger
+from export.session import Session
+from export.verify import read_arrays
+from refimpl.calibrate import calibrate
+from refimpl.cli import main
+from refimpl.errors import InputError
+from refimpl.simulate import SimulatedModel
+
+PHONE = "Loopback Phone"
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch, tmp_path):
+    """No waiting: neither ours nor the client's, which tries again for half a minute; and no client.ini but our own."""
+    import backoff._sync
+    import qai_hub.util.session
+
+    monkeypatch.setattr(session, "POLL", 0.0)
+    monkeypatch.setattr(session, "PATIENCE", 0.0)
+    monkeypatch.setattr(qai_hub.util.session, "BACKOFF_FACTOR", 0.0)
+    monkeypatch.setattr(backoff._sync.time, "sleep", lambda _: None)
+    monkeypatch.setenv("QAIHUB_CLIENT_INI", str(tmp_path / "client.ini"))
+
+
+@pytest.fixture(scope="session")
+def exports(tiny_folder, tmp_path_factory):
+    """name -> the folder of a small export, made once: "float", "one", a single graph, and "w4a16", with encodings."""
+    from refimpl import load
+
+    model, made = load(tiny_folder("Baichuan2-7B")), {}
+    for name, options in {"float": ((4, 1), 3), "one": ((4,), 1), "w4a16": ((4, 1), 2)}.items():
+        parts = emit(model, tokens=options[0], context=12, parts=options[1])
+        made[name] = parts.save(tmp_path_factory.mktemp("exports") / name)
+        if name == "w4a16":
+            encodings = calibrate(model, np.arange(48) % 90)
+            made["simulated"] = SimulatedModel(model, encodings)
+            for spec in (spec for run in parts.plan.runs for spec in run):
+                own = graph_encodings(encodings, spec, parts.graphs[spec.name].proto)
+                write_encodings(own, made[name] / spec.name / "model.encodings")
+    return made
+
+
+@pytest.fixture
+def export(exports, tmp_path):
+    """The float export, to be worked on."""
+    return shutil.copytree(exports["float"], tmp_path / "x")
+
+
+def act(hub, verb, folder, *more, device=PHONE):
+    place = [] if verb == "status" else ["--device", device, "--api-url", hub.url]
+    return main(["hub", verb, str(folder), *place, *more])
+
+
+def posts(hub):
+    return {route: n for route, n in hub.counts.items() if route.startswith(("POST", "PUT", "PATCH"))}
+
+
+def test_the_loop(export, capsys):
+    with LoopbackHub() as hub:
+        for verb, jobs in (("compile", {"compile": 6}), ("link", {"compile": 6, "link": 3})):
+            assert act(hub, verb, export) == 0
+            assert hub.kinds() == jobs
+        assert act(hub, "infer", export) == 0
+        # A graph that takes nothing from others is the same isolated and chained, and is run once.
+        assert 6 <= hub.kinds()["inference"] <= 10
+        assert act(hub, "profile", export) == 0
+        sent = posts(hub)
+        for verb in ("infer", "profile", "fetch"):
+            assert act(hub, verb, export) == 0
+        assert posts(hub) == sent, "a second time sends nothing"
+        loop = Loop(Session(export, PHONE, hub.url))
+        for spec in loop.specs:
+            golden = read_arrays(export, spec, "output", spec.outputs)
+            axes = {value.name: value.token_axis for value in spec.outputs}
+            for way in ("isolated", "chained"):
+                path = export / "outputs" / "loopback-phone" / way / f"{spec.name}.h5"
+                [got] = named_outputs(path, loop.sources[spec.name], 1)
+                for name, array in golden.items():
+                    real = np.moveaxis(array - got[name], axes[name], 0)
+                    assert np.abs(real[-spec.real :]).max() < 1e-4
+            profile = json.loads((path.parents[1] / "profile" / f"{spec.name}.json").read_text())
+            assert profile["execution_summary"]["estimated_inference_time"] == 1234
+    capsys.readouterr()
+    assert main(["hub", "status", str(export), "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)["rows"]
+    assert {row["state"] for row in rows} == {"done", "uploaded"}
+    [row] = [row for row in rows if row["kind"] == "link" and row["label"] == "part_2_of_3"]
+    assert row["options"] == "--qairt_version 2.42" and row["device"] == PHONE
+
+
+def test_two_graphs_of_a_part_are_linked(export):
+    with LoopbackHub() as hub:
+        act(hub, "link", export)
+        binaries = [m for m in hub.models.values() if len(m.graphs) > 1]
+        assert [sorted(m.graphs) for m in binaries] == [
+            [f"prompt_ar4_cl12_{i}_of_3", f"token_ar1_cl12_{i}_of_3"] for i in (1, 2, 3)
+        ]
+
+
+def test_the_output_file_is_the_client_s_own(export):
+    with LoopbackHub() as hub:
+        assert act(hub, "infer", export) == 0
+    with h5py.File(export / "outputs" / "loopback-phone" / "isolated" / "token_ar1_cl12_3_of_3.h5") as file:
+        assert [(file[f"data/{i}"].attrs["order"], file[f"data/{i}"].attrs["name"]) for i in range(3)] == [
+            (0, "logits"), (1, "past_key_1_out"), (2, "past_value_1_out")
+        ]  # fmt: skip
+        assert file["data/0/batch_0"].shape == (1, 1, 96)
+
+
+def test_w4a16_has_the_options_of_ai_hub_s_own_export(exports, tmp_path):
+    folder = shutil.copytree(exports["w4a16"], tmp_path / "x")
+    with LoopbackHub() as hub:
+        assert act(hub, "infer", folder, "--qairt", "2.45", "--compile-options=--quantize_io") == 0
+        jobs = {stored.kind: stored.proto for stored in reversed(hub.jobs.values())}
+        assert jobs["compile"].compile_job.options == (
+            "--target_runtime qnn_dlc --qairt_version 2.45 --output_names model.embed_tokens --quantize_io "
+            "--qnn_options context_enable_graphs=prompt_ar4_cl12_1_of_2 --quantize_full_type w8a16 --quantize_io "
+            "--quantize_io"
+        )
+        assert jobs["link"].link_job.options == "--qairt_version 2.45"
+        assert jobs["inference"].inference_job.options == (
+            "--qairt_version 2.45 --qnn_options context_enable_graphs=prompt_ar4_cl12_1_of_2"
+        )
+    entries = Ledger(folder).entries.values()
+    [link] = [e for e in entries if e["kind"] == "link" and e["label"] == "part_2_of_2"]
+    spec = {name: (dtype, scale, zero) for name, dtype, _, scale, zero in link["outputs"]["token_ar1_cl12_2_of_2"]}
+    assert spec["past_key_0_out"][0] == "uint8" and spec["past_key_0_out"][2] == 128 and spec["logits"][0] == "uint16"
+
+
+def test_the_loopback_quantizes_as_a_device_does(exports, tmp_path):
+    """Its outputs are codes times scales, and near what the simulation says; the oracle is far away."""
+    folder = shutil.copytree(exports["w4a16"], tmp_path / "x")
+    with LoopbackHub() as hub, Session(folder, PHONE, hub.url) as here:
+        loop = Loop(here)
+        assert loop.do("infer")
+        for spec in loop.specs[1::2]:
+            inputs = read_arrays(folder, spec, "input", spec.inputs)
+            expected = simulate_graph(exports["simulated"], spec, inputs)
+            path = here.outputs / "isolated" / f"{spec.name}.h5"
+            [got] = named_outputs(path, loop.sources[spec.name], 1)
+            entries = json.loads((folder / spec.name / "model.encodings").read_text())["activation_encodings"]
+            scales = {e["name"]: e["scale"][0] for e in entries}
+            for name, array in got.items():
+                codes = array / scales[name]
+                assert np.abs(codes - np.rint(codes)).max() < 1e-2
+                apart = np.abs(array - expected[name])[..., -spec.real :] / scales[name]
+                limit = 1.5 if name.startswith("past") else 400  # of 65536: 4-bit weights, sums in another order
+                assert apart.max() < limit, (name, apart.max())
+
+
+def test_the_grids_of_the_loopback():
+    entry = {"dtype": "INT", "bw": 4, "enc_type": "PER_CHANNEL", "scale": [0.5, 1.0], "offset": [-8, -8]}
+    weight = np.array([[0.25, -0.75, 9], [0.5, -0.5, -9]], np.float32)
+    assert np.array_equal(fake_quantize(weight, grid_of(entry)), [[0.5, -0.5, 3.5], [1, 0, -8]])
+    entry = {"dtype": "INT", "bw": 8, "compressed_bw": 4, "enc_type": "LPBQ", "block_size": 2, "scale": [0.5],
+             "offset": [-128], "per_block_int_scale": [1, 2]}  # fmt: skip
+    weight = np.array([[0.6, -5, 0.6, -5]], np.float32)
+    assert np.array_equal(fake_quantize(weight, grid_of(entry)), [[0.5, -4, 1, -5]])
+
+
+def test_an_executor_is_an_executor(exports, tmp_path):
+    folder = shutil.copytree(exports["one"], tmp_path / "x")
+    loop = Loop(Session(folder, PHONE, locked=False))
+    [spec] = loop.specs
+    inputs = read_arrays(folder, spec, "input", spec.inputs)
+    other = inputs | {"input_ids": inputs["input_ids"] + 1}
+    here = Engine("reference").run(folder / spec.name, [inputs, other])
+    with LoopbackHub(engine="reference") as hub, Session(folder, PHONE, hub.url) as device:
+        there = device.run(folder / spec.name, [inputs, other])
+        assert hub.kinds() == {"compile": 1, "inference": 1}
+        device.run(folder / spec.name, [inputs, other])
+        assert hub.kinds() == {"compile": 1, "inference": 1}
+    for a, b in zip(here, there, strict=True):
+        assert list(a) == list(b) and all(np.array_equal(a[name], b[name]) for name in a)
+    assert not np.array_equal(there[0]["logits"], there[1]["logits"])
+
+
+# Kills
+
+
+def kill_at(hub, folder, number, kind):
+    """Runs the loop in another process, which is killed at its so-many-th request, before or after it was done."""
+    start, (ready, go) = hub.counts.total(), os.pipe()
+    pid = os.fork()
+    if not pid:
+        try:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+            os.read(ready, 1)
+            main(["hub", "infer", str(folder), "--device", PHONE, "--api-url", hub.url])
+        finally:
+            os._exit(0)
+
+    def fault(method, route, n):
+        return Fault(kind, then=lambda: os.kill(pid, signal.SIGKILL)) if n - start == number else None
+
+    hub.fault = fault
+    os.write(go, b"!")
+    _, status = os.waitpid(pid, 0)
+    hub.fault = None
+    os.close(ready)
+    os.close(go)
+    return os.WIFSIGNALED(status)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
+@pytest.mark.parametrize("kind", ["drop", "drop_after"])
+def test_a_kill_at_any_request_costs_no_job(exports, tmp_path, kind):
+    """Killed at its 1st request, gone on with and killed at the 2nd, and so on: no job is submitted twice, no whole
+    upload repeated."""
+    with LoopbackHub() as hub:
+        folder = shutil.copytree(exports["one"], tmp_path / "fresh")
+        assert act(hub, "infer", folder) == 0
+        fresh, jobs = hub.counts.total(), hub.kinds()
+        bytes_fresh = hub.uploaded["models"]
+    with LoopbackHub() as hub:
+        folder = shutil.copytree(exports["one"], tmp_path / "killed")
+        kills = 0
+        while kill_at(hub, folder, kills + 1, kind):
+            kills += 1
+        assert kills > 8
+        assert hub.kinds() == jobs
+        whole = [m for m in hub.models.values() if m.proto.file_upload_complete]
+        data = [d for d in hub.datasets.values() if d.proto.file_upload_complete]
+        assert len(whole) == 1 and len(data) == 2
+        assert (folder / "outputs/loopback-phone/isolated").is_dir()
+        print(f"fresh: {fresh} requests, {bytes_fresh} bytes; with {kills} kills: {hub.counts.total()} requests, "
+              f"{hub.uploaded['models']} bytes")  # fmt: skip
+
+
+def test_a_ledger_cut_anywhere_goes_on(tmp_path):
+    with Ledger(tmp_path) as ledger:
+        ledger.write("a", kind="model", name="n-1", id=None)
+        ledger.write("a", id="m1")
+        ledger.write("b", kind="compile", name="诗", id=None)
+    data = (tmp_path / FILE).read_bytes()
+    for cut in range(len(data) + 1):
+        (tmp_path / FILE).write_bytes(data[:cut])
+        with Ledger(tmp_path) as ledger:
+            assert ledger.get("a").get("id") in (None, "m1")
+            assert (ledger.get("a").get("id") == "m1") == (data[:cut].count(b"\n") >= 3)
+            ledger.write("c", id="j1")
+        assert Ledger(tmp_path).get("c")["id"] == "j1"
+
+
+@pytest.mark.parametrize("line", [b'{"key": 1}', b"[]", b"{", b'{"key": "a", "id": "../../x"}', b"\xff", b"[" * 100000])
+def test_a_damaged_ledger_is_refused(tmp_path, line):
+    with Ledger(tmp_path) as ledger:
+        ledger.write("a", id="m1")
+    with open(tmp_path / FILE, "ab") as file:
+        file.write(line + b"\n")
+    with pytest.raises(InputError, match=r"line 3 of .* is damaged"):
+        Ledger(tmp_path)
+    (tmp_path / FILE).write_bytes(line + b"\n")
+    with pytest.raises(InputError, match="line 1 of"):
+        Ledger(tmp_path)
+
+
+def test_two_at_once(export, capsys):
+    with LoopbackHub() as hub, Ledger(export):
+        assert act(hub, "compile", export) == 2
+        assert "another process works on" in capsys.readouterr().err
+        assert not hub.counts
+        assert act(hub, "status", export) == 0
+
+
+# Faults
+
+
+def at(route, fault, times=1):
+    """The fault at the first requests of a route."""
+    left = [times]
+
+    def hook(method, path, number):
+        if f"{method} {path}".startswith(route) and left[0]:
+            left[0] -= 1
+            return fault
+        return None
+
+    return hook
+
+
+ROUTES = ["GET /devices/", "POST /models/", "GET /models/ID/multipart_upload/", "PUT /upload/models",
+          "POST /models/ID/multipart_upload/", "POST /jobs/", "GET /jobs/ID/", "POST /datasets/",
+          "GET /datasets/ID/upload_url/", "POST /upload/datasets", "PATCH /datasets/ID/", "GET /jobs/ID/result/",
+          "GET /datasets/ID/download_data/", "GET /download/datasets/ID"]  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", [Fault("drop"), Fault("drop_after"), Fault("status", 503)], ids=str)
+def test_passing_faults_pass(exports, tmp_path, fault):
+    """One at each request that a session makes: it goes on, and ends as if nothing had been."""
+    hooks = {route: at(route, fault) for route in ROUTES}
+
+    def hook(method, path, number):
+        return next((found for one in hooks.values() if (found := one(method, path, number))), None)
+
+    folder = shutil.copytree(exports["one"], tmp_path / "x")
+    with LoopbackHub(fault=hook) as hub:
+        assert act(hub, "infer", folder) == 0
+        assert all(any(known.startswith(route) for known in hub.counts) for route in ROUTES)
+
+
+def test_a_long_outage_is_waited_for(exports, tmp_path, monkeypatch):
+    """Longer than the client's own patience; no job is sent twice when only the answer was lost."""
+    folder = shutil.copytree(exports["one"], tmp_path / "x")
+    monkeypatch.setattr(session, "PATIENCE", 60.0)
+    monkeypatch.setattr(session.time, "sleep", lambda _: None)
+    with LoopbackHub(fault=at("POST /jobs/", Fault("status", 429), 20)) as hub:
+        assert act(hub, "infer", folder) == 0
+        assert hub.kinds() == {"compile": 1, "link": 1, "inference": 1}
+
+
+@pytest.mark.parametrize(
+    "route, fault, line",
+    [
+        ("", Fault("drop"), "no connection to http://127"),
+        ("", Fault("status", 503), "no connection to http://127"),
+        ("GET /devices/", Fault("garbage"), "its answer is no message of its own; is a proxy in between"),
+        ("GET /jobs/ID/", Fault("garbage"), "its answer is no message of its own"),
+        ("POST /models/", Fault("status", 413, "Too Large"), "export more parts"),
+        ("PUT /upload/models", Fault("status", 413, "Too Large"), "export more parts"),
+        ("POST /jobs/", Fault("status", 400, '{"detail": "Options are wrong."}'), "Options are wrong."),
+        ("POST /jobs/", Fault("status", 403, "no"), "AI Hub did not send compile"),
+        ("POST /jobs/", Fault("status", 426, "Upgrade, please"), "Upgrade, please"),
+        ("GET /download/datasets", Fault("garbage"), "is no file of outputs of prompt_ar4_cl12_1_of_1"),
+        ("GET /download/datasets", Fault("status", 403, "<Code>Expired</Code>"), "AI Hub did not fetch"),
+    ],
+)
+def test_a_lasting_fault_is_one_line(exports, tmp_path, capsys, route, fault, line):
+    folder = shutil.copytree(exports["one"], tmp_path / "x")
+    with LoopbackHub(fault=at(route, fault, 10**9)) as hub:
+        assert act(hub, "infer", folder) == 2
+        told = capsys.readouterr().err
+        assert line in told and told.startswith("refimpl: ") and told.count("\n") == 1, told
+        assert not list(folder.rglob("*partial*"))
+        hub.fault = None
+        assert act(hub, "infer", folder) == 0
+        assert hub.kinds() == {"compile": 1, "link": 1, "inference": 1}
+
+
+def test_a_failed_job_says_why_and_is_not_sent_again(export, capsys):
+    def refuse(kind, name, options):
+        return "Failed with exit code 14 -\n Conversion to context binary failed" if "_2_of_3" in options else None
+
+    with LoopbackHub(refuse=refuse) as hub:
+        for _ in range(2):
+            assert act(hub, "infer", export) == 1
+            lines = [x for x in capsys.readouterr().out.splitlines() if "failed (job" in x]
+            assert len(lines) == 2 and lines[0].startswith("compile of prompt_ar4_cl12_2_of_3 failed (job j0")
+            assert "exit code 14 - Conversion to context binary failed; likely an operation or a Reshape" in lines[0]
+            assert hub.kinds()["compile"] == 6 and hub.kinds()["link"] == 2
+        assert act(hub, "status", export) == 1
+        hub.refuse = None
+        models = len(hub.models)
+        assert act(hub, "infer", export, "--retry") == 0
+        assert hub.kinds()["compile"] == 8 and hub.kinds()["link"] == 3
+        assert len(hub.models) == models + 3, "two compiled, one linked, none uploaded"
+
+
+@pytest.mark.parametrize("reason", ["Non-identical quantization parameters", "QNN error 3110", "error 1002 in QNN",
+                                    "Unsupported model IR version: 11", "op com.microsoft.MatMulNBits", "Device OOM",
+                                    "dynamic shapes", "input is int64", "DSP arch version mismatch"])  # fmt: skip
+def test_known_failures_have_a_cause(reason):
+    assert likely(reason)
+
+
+def test_expired_and_deleted_things_are_sent_again(exports, tmp_path):
+    folder = shutil.copytree(exports["one"], tmp_path / "x")
+    with LoopbackHub(life=-1) as hub:
+        assert act(hub, "infer", folder) == 2  # datasets that are dead on arrival
+    folder = shutil.copytree(exports["one"], tmp_path / "y")
+    with LoopbackHub() as hub:
+        assert act(hub, "infer", folder) == 0
+        shutil.rmtree(folder / "outputs")
+        hub.datasets.clear()  # inputs and outputs, after 30 days
+        assert act(hub, "infer", folder) == 0
+        assert hub.kinds() == {"compile": 1, "link": 1, "inference": 2}
+        hub.models.clear()
+        shutil.rmtree(folder / "outputs")
+        hub.datasets.clear()
+        assert act(hub, "infer", folder) == 0
+        assert hub.kinds()["compile"] == 2
+
+
+def test_a_changed_graph_is_sent_and_the_rest_is_not(exports, tmp_path):
+    folder = shutil.copytree(exports["w4a16"], tmp_path / "x")
+    with LoopbackHub() as hub:
+        act(hub, "link", folder)
+        assert hub.kinds() == {"compile": 4, "link": 2}
+        path = folder / "prompt_ar4_cl12_2_of_2" / "model.encodings"
+        path.write_text(path.read_text().replace('"scale": [', '"scale": [1e-7 , ', 0) + " ")
+        act(hub, "link", folder)
+        assert hub.kinds() == {"compile": 5, "link": 3}
+        act(hub, "link", folder, "--qairt", "2.50")
+        assert hub.kinds() == {"compile": 9, "link": 5}
+        assert sum(m.proto.producer_id == "" for m in hub.models.values()) == 5
+
+
+def test_a_wrong_tensor_arrives_as_it_is(exports, tmp_path):
+    folder = shutil.copytree(exports["one"], tmp_path / "x")
+    with LoopbackHub(spoil=lambda graph, outputs: outputs | {"logits": outputs["logits"] + 1}) as hub:
+        assert act(hub, "infer", folder) == 0
+        loop = Loop(Session(folder, PHONE, hub.url, locked=False))
+        [spec] = loop.specs
+        path = folder / "outputs" / "loopback-phone" / "isolated" / f"{spec.name}.h5"
+        [got] = named_outputs(path, loop.sources[spec.name], 1)
+        golden = read_arrays(folder, spec, "output", spec.outputs)
+        assert np.abs((got["logits"] - golden["logits"])[0, -spec.real :] - 1).max() < 1e-4
+
+
+@pytest.mark.parametrize(
+    "spoil, line",
+    [
+        (lambda o: {k: v for k, v in o.items() if k != "logits"}, "AI Hub gave 4 outputs of .*, the graph has 5"),
+        (lambda o: o | {"logits": o["logits"][..., :-1]}, r"gave logits of .* as \(1, 4, 95\), expected \(1, 4, 96\)"),
+        (lambda o: o | {"more": np.zeros((1, 4, 9000), np.float32)}, "it has .* numbers, 1 samples"),
+    ],
+)
+def test_outputs_that_are_not_the_graph_s(exports, tmp_path, capsys, spoil, line):
+    folder = shutil.copytree(exports["one"], tmp_path / "x")
+    with LoopbackHub(spoil=lambda graph, outputs: spoil(outputs)) as hub:
+        assert act(hub, "infer", folder) == 2
+    assert re.search(line, capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("specs, sanitized", [(True, True), (True, False), (False, False)])
+def test_names_of_the_server(exports, tmp_path, specs, sanitized):
+    folder = shutil.copytree(exports["float"], tmp_path / "x")
+    with LoopbackHub(specs=specs, sanitized=sanitized) as hub:
+        assert act(hub, "infer", folder) == 0
+
+
+def test_inputs_go_in_the_order_of_the_compiled_model(exports, tmp_path, monkeypatch, capsys):
+    """A compiler may reorder them: the server's order counts. Other inputs are refused."""
+    from loopback_hub import Graph
+
+    turned, unpack = [lambda ends: ends[::-1]], Graph.unpack.__func__
+
+    def unpacked(cls, *arguments):
+        graph = unpack(cls, *arguments)
+        graph.inputs, graph.names = turned[0](graph.inputs), turned[0](graph.names)
+        return graph
+
+    monkeypatch.setattr(Graph, "unpack", classmethod(unpacked))
+    with LoopbackHub() as hub:
+        assert act(hub, "infer", shutil.copytree(exports["one"], tmp_path / "x")) == 0
+        turned[0] = lambda ends: ends[1:]
+        assert act(hub, "infer", shutil.copytree(exports["one"], tmp_path / "y"), "--qairt", "2") == 2
+    assert "AI Hub's model of prompt_ar4_cl12_1_of_1 takes attention_mask (1, 1, 4, 12), " in capsys.readouterr().err
+
+
+def test_the_device_is_asked_for_first(export, capsys):
+    with LoopbackHub() as hub:
+        assert act(hub, "compile", export, device="Loopback Fone") == 2
+        assert "AI Hub has no device 'Loopback Fone'; it has Loopback Phone" in capsys.readouterr().err
+        assert act(hub, "compile", export, device="Loopback Classic") == 2
+        assert "does not run QNN models" in capsys.readouterr().err
+        assert not posts(hub)
+
+
+# Access
+
+
+def test_without_a_token(export, capsys, tmp_path):
+    for text in (
+        None,
+        "",
+        "[api]\n",
+        "garbage",
+        "[api]\napi_token=\napi_url=https://x.example\nweb_url=https://x.example\n",
+    ):
+        if text is not None:
+            (tmp_path / "client.ini").write_text(text)
+        assert main(["hub", "compile", str(export), "--device", PHONE, "--api-url", "https://x.example"]) == 2
+        told = capsys.readouterr().err
+        assert (
+            told.startswith("refimpl: no token for AI Hub: ") and told.count("\n") == 1 and "qai-hub configure" in told
+        )
+
+
+def test_the_token_stays_safe(export, capsys, tmp_path):
+    ini = "[api]\napi_token = secret-token\napi_url = https://x.example\nweb_url = https://x.example\n"
+    (tmp_path / "client.ini").write_text(ini)
+    assert main(["hub", "compile", str(export), "--device", PHONE, "--api-url", "http://y.example"]) == 2
+    assert "is not encrypted" in capsys.readouterr().err
+    seen = []
+    with LoopbackHub(fault=lambda *_: seen.append(1)) as hub:  # which takes no token but its own
+        assert act(hub, "compile", export) == 0
+    assert "secret-token" not in (export / FILE).read_text()
+    assert main(["hub", "compile", str(export), "--device", PHONE, "--api-url", "ftp://y"]) == 2
+
+
+def test_a_wrong_token(export, capsys, tmp_path):
+    with LoopbackHub() as hub:
+        hub.client_ini(tmp_path / "client.ini", "wrong")
+        assert act(hub, "compile", export) == 2
+        told = capsys.readouterr().err
+        assert "is not valid at" in told and told.count("\n") == 1
+        hub.client_ini(tmp_path / "client.ini")
+        assert main(["hub", "compile", str(export), "--device", PHONE]) == 0
+
+
+def test_a_dry_run_sends_nothing(export, capsys):
+    with LoopbackHub() as hub:
+        assert act(hub, "infer", export, "--dry-run") == 0
+        told = capsys.readouterr().out
+        assert not hub.counts and not (export / FILE).exists()
+        assert "model     prompt_ar4_cl12_1_of_3" in told and "context_enable_graphs=token_ar1_cl12_3_of_3" in told
+        assert "uploads of" in told and "0 were sent before" in told
+        act(hub, "compile", export)
+        capsys.readouterr()
+        assert act(hub, "compile", export, "--dry-run", "--json") == 0
+        rows = json.loads(capsys.readouterr().out)
+        assert all(row["sent"] for row in rows) and len(rows) == 12
+        assert 0.1 < rows[0]["zipped"] / rows[0]["bytes"] < 1.01
+
+
+def test_nothing_is_left_in_the_temporary_folder(export, tmp_path, monkeypatch):
+    """The client leaves the zip of each upload behind, which has gigabytes."""
+    import tempfile
+
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
+    (tmp_path / "tmp").mkdir()
+    with LoopbackHub() as hub:
+        hub.scratch, mine = tmp_path / "hub", hub.scratch
+        shutil.rmtree(mine)
+        assert act(hub, "infer", export) == 0
+    assert not list((tmp_path / "tmp").iterdir())
+
+
+def test_options_are_the_user_s():
+    assert Options(qairt="").for_link() == ""
+    assert Options(run="--x").for_profile("g").endswith("context_enable_graphs=g --x --max_profiler_iterations 50")
+
+
+def test_an_export_that_is_none(tmp_path, capsys):
+    assert main(["hub", "compile", str(tmp_path / "no"), "--device", PHONE, "--dry-run"]) == 2
+    assert main(["hub", "status", str(tmp_path / "no")]) == 0
+    assert "manifest.json" in capsys.readouterr().err
