@@ -51,13 +51,13 @@ class Loop:
 
     def __init__(self, session: Session):
         self.session, folder = session, session.folder
-        self.plan, _ = read_manifest(folder)
-        known: dict[str, dict[str, str]] = {}
-        for name, file in read_json(folder / "manifest.json")["files"].items():
-            graph, _, rest = name.partition("/")
-            known.setdefault(graph, {})[rest] = file["sha256"]
+        self.plan, _ = read_manifest(folder, weights=False)
         self.specs = [spec for run in self.plan.runs for spec in run]
-        self.sources = {spec.name: Source.read(folder / spec.name, known.get(spec.name)) for spec in self.specs}
+        files = read_json(folder / "manifest.json")["files"]
+        data = {spec.name: files[f"{spec.name}/model.data"] for spec in self.specs}
+        self.sources = {
+            name: Source.read(folder / name, (file["bytes"], file["sha256"])) for name, file in data.items()
+        }
         self.parts: dict[int, list[Source]] = {}
         for spec in self.specs:
             self.parts.setdefault(spec.part.number, []).append(self.sources[spec.name])

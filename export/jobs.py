@@ -66,13 +66,14 @@ class Source:
     files: dict[str, tuple[int, str]]
 
     @classmethod
-    def read(cls, folder: Path, known: Mapping[str, str] | None = None) -> Source:
-        """From a folder. `known` are digests of its files that were computed before."""
+    def read(cls, folder: Path, weights: tuple[int, str] | None = None) -> Source:
+        """From a folder. `weights` are bytes and sha256 of its model.data as once written, which saves reading it."""
         inputs, outputs = ends(folder)
-        files = {
-            path.name: (path.stat().st_size, (known or {}).get(path.name) or sha256(path))
-            for path in sorted(folder.iterdir())
-        }
+        files = {}
+        for path in sorted(folder.iterdir()):
+            size = path.stat().st_size
+            told = weights if path.name == "model.data" and weights and weights[0] == size else None
+            files[path.name] = told or (size, sha256(path))
         return cls(folder, inputs, outputs, files)
 
     @property

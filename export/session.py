@@ -107,6 +107,8 @@ class Session:
         key = self.model_key(source)
 
         def make(name: str) -> Any:
+            if Source.read(source.folder).files != source.files:
+                raise InputError(f"{source.folder} is not as it was exported; export again")
             with scratch():
                 return self.client.upload_model(str(source.folder), name=name)
 
