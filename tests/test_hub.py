@@ -127,8 +127,8 @@ def test_w4a16_has_the_options_of_ai_hub_s_own_export(exports, tmp_path):
         assert act(hub, "infer", folder, "--qairt", "2.45", "--compile-options=--quantize_io") == 0
         jobs = {stored.kind: stored.proto for stored in reversed(hub.jobs.values())}
         assert jobs["compile"].compile_job.options == (
-            "--target_runtime qnn_dlc --qairt_version 2.45 --output_names _model_embed_tokens_Gather_Gather_output_0 --quantize_io "
-            "--qnn_options context_enable_graphs=prompt_ar4_cl12_1_of_2 --quantize_full_type w8a16 --quantize_io "
+            "--target_runtime qnn_dlc --qairt_version 2.45 --output_names _model_embed_tokens_Gather_Gather_output_0 "
+            "--quantize_io --qnn_options context_enable_graphs=prompt_ar4_cl12_1_of_2 --quantize_full_type w8a16 --quantize_io "
             "--quantize_io"
         )
         assert jobs["link"].link_job.options == "--qairt_version 2.45"
