@@ -228,7 +228,8 @@ def before_nf4(official):
             )
         else:
             assert np.array_equal(weight.array, half)
-    return refimpl.Model(official.config, resolve(replace(official.config, quantized=False), tensors))
+    config = replace(official.config, quantized=False)
+    return refimpl.Model(config, resolve(config, tensors))
 
 
 @pytest.mark.parametrize("case", PROMPTS)
@@ -239,6 +240,15 @@ def test_the_recorded_logits_in_int8(before_nf4, recorded, case):
     assert np.abs(small(PROMPTS[case]) - exact).max() < 1e-5
     assert np.linalg.norm(small(PROMPTS[case], "float16") - half) < np.linalg.norm(half - exact)
     assert np.abs(before_nf4(PROMPTS[case]) - exact).max() > 0.05, "without quantizing it is another model"
+
+
+def test_quantizing_online_gives_the_official_checkpoint(before_nf4, official, recorded):
+    """`quantize("nf4")` of the float16 model: the checkpoint's bits, and so its recorded logits."""
+    halves = {name: weight.array.astype(np.float16) for name, weight in before_nf4.weights.items()}
+    small = refimpl.Model(before_nf4.config, resolve(before_nf4.config, halves)).quantize("nf4")
+    for case, ids in PROMPTS.items():
+        assert np.array_equal(small(ids), official(ids))
+        assert np.abs(small(ids) - recorded[f"f32.deq16.{case}.logits"]).max() < 5e-5
 
 
 def test_the_recorded_outliers(before_nf4, recorded):
