@@ -115,17 +115,7 @@ def check(folder: str | Path) -> Preflight:
 
     A file that is damaged is a finding. Raises InputError for what is no folder, or holds no ONNX file at all.
     """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise InputError(f"{folder} is not a folder; expected one with model.onnx, or with a folder for each graph")
-    try:
-        here = [folder, *sorted(path for path in folder.iterdir() if path.is_dir())]
-        found = [path for path in here if any(_is_onnx(inside) for inside in path.iterdir())]
-    except OSError as error:
-        raise InputError(f"cannot read {folder}: {error.strerror}; mend its permissions") from None
-    graphs = [Part(path) for path in (found[:1] if folder in found else found)]
-    if not graphs:
-        raise InputError(f"{folder} holds no .onnx, nor does a folder in it; give the folder that an export has made")
+    graphs = read_parts(folder)
     findings: list[Finding] = []
     for rule in RULES:
         if rule.of_all:
@@ -139,6 +129,24 @@ def check(folder: str | Path) -> Preflight:
     order = {_readable(graph.name): number for number, graph in enumerate(graphs)}
     findings.sort(key=lambda finding: (order[finding.graph], finding.severity))
     return Preflight(tuple(findings), len(graphs))
+
+
+def read_parts(folder: str | Path) -> list[Part]:
+    """The graph in a folder, or that of each folder in it, by name.
+
+    Raises InputError for what is no folder, or holds no ONNX file at all.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise InputError(f"{folder} is not a folder; expected one with model.onnx, or with a folder for each graph")
+    try:
+        here = [folder, *sorted(path for path in folder.iterdir() if path.is_dir())]
+        found = [path for path in here if any(_is_onnx(inside) for inside in path.iterdir())]
+    except OSError as error:
+        raise InputError(f"cannot read {folder}: {error.strerror}; mend its permissions") from None
+    if not found:
+        raise InputError(f"{folder} holds no .onnx, nor does a folder in it; give the folder that an export has made")
+    return [Part(path) for path in (found[:1] if folder in found else found)]
 
 
 def _findings(rule: Rule, breaches: Iterator[tuple[Part, str, str]]) -> list[Finding]:
@@ -596,6 +604,19 @@ def io_names(graph: Part):
         yield "position_ids_cos", "cos and sin come together or not at all"
     for name in sorted(outputs & {*HOST, *STARTS}):
         yield name, "it is an output under the name of an input"
+
+
+@rule("alibi", "warning", "zoo: _get_input_spec", "run the graphs from a host of your own, with ALiBi in its mask")
+def alibi(graph: Part):
+    """Genie computes rotary positions, and a mask with one head: it gives cos and sin to every part with layers."""
+    inputs = {value.name: value for value in graph.graph.inputs}
+    if not graph.cache(graph.graph.inputs) or "attention_mask" not in inputs:
+        return
+    shape = inputs["attention_mask"].shape or ()
+    if len(shape) == 4 and shape[1] != 1:
+        yield "attention_mask", f"it has {shape[1]} heads"
+    if not {"position_ids_cos", "position_ids_sin"} & set(inputs):
+        yield "", "it takes no cos and sin"
 
 
 @rule(

@@ -256,6 +256,20 @@ def swap_inputs(model):
     model.graph.input.extend(inputs)
 
 
+def alibi(folder):
+    """Neither cos nor sin, and a mask for each head."""
+
+    def fault(model):
+        tables = [info(model, f"position_ids_{x}") for x in ("cos", "sin")]
+        for value in tables:
+            model.graph.input.remove(value)
+            array = np.zeros([axis.dim_value for axis in value.type.tensor_type.shape.dim], np.float32)
+            model.graph.initializer.append(onnx.numpy_helper.from_array(array, value.name))
+        info(model, "attention_mask").type.tensor_type.shape.dim[1].dim_value = H
+
+    each(2, fault)(folder)
+
+
 def three_gigabytes(folder):
     """A weight of 3 GB without an encoding, in a sparse file."""
     for path in graphs(folder, 2):
@@ -404,6 +418,7 @@ FAULTS = {
         rename("past_key_0_in", "past_key_values_0_key"),
         rename("past_value_0_out", "present_value_0"),
     ],
+    "alibi": [alibi],
     "io-order": [each(2, swap_inputs)],
     "io-shapes": [
         each(2, lambda model: info(model, "past_key_0_in").type.tensor_type.shape.dim.reverse()),
@@ -763,6 +778,24 @@ def test_reader_says_what_onnx_says(fault, folder):
         assert everything_read(read_onnx(path)) == everything(onnx.load(path, load_external_data=False))
 
 
+@pytest.mark.parametrize("family", ["Baichuan2-7B", "Qwen2-7B"])
+def test_our_own_exports_for_ai_hub_have_no_findings(family, tiny_model, tmp_path):
+    model = tiny_model(family)
+    emit(model, (4, 1), 16, 3, "aihub").save(tmp_path / "export")
+    report = check(tmp_path / "export")
+    assert report and report.graphs == 6, str(report)
+
+
+def test_our_other_profiles_have_the_findings_that_they_should(tiny_model, tmp_path):
+    small = tiny_model("Baichuan2-7B").quantize("int4", block_size=32)
+    expected = {"plain": {"opset"}, "qdq": {"opset", "int4-blocks"}, "matmulnbits": {"opset", "domain"}}
+    for profile, rules in expected.items():
+        emit(small if profile != "plain" else tiny_model("Baichuan2-7B"), 4, 16, 2, profile).save(tmp_path / profile)
+        assert {finding.rule for finding in check(tmp_path / profile).findings} == rules, profile
+    emit(tiny_model("Baichuan2-13B"), 4, 16, 2, "aihub").save(tmp_path / "alibi")
+    assert {finding.rule for finding in check(tmp_path / "alibi").findings} == {"alibi"}
+
+
 def test_reader_agrees_about_an_export(tmp_path):
     parts = emit(load(), tokens=(4, 1), context=16, parts=2)
     for name, built in parts.graphs.items():
@@ -774,7 +807,7 @@ def test_reader_agrees_about_an_export(tmp_path):
 
 
 def test_a_large_graph_takes_less_than_a_second(tmp_path):
-    count = 20_000  # a part of 8 layers with a head at a time has 5,000
+    count = 5_000  # as a part of 8 layers has, each head by itself
     maker = Maker()
     maker.inputs, maker.outputs = [maker.info("n0", (1, 8))], [maker.info(f"n{count}", (1, 8))]
     for number in range(count):
@@ -786,7 +819,7 @@ def test_a_large_graph_takes_less_than_a_second(tmp_path):
         start = time.process_time()
         assert check(tmp_path / "graph")
         seconds.append(time.process_time() - start)
-    assert min(seconds) < 1.0 * 2, seconds  # twice that on a machine that is busy
+    assert min(seconds) < 1.0, seconds
 
 
 def test_command(folder, capsys):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from refimpl.cli.verbs import DTYPE, JSON, MODEL, SWEEP, TEXT, integers, load_model, option, report, verb
+from refimpl.cli.verbs import DTYPE, JSON, MODEL, SWEEP, TEXT, integers, load_model, model_folder, option, report, verb
 from refimpl.errors import InputError
 
 
@@ -154,6 +154,24 @@ def verify(arguments) -> int:
     from export import verify
 
     return report(arguments, verify(Path(arguments.folder), engine=arguments.engine))
+
+
+@verb(
+    "refimpl bundle weights/Baichuan2-7B-Chat --graphs build/b2-7b --out genie",
+    MODEL,
+    option("--graphs", required=True, metavar="DIR", help="what refimpl export --profile aihub has written of it"),
+    option("--out", required=True, metavar="DIR", help="a new folder"),
+    option("--bins", nargs="+", default=[], metavar="NAME", help="the compiled binaries, part after part; not read"),
+    option("--soc", default="8-elite", help="8-gen-2, 8-gen-3, 8-elite (default), x-elite or x2-elite"),
+)
+def bundle(arguments) -> int:
+    """Write what Genie needs beside the compiled binaries: configurations, tokenizer, metadata, a prompt."""
+    from export.bundle import binaries, bundle
+
+    bundle(model_folder(arguments), arguments.graphs, arguments.out, arguments.bins, arguments.soc)
+    print(f"the bundle is in {arguments.out}; put {', '.join(binaries(arguments.out))} there, and run")
+    print(f'cd {arguments.out} && genie-t2t-run -c genie_config.json -p "$(cat sample_prompt.txt)"')
+    return 0
 
 
 def change(text: str) -> tuple[str, int]:
