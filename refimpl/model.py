@@ -167,6 +167,10 @@ class Model:
             yield (stream := decoder.layer(i, stream, cos, sin, bias))
         yield decoder.head(stream)
 
+    def head(self, stream: np.ndarray, dtype: str = "float32") -> np.ndarray:
+        """The logits (B, T, V) of a stream (B, T, C) that has left the last layer."""
+        return self.decoder(self.ops(dtype), silent, None).head(stream)
+
     def _expect_room(self, tokens: int) -> None:
         if tokens > self.config.max_position_embeddings:
             raise InputError(f"{tokens} tokens exceed the context of {self.config.max_position_embeddings}; use fewer")

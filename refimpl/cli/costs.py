@@ -19,10 +19,14 @@ from refimpl.errors import InputError
     option("--text", metavar="FILE", help="UTF-8 text, blank lines between documents (default: held-out poems)"),
     option("--tokens", type=int, metavar="N", help="read no more than so many (default: all)"),
     option("--window", type=int, default=512, metavar="N", help="tokens at a time (default: 512)"),
+    option("--attribution", action="store_true", help="what each tensor's quantization alone adds to the KL"),
+    option("--top", type=int, default=20, metavar="N", help="with it: how many tensors are shown (default: 20)"),
+    option("--out", metavar="FILE.svg", help="with it: a picture, layers by modules"),
     *(DTYPE, SWEEP, JSON),
 )
 def quality(arguments) -> int:
     """Judge a model by a reference on a text: perplexity, KL divergence, same top-1, RMS Δp, with error bars."""
+    from golden.attribution import attribute, expect_svg
     from golden.quality import quality, side_by_side, table, to_dicts
     from kernels.formats import FORMATS
     from refimpl.model import load
@@ -30,20 +34,32 @@ def quality(arguments) -> int:
 
     if not (arguments.against or arguments.format):
         raise InputError("there is nothing to compare with; give --against REF, or --format q4_0, or --format all")
+    names = list(FORMATS) if arguments.format == "all" else (arguments.format or "").split(",")
+    if len(names) > 1 and (arguments.against or arguments.attribution):
+        raise InputError(
+            "several formats are judged by MODEL as it is; give one --format with --against, --attribution"
+        )
+    if arguments.out:
+        expect_svg(arguments.out)
     model = load_model(arguments)
     reference = load(arguments.against) if arguments.against else model
     ids = text_ids(arguments, reference)
-    names = list(FORMATS) if arguments.format == "all" else (arguments.format or "").split(",")
     with workers(arguments.jobs, arguments.dask) as executor:
         rest = (arguments.window, arguments.dtype, executor, arguments.resume)
         if len(names) > 1:
-            if arguments.against:
-                raise InputError("several formats are judged by MODEL as it is; leave --against out")
             rows = side_by_side(model, names, ids, arguments.block_size, arguments.keep, *rest)
             print(json.dumps(to_dicts(rows)) if arguments.json else table(rows))
             return 0
         if arguments.format:
             model = model.quantize(arguments.format, arguments.block_size, arguments.keep)
+        if arguments.attribution:
+            attributed = attribute(model, reference, ids, *rest)
+            if arguments.out:
+                attributed.write_svg(arguments.out)
+            print(
+                attributed.to_json() if arguments.json else f"{attributed.whole}\n\n{attributed.table(arguments.top)}"
+            )
+            return 0
         found = quality(model, reference, ids, *rest)
     print(json.dumps(found.to_dict()) if arguments.json else found)
     return 0
