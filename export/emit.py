@@ -146,7 +146,7 @@ class Parts:
             for name, built in self.graphs.items()
         )
 
-    def save(self, folder: str | Path, overwrite: bool = False) -> Path:
+    def save(self, folder: str | Path, overwrite: bool = False, golden: bool = True) -> Path:
         """Writes `folder`, complete or not at all, and returns its path:
 
             {graph}/model.onnx, model.data                             a folder for each graph, fit to be uploaded
@@ -160,7 +160,8 @@ class Parts:
         Each graph of a part has its own copy of the weights: an upload takes one folder, and ONNX refuses links.
         Memory holds a tile of weights at a time. Every graph passes `onnx.checker` with full_check.
 
-        `overwrite` replaces an earlier export, and nothing else. Raises InputError for a folder that is something
+        `overwrite` replaces an earlier export, and nothing else. Without `golden` there is no test data: a compiler
+        needs none, and the whole model need not be computed. Raises InputError for a folder that is something
         else, or that cannot be written.
         """
         folder = Path(folder).resolve()
@@ -169,7 +170,7 @@ class Parts:
         partial, replaced = folder.with_name(f"{mine}.partial"), folder.with_name(f"{mine}.replaced")
         try:
             partial.mkdir(parents=True)
-            self._write(partial)
+            self._write(partial, golden)
             if folder.exists():
                 folder.rename(replaced)
             partial.rename(folder)
@@ -182,7 +183,7 @@ class Parts:
                 replaced.rename(folder)
         return folder
 
-    def _write(self, folder: Path) -> None:
+    def _write(self, folder: Path, golden: bool) -> None:
         files: dict[str, dict[str, Any]] = {}
 
         def record(path: Path, sha256: str) -> None:
@@ -200,12 +201,13 @@ class Parts:
         weights: dict[int, tuple[Path, str]] = {}  # of a part, once they are written
         rounding: Rounding = "even" if self.profile.on_grids else "away"  # as ONNX does, or AIMET
         simulation = SimulatedModel(self.model, self.encodings, rounding) if self.encodings else None
-        cases = goldens(self.model, self.plan, self.prompt, simulation)
+        cases = goldens(self.model, self.plan, self.prompt, simulation) if golden else (
+            (spec, dict[str, Arrays]()) for run in self.plan.runs for spec in run)  # fmt: skip
         for spec, case in tqdm(cases, "exporting", len(self), unit="graph", disable=None, leave=False):
             graph, data_set = folder / spec.name, folder / TEST_DATA.format(spec.name)
             built = self.graphs[spec.name]
             graph.mkdir()
-            data_set.mkdir(parents=True)
+            data_set.mkdir(parents=True) if golden else None
             write(graph / "model.onnx", built.proto)
             if spec.part.number in weights:
                 path, sha256 = weights[spec.part.number]
@@ -223,10 +225,10 @@ class Parts:
                     write(data_set / f"{kind}_{i}.pb", numpy_helper.from_array(array, name))
         if self.encodings:
             save(folder / "encodings.json", self.encodings)
-        text = json.dumps(self._manifest(files), indent=1, ensure_ascii=False)
+        text = json.dumps(self._manifest(files, golden), indent=1, ensure_ascii=False)
         (folder / "manifest.json").write_text(text, encoding="utf-8")
 
-    def _manifest(self, files: Mapping[str, Mapping]) -> dict[str, Any]:
+    def _manifest(self, files: Mapping[str, Mapping], golden: bool) -> dict[str, Any]:
         plan, config, weights = self.plan, self.model.config, self.model.weights
         # Positions and sums go no further than what is no padding: masked places add exactly nothing.
         limits = tolerances(config, "float32", tokens=max(spec.real + spec.past for run in plan.runs for spec in run))
@@ -242,7 +244,7 @@ class Parts:
                 for name, weight in weights.items()
                 if isinstance(weight, QuantizedWeight)
             },
-            "golden": {"prompt": self.prompt, "outputs": "NumPy in float64 from the stored inputs, then float32",
+            "golden": golden and {"prompt": self.prompt, "outputs": "NumPy in float64 from the stored inputs, then float32",
                        "simulated": self.encodings is not None},
             "tolerances": {v.tap: asdict(limits[v.tap]) for s in plan.runs[0] for v in s.outputs if v.tap},
             "graphs": {

@@ -16,6 +16,7 @@ import hashlib
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import count
 from typing import Any, BinaryIO
@@ -280,17 +281,24 @@ def place(parameters: Iterable[TensorProto]) -> dict[str, tuple[int, int]]:
 
 
 def write_data(file: BinaryIO, built: Built) -> str:
-    """Fills `model.data` tile by tile, and returns its sha256. Equal weights give equal bytes."""
+    """Fills `model.data` tile by tile, and returns its sha256. Equal weights give equal bytes.
+
+    One tile is hashed while it is written and the next one computed.
+    """
     digest, end = hashlib.sha256(), 0
+    with ThreadPoolExecutor(1) as other:
+        hashed = other.submit(digest.update, b"")
 
-    def write(data) -> int:
-        digest.update(data)
-        return file.write(data)
+        def write(data) -> int:
+            nonlocal hashed
+            hashed.result()
+            hashed = other.submit(digest.update, data)
+            return file.write(data)
 
-    for name, (offset, length) in built.layout.items():
-        end += write(bytes(offset - end))
-        written = sum(write(np.ascontiguousarray(tile).data.cast("B")) for tile in built.tiles[name]())
-        if written != length:
-            raise ValueError(f"{name} has {written} bytes, the graph says {length}")
-        end += written
+        for name, (offset, length) in built.layout.items():
+            end += write(bytes(offset - end))
+            written = sum(write(np.ascontiguousarray(tile).data.cast("B")) for tile in built.tiles[name]())
+            if written != length:
+                raise ValueError(f"{name} has {written} bytes, the graph says {length}")
+            end += written
     return digest.hexdigest()

@@ -137,6 +137,8 @@ def read_manifest(folder: Path, weights: bool = True) -> tuple[Plan, dict[str, T
             raise ValueError("it describes more layers than there are files for")
         plan = Plan(config, **{**stated, "tokens": tuple(stated["tokens"])})
         specs = [spec for run in plan.runs for spec in run]
+        if not manifest["golden"]:
+            raise InputError(f"{folder} was exported without goldens, so nothing can be verified; export with them")
         simulated = manifest["golden"]["simulated"]
         limits = {v.tap: Tolerance(**manifest["tolerances"][v.tap]) for s in specs for v in s.outputs if v.tap}
         if not all(isinstance(limit.relative, float) and 0 <= limit.relative <= LARGEST for limit in limits.values()):

@@ -82,24 +82,40 @@ class NormHead(Weight):
     official code makes such a row NaN, because 1e-12 is zero there; here it stays zero.)
     """
 
+    def read(self, dtype, rows=slice(None)):
+        """As of any parameter, divided: the lengths are computed once for each format and kept."""
+        if self.array.size <= KEEP_ELEMENTS:
+            return super().read(dtype, rows)
+        return self._divided(self.array[rows], dtype, self._lengths(dtype)[rows])
+
     @property
     def in_place(self):
-        return self.array, self._lengths_float32
+        return self.array, self._lengths(np.dtype(np.float32))[:, 0]
 
-    @cached_property
-    def _lengths_float32(self) -> np.ndarray:
-        step = max(1, KEEP_ELEMENTS // self.shape[1])
-        tiles = [self.array[i : i + step].astype(np.float32) for i in range(0, self.shape[0], step)]
-        return np.concatenate([self._lengths(tile, tile.dtype)[:, 0] for tile in tiles])
-
-    def _lengths(self, wide: np.ndarray, dtype: np.dtype) -> np.ndarray:
-        length = np.sqrt((wide * wide).sum(-1, keepdims=True)).astype(dtype).astype(wide.dtype)
-        return np.maximum(length, 1e-12)
+    def _lengths(self, dtype: np.dtype) -> np.ndarray:
+        if ("lengths", dtype) not in self._kept:
+            step = max(1, KEEP_ELEMENTS // self.shape[1])
+            tiles = [_lengths(self.array[i : i + step], dtype) for i in range(0, self.shape[0], step)]
+            self._kept["lengths", dtype] = np.concatenate(tiles)
+        return self._kept["lengths", dtype]
 
     def _convert(self, values, dtype):
-        values = super()._convert(values, dtype)
-        wide = values if dtype == np.float64 else values.astype(np.float32)
-        return (wide / self._lengths(wide, dtype)).astype(dtype, copy=False)
+        return self._divided(values, dtype, _lengths(values, dtype))
+
+    def _divided(self, values, dtype, lengths):
+        return (_wide(values, dtype) / lengths).astype(dtype, copy=False)
+
+
+def _wide(values: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """The values rounded to `dtype`, in the format that PyTorch computes their length in."""
+    return values.astype(dtype, copy=False).astype(np.float64 if dtype == np.float64 else np.float32, copy=False)
+
+
+def _lengths(values: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """The lengths (O, 1) of rows, rounded to `dtype` and at least 1e-12."""
+    wide = _wide(values, dtype)
+    length = np.sqrt((wide * wide).sum(-1, keepdims=True)).astype(dtype).astype(wide.dtype)
+    return np.maximum(length, 1e-12)
 
 
 @dataclass(frozen=True, eq=False)

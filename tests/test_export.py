@@ -109,6 +109,14 @@ def test_goldens_are_what_the_model_says(tiny_model, family, tmp_path):
     assert (past[..., -6:] == prompt["past_key_0_out"][..., -6:]).all() and not past[..., :-6].any()
 
 
+def test_graphs_alone(tiny_model, tmp_path):
+    parts = emit(tiny_model("Qwen2-7B"), tokens=(8, 1), context=24, parts=2)
+    whole, graphs = digests(parts.save(tmp_path / "whole")), digests(parts.save(tmp_path / "graphs", golden=False))
+    assert {n: d for n, d in whole.items() if "model." in n} == {n: d for n, d in graphs.items() if "manifest" not in n}
+    with pytest.raises(InputError, match="without goldens"):
+        verify(tmp_path / "graphs")
+
+
 def test_same_model_same_bytes(tiny_model, tmp_path):
     for name in ("a", "b"):
         emit(tiny_model("Qwen2-7B"), tokens=(8, 1), context=24, parts=2).save(tmp_path / name)

@@ -117,6 +117,7 @@ def simulate(arguments) -> int:
         help="quantize matrices to 4-bit blocks of this size first (default: of 32 for qdq and matmulnbits)",
     ),
     option("--keep", action="append", default=[], metavar="PATTERN", help="modules that stay as they are"),
+    option("--no-golden", action="store_true", help="graphs only, without test data: enough for a compiler"),
     option("--force", action="store_true", help="replace an earlier export in DIR"),
 )
 def export(arguments) -> int:
@@ -138,8 +139,9 @@ def export(arguments) -> int:
         arguments.ir_version, arguments.forms and [form for form in arguments.forms.split(",") if form],
         encodings=read_encodings(arguments.encodings, model) if arguments.encodings else None,
     )  # fmt: skip
-    parts.save(Path(arguments.out), overwrite=arguments.force)
-    print(f"{len(parts)} graphs are in {arguments.out}; refimpl verify {arguments.out} runs them")
+    parts.save(Path(arguments.out), arguments.force, golden=not arguments.no_golden)
+    then = "" if arguments.no_golden else f"; refimpl verify {arguments.out} runs them"
+    print(f"{len(parts)} graphs are in {arguments.out}{then}")
     return 0
 
 

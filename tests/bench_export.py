@@ -1,0 +1,67 @@
+"""What writing a large model's graphs costs, against a plain copy of the same bytes. Not run by pytest.
+
+    python tests/bench_checkpoints.py generate /tmp/b2 --layers 4     # true width, fewer layers where the disk is short
+    python tests/bench_export.py /tmp/b2 [--profile aihub] [--rounds 3]
+
+Copies and exports take turns, each from a cold page cache to synced files. Memory is what the process has beyond the
+page cache. Goldens are another matter: computing the model takes what it takes, and is timed by itself.
+"""
+
+import argparse
+import os
+import shutil
+import statistics
+import time
+from pathlib import Path
+
+from bench_checkpoints import AnonymousMemory, cold, copy_folder
+
+import refimpl
+from export import emit
+
+
+def measure(folder: Path, profile: str, rounds: int, parts: int, golden: bool) -> None:
+    out, copy = folder.with_name(f"{folder.name}-export"), folder.with_name(f"{folder.name}-copied")
+    encodings = None
+    ratios = []
+    for turn in range(rounds):
+        cold(folder)
+        os.sync()
+        with AnonymousMemory() as memory:
+            began = time.perf_counter()
+            model = refimpl.load(folder)
+            if profile == "aihub" and encodings is None:
+                encodings = emit(model, profile=profile, parts=parts, prompt=[5, 6, 7]).encodings
+                print(f"calibration on 3 tokens: {time.perf_counter() - began:.1f} s")
+                began = time.perf_counter()
+            graphs = emit(model, parts=parts, profile=profile, prompt=[5, 6, 7], encodings=encodings)
+            graphs.save(out, overwrite=True, golden=golden)
+            os.sync()
+            took = time.perf_counter() - began
+        size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
+        more = (memory.peak - memory.first) / 1e6
+        print(f"{len(graphs)} graphs, {size / 1e9:.2f} GB: {took:.1f} s, {size / took / 1e9:.2f} GB/s, "
+              f"anonymous memory +{more:.0f} MB", flush=True)  # fmt: skip
+        cold(out)
+        began = time.perf_counter()
+        copy_folder(out, copy)
+        os.sync()
+        copied = time.perf_counter() - began
+        print(f"plain copy: {copied:.1f} s, {size / copied / 1e9:.2f} GB/s", flush=True)
+        ratios.append(copied / took)
+        shutil.rmtree(copy)
+        shutil.rmtree(out)
+    print(
+        f"the export reaches {statistics.median(ratios):.0%} of a plain copy ({min(ratios):.0%} to {max(ratios):.0%})"
+    )
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--profile", default="plain")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--parts", type=int, default=3)
+    parser.add_argument("--golden", action="store_true", help="with goldens")
+    arguments = parser.parse_args()
+    measure(arguments.folder, arguments.profile, arguments.rounds, arguments.parts, arguments.golden)
