@@ -244,8 +244,10 @@ class Parts:
                 for name, weight in weights.items()
                 if isinstance(weight, QuantizedWeight)
             },
-            "golden": golden and {"prompt": self.prompt, "outputs": "NumPy in float64 from the stored inputs, then float32",
-                       "simulated": self.encodings is not None},
+            "golden": golden and {
+                "prompt": self.prompt, "outputs": "NumPy in float64 from the stored inputs, then float32",
+                "simulated": self.encodings is not None,
+            },
             "tolerances": {v.tap: asdict(limits[v.tap]) for s in plan.runs[0] for v in s.outputs if v.tap},
             "graphs": {
                 spec.name: {
