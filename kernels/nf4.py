@@ -26,6 +26,9 @@ array([[ 0.984, -0.364,  0.   ,  4.   ]], dtype=float32)
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache
+
 import numpy as np
 
 from kernels.search import best_scales
@@ -38,6 +41,8 @@ VALUES = np.array(
     ],
     np.float32,
 )  # fmt: skip
+
+BINS = 4096  # of [-1, 1], in the search for the nearest value
 
 
 def quantize(
@@ -60,11 +65,7 @@ def quantize_to(
 ) -> dict[str, np.ndarray]:
     """Blocks (n, b) as codes of any 16 `values`, of which the largest magnitude is 1: NF4 and FP4 in one."""
     tiny = np.float32(1e-38)
-    order = np.argsort(values, kind="stable")
-    middles = (values[order[:-1]] + values[order[1:]]) / np.float32(2)
-
-    def nearest(relative: np.ndarray) -> np.ndarray:
-        return order[np.searchsorted(middles, relative)].astype(np.uint8)
+    nearest = _nearest(values.tobytes())
 
     def encode(scales: np.ndarray) -> dict[str, np.ndarray]:
         relative = np.clip(x * (np.float32(1) / np.maximum(scales, tiny)), -1, 1)
@@ -78,6 +79,31 @@ def quantize_to(
     if incomplete:
         parts["codes"][-1] = nearest(np.clip(x[-1] / parts["scales"][-1], -1, 1))
     return parts
+
+
+@cache
+def _nearest(values: bytes) -> Callable[[np.ndarray], np.ndarray]:
+    """The function from numbers in [-1, 1] to the codes of the nearest values; midway, of the smaller.
+
+    It is `searchsorted` among the midpoints, several times as fast: [-1, 1] is cut into bins so narrow that none, with
+    a little room for the rounding of its number, has two midpoints. So a bin leaves one comparison.
+    """
+    numbers = np.frombuffer(values, np.float32)
+    order = np.argsort(numbers, kind="stable")
+    middles = (numbers[order[:-1]] + numbers[order[1:]]) / np.float32(2)
+    starts = np.arange(BINS + 1) / (BINS / 2) - 1
+    below = np.searchsorted(middles, starts - 1e-6)
+    if (np.searchsorted(middles, starts + 2 / BINS + 1e-6) - below > 1).any():
+        raise ValueError("two of the values are too near to each other")
+    edges = np.append(middles, np.float32(np.inf))[below]
+    codes = order[np.minimum([below, below + 1], len(order) - 1)].astype(np.uint8)
+    lower, upper = codes
+
+    def nearest(relative: np.ndarray) -> np.ndarray:
+        bins = ((relative + np.float32(1)) * np.float32(BINS / 2)).astype(np.intp)
+        return np.where(relative > edges.take(bins), upper.take(bins), lower.take(bins))
+
+    return nearest
 
 
 def pack(codes: np.ndarray) -> np.ndarray:

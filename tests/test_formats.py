@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
-from kernels import affine, dynamic8, formats, gguf, int4, lpbq, matmulnbits, q4_k, qlinear8, search
+from kernels import affine, dynamic8, formats, fp4, gguf, int4, lpbq, matmulnbits, nf4, q4_k, qlinear8, search
 from kernels.formats import FORMATS
 
 NAMES = list(FORMATS)
@@ -95,6 +95,19 @@ def test_blocks_run_on_from_row_to_row(name, shape, double):
         np.testing.assert_array_equal(whole, values.reshape(shape))
     for rows in (slice(1, None), slice(0, 1), np.array([shape[0] - 1, 0])):
         np.testing.assert_array_equal(formats.dequantize(blocks, rows), whole[rows])
+
+
+@pytest.mark.parametrize("values", [nf4.VALUES, fp4.VALUES], ids=FLAT)
+def test_the_nearest_value_is_that_of_a_binary_search(values):
+    order = np.argsort(values, kind="stable")
+    middles = (values[order[:-1]] + values[order[1:]]) / np.float32(2)
+    hard = [middles, values, (np.arange(nf4.BINS + 1) / (nf4.BINS / 2) - 1).astype(np.float32), np.float32([0.0, -0.0])]
+    hard += [np.nextafter(a, np.float32(to)).clip(-1, 1) for a in hard[:3] for to in (-2, 2)]
+    x = np.concatenate([*hard, np.random.default_rng(0).uniform(-1, 1, 100_000).astype(np.float32)])
+    found = nf4._nearest(values.tobytes())(x)
+    np.testing.assert_array_equal(found, order[np.searchsorted(middles, x)])
+    with pytest.raises(ValueError, match="too near"):
+        nf4._nearest(np.linspace(0, 1e-3, 16, dtype=np.float32).tobytes())
 
 
 def test_nf4_midpoints_go_to_the_smaller_value():
