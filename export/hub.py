@@ -24,9 +24,11 @@ from export.executor import Arrays
 from export.jobs import SAMPLE, Source
 from export.ledger import Entry, Ledger
 from export.parts import GraphSpec, carry
+from export.preflight import check
 from export.session import JOBS, Session, failures
 from export.verify import read_arrays, read_manifest
 from refimpl.config import read_json
+from refimpl.errors import InputError
 
 WAYS = ("isolated", "chained")
 VERBS = ("compile", "link", "infer", "profile", "fetch")
@@ -34,23 +36,31 @@ VERBS = ("compile", "link", "infer", "profile", "fetch")
 
 @dataclass
 class Outcome:
-    """What became of what a verb sent: a row for each thing, and a line for each that failed."""
+    """What became of what a verb sent: a row for each thing, a line for each that failed, what was sent now."""
 
     rows: list[dict[str, Any]]
     failures: list[str] = field(default_factory=list)
+    sent: dict[str, int] = field(default_factory=dict)
 
     def __bool__(self) -> bool:
         return not self.failures
 
     def __str__(self) -> str:
-        return "\n".join([table(self.rows), *self.failures])
+        lines = [table(self.rows), *self.failures]
+        if self.sent:
+            uploads, size, jobs = (self.sent[what] for what in ("uploads", "bytes", "jobs"))
+            lines.insert(1, f"sent now: {uploads} uploads of {size / 1e6:.1f} MB, {jobs} jobs")
+        return "\n".join(filter(None, lines))
 
 
 class Loop:
-    """An export at AI Hub. Raises InputError for a folder that is none, or not whole."""
+    """An export at AI Hub. Raises InputError for a folder that is none, or not whole.
 
-    def __init__(self, session: Session):
-        self.session, folder = session, session.folder
+    `checked`: nothing is uploaded of which `export.preflight` knows that AI Hub refuses it.
+    """
+
+    def __init__(self, session: Session, checked: bool = True):
+        self.session, self.checked, folder = session, checked, session.folder
         self.plan, _ = read_manifest(folder, weights=False)
         self.specs = [spec for run in self.plan.runs for spec in run]
         files = read_json(folder / "manifest.json")["files"]
@@ -74,15 +84,28 @@ class Loop:
         self.session.lasting(from_the_start)
         keys = list(dict.fromkeys(self.keys))
         entries = [self.session.ledger.get(key) for key in keys]
-        return Outcome([row(entry) for entry in entries if entry], failures(self.session.ledger, keys))
+        return Outcome([row(entry) for entry in entries if entry], failures(self.session.ledger, keys),
+                       self.session.sent)  # fmt: skip
 
     def compile(self) -> None:
         session = self.session
         keys = []
+        if self.checked and not all(session.ledger.get(session.model_key(s)).get("id") for s in self.sources.values()):
+            self._preflight()
         for source in self.sources.values():
             keys.append(session.compile(source))
             self.keys += [session.model_key(source), keys[-1]]
         session.wait(keys, "compiling")
+
+    def _preflight(self) -> None:
+        """Raises InputError if an upload would be in vain."""
+        errors = [finding for finding in check(self.session.folder).findings if finding.severity == "error"]
+        if errors:
+            first = errors[0]
+            raise InputError(
+                f"AI Hub refuses such a graph as {first.graph} ({first.rule}: {str(first)[:200]}; {first.remedy}); "
+                f"refimpl export --check says all there is ({len(errors)}), --unchecked sends it all the same"
+            )
 
     def link(self) -> dict[int, str]:
         """The key of each part's link job, of the parts whose graphs were all compiled and linked."""
@@ -237,7 +260,8 @@ def status(folder: Path, session: Session | None = None) -> Outcome:
     if session:
         for key, entry in list(session.ledger.entries.items()):
             pending = entry.get("id") and entry.get("state") not in ("done", "failed")
-            if pending and entry.get("kind") in JOBS and entry.get("server") == session.url:
+            here = entry.get("server") == session.url and entry.get("device") == session.device
+            if pending and here and entry.get("kind") in JOBS:
                 session.look(key)
     ledger = session.ledger if session else Ledger(folder)
     keys = list(ledger.entries)

@@ -8,6 +8,7 @@ when a kill came is looked for at the server by its name first.
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import json
 import os
@@ -447,9 +448,10 @@ class Session:
                 raise
             except Exception as error:  # the client raises its own, and those of what it stands on
                 reason = one_line(str(error)) or type(error).__name__
-                if isinstance(error, OSError) and error.errno and not transient(error):
-                    raise InputError(f"cannot {what}: {error.strerror}; make room in {tempfile.gettempdir()}, or "
-                                     "set TMPDIR") from None  # fmt: skip
+                if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+                    raise InputError(
+                        f"cannot {what}: {tempfile.gettempdir()} is full; make room, or set TMPDIR"
+                    ) from None
                 if uses and re.search(r"could not be found|not found|expired", reason, re.I):
                     number = re.search(r"ID '([A-Za-z0-9_-]+)'", reason)
                     entries = {key: self.ledger.get(key) for key in uses}

@@ -26,6 +26,7 @@ import zipfile
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import lru_cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib.util import find_spec
 from pathlib import Path
@@ -47,7 +48,15 @@ OLD_PHONE = ("Loopback Classic", "9", ["framework:tflite", "os:android"])
 DTYPES = {"float32": pb.TENSOR_DTYPE_FLOAT32, "int32": pb.TENSOR_DTYPE_INT32, "int64": pb.TENSOR_DTYPE_INT64,
           "uint8": pb.TENSOR_DTYPE_UINT8, "uint16": pb.TENSOR_DTYPE_UINT16}  # fmt: skip
 OPTIONS = {
-    "compile": {"target_runtime", "qairt_version", "output_names", "quantize_io", "qnn_options", "quantize_full_type"},
+    "compile": {
+        "target_runtime",
+        "qairt_version",
+        "output_names",
+        "quantize_io",
+        "qnn_options",
+        "quantize_full_type",
+        "truncate_64bit_io",
+    },
     "link": {"qairt_version"},
     "inference": {"qairt_version", "qnn_options", "max_profiler_iterations"},
 }
@@ -60,7 +69,7 @@ class Fault:
     kind: str  # drop: no answer; drop_after: the same once it was done; status; garbage: no protobuf; slow
     status: int = 500
     text: str = ""
-    seconds: float = 0.0
+    wait: threading.Event | None = None  # slow: until then, or for ten seconds
     then: Callable[[], None] | None = None  # called when it happens, to kill somebody, say
 
 
@@ -437,7 +446,8 @@ class Handler(BaseHTTPRequestHandler):
         if fault and fault.kind in ("drop", "status", "slow", "garbage"):
             if fault.then:
                 fault.then()
-            time.sleep(fault.seconds)
+            if fault.wait:
+                fault.wait.wait(10)
             if fault.kind == "drop":
                 return self._drop()
             if fault.kind == "status":
@@ -511,7 +521,7 @@ class Grid:
 
 @dataclass
 class Graph:
-    """A graph of a compiled model: its ends, and what runs it."""
+    """A graph of a compiled model: its ends, and what opens it to be run."""
 
     name: str
     inputs: list[End]
@@ -561,8 +571,8 @@ class Graph:
                                   (model.graph.output, wanted or [v.name for v in model.graph.output]))
             for v, n in zip(values, names, strict=True)
         ]  # fmt: skip
-        compute = opened(model, hub.engine)
         shutil.rmtree(folder)
+        compute = lru_cache(1)(lambda: opened(model, hub.engine))
         return cls(name, ends[: len(inputs)], ends[len(inputs) :], [v.name for v in inputs], compute)
 
     def run(self, entries: dict[str, list[np.ndarray]]) -> list[dict[str, np.ndarray]]:
@@ -580,7 +590,7 @@ class Graph:
                 if array.dtype != end.dtype:
                     raise RejectedError(f"Input {end.name} is {array.dtype}, expected {end.dtype}")
                 fed[name] = array
-            outputs = self.compute(fed)
+            outputs = self.compute()(fed)
             results.append({end.name: array for end, array in zip(self.outputs, outputs, strict=True)})
         return results
 

@@ -2,12 +2,15 @@
 
 import json
 import multiprocessing
+import os
 import re
 import shutil
 import signal
+import threading
 
 import h5py
 import numpy as np
+import onnx
 import pytest
 from loopback_hub import Fault, LoopbackHub, fake_quantize, grid_of
 
@@ -15,10 +18,10 @@ from export import emit, session
 from export.client import likely
 from export.executor import Engine
 from export.hub import Loop
-from export.jobs import Options, named_outputs
+from export.jobs import Options, Source, named_outputs
 from export.ledger import FILE, Ledger
 from export.session import Session
-from export.verify import read_arrays, unpadded
+from export.verify import read_arrays, read_manifest, unpadded
 from refimpl import load
 from refimpl.calibrate import calibrate
 from refimpl.cli import main
@@ -46,7 +49,8 @@ def exports(tiny_folder, tmp_path_factory):
     model, made = load(tiny_folder("Baichuan2-7B")), {}
     encodings = calibrate(model, np.arange(48) % 90)
     for name, tokens, parts, profile in (
-        ("float", (4, 1), 3, "plain"), ("one", (4,), 1, "plain"), ("w4a16", (4, 1), 2, "aihub"),
+        ("float", (4, 1), 3, "plain"), ("one", (4,), 1, "plain"), ("two", (4,), 2, "plain"),
+        ("w4a16", (4, 1), 2, "aihub"),
     ):  # fmt: skip
         saved = emit(model, tokens=tokens, context=12, parts=parts, profile=profile,
                      encodings=encodings if profile == "aihub" else None)  # fmt: skip
@@ -111,53 +115,59 @@ def test_two_graphs_of_a_part_are_linked(export):
         ]
 
 
-def test_the_output_file_is_the_client_s_own(export):
+def test_the_output_file_is_the_client_s_own(exports, tmp_path):
+    folder = shutil.copytree(exports["one"], tmp_path / "x")
     with LoopbackHub() as hub:
-        assert act(hub, "infer", export) == 0
-    with h5py.File(export / "outputs" / "loopback-phone" / "isolated" / "token_ar1_cl12_3_of_3.h5") as file:
+        assert act(hub, "infer", folder) == 0
+    with h5py.File(folder / "outputs" / "loopback-phone" / "chained" / "prompt_ar4_cl12_1_of_1.h5") as file:
         assert [(file[f"data/{i}"].attrs["order"], file[f"data/{i}"].attrs["name"]) for i in range(3)] == [
-            (0, "logits"), (1, "past_key_1_out"), (2, "past_value_1_out")
+            (0, "logits"), (1, "past_key_0_out"), (2, "past_value_0_out")
         ]  # fmt: skip
-        assert file["data/0/batch_0"].shape == (1, 1, 96)
+        assert file["data/0/batch_0"].shape == (1, 4, 96)
 
 
-def test_w4a16_has_the_options_of_ai_hub_s_own_export(exports, tmp_path):
-    folder = shutil.copytree(exports["w4a16"], tmp_path / "x")
-    with LoopbackHub() as hub:
-        assert act(hub, "infer", folder, "--qairt", "2.45", "--compile-options=--quantize_io") == 0
-        jobs = {stored.kind: stored.proto for stored in reversed(hub.jobs.values())}
-        assert jobs["compile"].compile_job.options == (
-            "--target_runtime qnn_dlc --qairt_version 2.45 --output_names _model_embed_tokens_Gather_Gather_output_0 "
-            "--quantize_io --qnn_options context_enable_graphs=prompt_ar4_cl12_1_of_2 --quantize_full_type w8a16 --quantize_io "
-            "--quantize_io"
-        )
-        assert jobs["link"].link_job.options == "--qairt_version 2.45"
-        assert jobs["inference"].inference_job.options == (
-            "--qairt_version 2.45 --qnn_options context_enable_graphs=prompt_ar4_cl12_1_of_2"
-        )
+@pytest.fixture(scope="module")
+def quantized(exports):
+    """The quantized export after its time on the device, and the jobs that were done there."""
+    with pytest.MonkeyPatch.context() as patch, LoopbackHub(polls=0) as hub:
+        patch.setenv("QAIHUB_CLIENT_INI", str(exports["w4a16"].parent / "none.ini"))
+        assert act(hub, "infer", exports["w4a16"], "--qairt", "2.45", "--compile-options=--truncate_64bit_io") == 0
+        return exports["w4a16"], {stored.kind: stored.proto for stored in reversed(hub.jobs.values())}
+
+
+def test_w4a16_has_the_options_of_ai_hub_s_own_export(quantized):
+    folder, jobs = quantized
+    assert jobs["compile"].compile_job.options == (
+        "--target_runtime qnn_dlc --qairt_version 2.45 --output_names _model_embed_tokens_Gather_Gather_output_0 "
+        "--quantize_io --qnn_options context_enable_graphs=prompt_ar4_cl12_1_of_2 --quantize_full_type w8a16 "
+        "--quantize_io --truncate_64bit_io"
+    )
+    assert jobs["link"].link_job.options == "--qairt_version 2.45"
+    assert jobs["inference"].inference_job.options == (
+        "--qairt_version 2.45 --qnn_options context_enable_graphs=prompt_ar4_cl12_1_of_2"
+    )
     entries = Ledger(folder).entries.values()
     [link] = [e for e in entries if e["kind"] == "link" and e["label"] == "part_2_of_2"]
     spec = {name: (dtype, scale, zero) for name, dtype, _, scale, zero in link["outputs"]["token_ar1_cl12_2_of_2"]}
     assert spec["past_key_0_out"][0] == "uint8" and spec["past_key_0_out"][2] == 128 and spec["logits"][0] == "uint16"
 
 
-def test_the_loopback_quantizes_as_a_device_does(exports, tmp_path):
+def test_the_loopback_quantizes_as_a_device_does(quantized):
     """Its outputs are codes times scales, and those of the simulation but for a step here and there."""
-    folder = shutil.copytree(exports["w4a16"], tmp_path / "x")
-    with LoopbackHub() as hub, Session(folder, PHONE, hub.url) as here:
-        loop = Loop(here)
-        assert loop.do("infer")
-        for spec in loop.specs:
-            entries = json.loads((folder / spec.name / "model.encodings").read_text())["activation_encodings"]
-            scales = {e["name"]: e["scale"][0] for e in entries}
-            for way, golden in (("isolated", "simulated"), ("chained", "simulated_chained")):
-                expected = read_arrays(folder, spec, golden, spec.outputs)
-                [got] = named_outputs(here.outputs / way / f"{spec.name}.h5", loop.sources[spec.name], 1)
-                for value in spec.outputs if spec.part.layers else ():
-                    codes, sure = (unpadded(value, a[value.name], spec) / scales[value.name] for a in (got, expected))
-                    assert np.abs(codes - np.rint(codes)).max() < 1e-2
-                    # One flip of the residual stream's last code moves every logit a little: 21 of 65536 were seen.
-                    assert np.abs(codes - sure).max() < (1.5 if value.name.startswith("past") else 65.5)
+    folder, _ = quantized
+    plan, _ = read_manifest(folder, weights=False)
+    for spec in (spec for run in plan.runs for spec in run if spec.part.layers):
+        entries = json.loads((folder / spec.name / "model.encodings").read_text())["activation_encodings"]
+        scales = {e["name"]: e["scale"][0] for e in entries}
+        for way, golden in (("isolated", "simulated"), ("chained", "simulated_chained")):
+            expected = read_arrays(folder, spec, golden, spec.outputs)
+            path = folder / "outputs" / "loopback-phone" / way / f"{spec.name}.h5"
+            [got] = named_outputs(path, Source.read(folder / spec.name), 1)
+            for value in spec.outputs:
+                codes, sure = (unpadded(value, a[value.name], spec) / scales[value.name] for a in (got, expected))
+                assert np.abs(codes - np.rint(codes)).max() < 1e-2
+                # One flip of the residual stream's last code moves every logit a little: 21 of 65536 were seen.
+                assert np.abs(codes - sure).max() < (1.5 if value.name.startswith("past") else 65.5)
 
 
 def test_the_grids_of_the_loopback():
@@ -242,7 +252,8 @@ def test_a_kill_at_any_request_costs_no_job(processes, exports, tmp_path, kind):
               f"{hub.uploaded['models']} bytes")  # fmt: skip
 
 
-def test_a_ledger_cut_anywhere_goes_on(tmp_path):
+def test_a_ledger_cut_anywhere_goes_on(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "fsync", lambda _: None)  # a thousand of them take a while
     with Ledger(tmp_path) as ledger:
         ledger.write("a", kind="model", name="n-1", id=None)
         ledger.write("a", id="m1")
@@ -352,6 +363,39 @@ def test_a_lasting_fault_is_one_line(exports, tmp_path, capsys, route, fault, li
         assert hub.kinds() == {"compile": 1, "link": 1, "inference": 1}
 
 
+def test_a_slow_answer_is_asked_for_again(exports, tmp_path, monkeypatch):
+    import qai_hub.util.session
+
+    monkeypatch.setattr(qai_hub.util.session, "EXTERNAL_RESPONSE_TIMEOUT_SECONDS", 0.2)
+    folder = shutil.copytree(exports["one"], tmp_path / "x")
+    slow = Fault("slow", wait=threading.Event())
+    with LoopbackHub(fault=at("PUT /upload/models", slow)) as hub:
+        assert act(hub, "infer", folder) == 0
+        assert hub.counts["PUT /upload/models/ID/0"] == 2
+        slow.wait.set()
+
+
+def test_what_ai_hub_refuses_is_not_uploaded(export, capsys):
+    path = export / "token_ar1_cl12_2_of_3" / "notes.txt"
+    path.write_text("AI Hub takes no other files")
+    with LoopbackHub() as hub:
+        assert act(hub, "compile", export) == 2
+        told = capsys.readouterr().err
+        assert "AI Hub refuses such a graph as token_ar1_cl12_2_of_3 (folder-contents: " in told
+        assert "--unchecked sends it all the same" in told and told.count("\n") == 1 and not hub.counts
+        path.unlink()
+        assert act(hub, "compile", export) == 0
+
+
+def test_status_looks_at_what_has_not_ended(export, capsys):
+    with LoopbackHub(polls=0) as hub:
+        with Session(export, PHONE, hub.url) as here:
+            here.compile(next(iter(Loop(here).sources.values())))
+        for more, state in ((), "sent"), (("--device", PHONE, "--api-url", hub.url), "done"), ((), "done"):
+            assert main(["hub", "status", str(export), "--json", *more]) == 0
+            assert [row["state"] for row in json.loads(capsys.readouterr().out)["rows"]] == ["uploaded", state]
+
+
 def test_a_failed_job_says_why_and_is_not_sent_again(export, capsys):
     def refuse(kind, name, options):
         return "Failed with exit code 14 -\n Conversion to context binary failed" if "_2_of_3" in options else None
@@ -396,18 +440,19 @@ def test_expired_and_deleted_things_are_sent_again(exports, tmp_path):
         assert hub.kinds()["compile"] == 2
 
 
-def test_a_changed_graph_is_sent_and_the_rest_is_not(exports, tmp_path):
-    folder = shutil.copytree(exports["w4a16"], tmp_path / "x")
+def test_a_changed_graph_is_sent_and_the_rest_is_not(export):
     with LoopbackHub() as hub:
-        act(hub, "link", folder)
-        assert hub.kinds() == {"compile": 4, "link": 2}
-        path = folder / "prompt_ar4_cl12_2_of_2" / "model.encodings"
-        path.write_text(path.read_text().replace('"scale": [', '"scale": [1e-7 , ', 0) + " ")
-        act(hub, "link", folder)
-        assert hub.kinds() == {"compile": 5, "link": 3}
-        act(hub, "link", folder, "--qairt", "2.50")
-        assert hub.kinds() == {"compile": 9, "link": 5}
-        assert sum(m.proto.producer_id == "" for m in hub.models.values()) == 5
+        act(hub, "link", export)
+        assert hub.kinds() == {"compile": 6, "link": 3}
+        path = export / "prompt_ar4_cl12_2_of_3" / "model.onnx"
+        model = onnx.load(path, load_external_data=False)
+        model.producer_version += "+"
+        path.write_bytes(model.SerializeToString())
+        act(hub, "link", export)
+        assert hub.kinds() == {"compile": 7, "link": 4}
+        act(hub, "link", export, "--qairt", "2.50")
+        assert hub.kinds() == {"compile": 13, "link": 7}
+        assert sum(m.proto.producer_id == "" for m in hub.models.values()) == 7, "uploaded once each"
 
 
 def test_a_wrong_tensor_arrives_as_it_is(exports, tmp_path):
@@ -439,7 +484,7 @@ def test_outputs_that_are_not_the_graph_s(exports, tmp_path, capsys, spoil, line
 
 @pytest.mark.parametrize("specs, sanitized", [(True, True), (True, False), (False, False)])
 def test_names_of_the_server(exports, tmp_path, specs, sanitized):
-    folder = shutil.copytree(exports["float"], tmp_path / "x")
+    folder = shutil.copytree(exports["two"], tmp_path / "x")
     with LoopbackHub(specs=specs, sanitized=sanitized) as hub:
         assert act(hub, "infer", folder) == 0
 
@@ -478,7 +523,7 @@ def test_other_weights_than_were_exported_are_not_uploaded(export, capsys):
     data[-1] ^= 1
     path.write_bytes(data)
     with LoopbackHub() as hub:
-        assert act(hub, "compile", export) == 2
+        assert act(hub, "compile", export, "--unchecked") == 2
         assert "token_ar1_cl12_2_of_3 is not as it was exported; export again" in capsys.readouterr().err
 
 

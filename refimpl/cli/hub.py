@@ -13,9 +13,10 @@ if TYPE_CHECKING:
     from export.session import Session
 
 FOLDER = option("folder", metavar="DIR", help="an export")
+API_URL = option("--api-url", metavar="URL", help="another server than that of client.ini, such as a loopback")
 PLACE = [
     option("--device", required=True, metavar="NAME", help="as AI Hub calls it, such as 'Samsung Galaxy S25'"),
-    option("--api-url", metavar="URL", help="another server than that of client.ini, such as a loopback"),
+    API_URL,
     option("--qairt", default="2.42", metavar="VERSION", help="of the runtime, for all jobs (default: 2.42)"),
     option("--compile-options", default="", metavar="TEXT", help="added to those of compile jobs"),
     option("--link-options", default="", metavar="TEXT"),
@@ -26,6 +27,7 @@ SENDING = [
     FOLDER,
     *PLACE,
     option("--retry", action="store_true", help="send once more what failed"),
+    option("--unchecked", action="store_true", help="send graphs in which `refimpl export --check` finds errors, too"),
     option("--dry-run", action="store_true", help="print what would be sent, and how large it is; send nothing"),
 ]
 
@@ -63,12 +65,22 @@ def hub_fetch(arguments) -> int:
         return _show(arguments, Loop(session).do("fetch"))
 
 
-@verb("refimpl hub status build/b2-7b", FOLDER, JSON)
+@verb(
+    "refimpl hub status build/b2-7b",
+    FOLDER,
+    option("--device", metavar="NAME", help="look again at the jobs there that had not ended"),
+    API_URL,
+    JSON,
+)
 def hub_status(arguments) -> int:
     """Show what was sent and what became of it, as the ledger in DIR has it."""
     from export.hub import status
+    from export.session import Session
 
-    return _show(arguments, status(Path(arguments.folder)))
+    if not arguments.device:
+        return _show(arguments, status(Path(arguments.folder)))
+    with Session(arguments.folder, arguments.device, arguments.api_url) as session:
+        return _show(arguments, status(session.folder, session))
 
 
 def _session(arguments, locked: bool = True) -> Session:
@@ -84,7 +96,7 @@ def _send(arguments, verb: str) -> int:
     from export.hub import Loop
 
     with _session(arguments, locked=not arguments.dry_run) as session:
-        loop = Loop(session)
+        loop = Loop(session, checked=not arguments.unchecked)
         if not arguments.dry_run:
             return _show(arguments, loop.do(verb))
         rows = loop.planned(verb)
@@ -105,5 +117,9 @@ def _send(arguments, verb: str) -> int:
 
 
 def _show(arguments, outcome: Outcome) -> int:
-    print(json.dumps({"rows": outcome.rows, "failures": outcome.failures}) if arguments.json else outcome)
+    print(
+        json.dumps({"rows": outcome.rows, "failures": outcome.failures, "sent": outcome.sent})
+        if arguments.json
+        else outcome
+    )
     return 0 if outcome else 1
