@@ -652,8 +652,10 @@ def io_shapes(graph: Part):
     came, gone = graph.cache(graph.graph.inputs), graph.cache(graph.graph.outputs)
     if not 1 <= S < C:
         yield "attention_mask", f"{S} tokens at a time in a context of {C} leave no past"
-    example = next((value.shape for (_, kind), value in came.items() if kind == "key"), None)
-    K, D = (example[0], example[2]) if example and len(example) == 4 else ("K", "D")
+    shapes = [(kind, value.shape) for (_, kind), value in [*came.items(), *gone.items()] if len(value.shape or ()) == 4]
+    heads = Counter(shape[0] for _, shape in shapes if shape)
+    dims = Counter(shape[2 if kind == "key" else 3] for kind, shape in shapes if shape)
+    K, D = (most[0][0] if (most := counted.most_common(1)) else name for name, counted in (("K", heads), ("D", dims)))
     half = D // 2 if isinstance(D, int) else "D/2"
     wanted: dict[str, tuple] = {"attention_mask": (1, ..., S, C)}
     wanted |= dict.fromkeys(HOST[1:], (1, 1, S, half)) | dict.fromkeys(STARTS[1:], (1, S, ...)) | {"input_ids": (1, S)}

@@ -496,6 +496,11 @@ def test_what_is_wrong_in_both_graphs_is_said_once(folder):
     )
 
 
+def test_one_wrong_shape_is_not_the_others_fault(folder):
+    FAULTS["io-shapes"][0](folder)
+    assert {finding.tensors for finding in check(folder).findings} == {("past_key_0_in",)}
+
+
 def test_sizes_name_their_limit(folder):
     three_gigabytes(folder)
     inline_hole(folder)
