@@ -200,7 +200,8 @@ class Parts:
 
         weights: dict[int, tuple[Path, str]] = {}  # of a part, once they are written
         rounding: Rounding = "even" if self.profile.on_grids else "away"  # as ONNX does, or AIMET
-        simulation = SimulatedModel(self.model, self.encodings, rounding) if self.encodings else None
+        # Exact sums of integers: the same bits on any machine, in any order.
+        simulation = SimulatedModel(self.model, self.encodings, rounding, integer=True) if self.encodings else None
         cases = goldens(self.model, self.plan, self.prompt, simulation) if golden else (
             (spec, dict[str, Arrays]()) for run in self.plan.runs for spec in run)  # fmt: skip
         for spec, case in tqdm(cases, "exporting", len(self), unit="graph", disable=None, leave=False):

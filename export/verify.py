@@ -68,9 +68,9 @@ def engine_called(name: str) -> Callable[[Path], Callable]:
     """What opens a graph, and gives a function of output names and inputs. Raises InputError for an unknown engine."""
     installed = find_spec("onnxruntime") is not None
     if name == "reference" or (name == "auto" and not installed):
-        from onnx.reference import ReferenceEvaluator
+        from export.reference import reference_evaluator
 
-        return lambda path: ReferenceEvaluator(str(path)).run
+        return lambda path: reference_evaluator(path).run
     if name not in ("auto", "onnxruntime"):
         raise InputError(f"engine is {name!r}, expected auto, onnxruntime or reference")
     if not installed:

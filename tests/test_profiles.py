@@ -9,7 +9,7 @@ import pytest
 from export import emit, verify
 from export.preflight import check
 from export.profiles import FORMS, PROFILES
-from export.verify import read_arrays, read_manifest
+from export.verify import engine_called, read_arrays, read_manifest
 from refimpl.calibrate import calibrate
 from refimpl.encodings import Recipe
 from refimpl.errors import InputError
@@ -20,9 +20,9 @@ HEXAGON = PROFILES["aihub"].forms
 
 @pytest.fixture
 def saved(tiny_model, tmp_path):
-    def save(family, quantized=False, **options):
+    def save(family, quantized=None, **options):
         model = tiny_model(family)
-        model = model.quantize("int4", block_size=32) if quantized else model
+        model = model if quantized is None else model.quantize("int4", block_size=32, **quantized)
         parts = emit(model, tokens=(8, 1), context=24, parts=3, **options)
         return parts, parts.save(tmp_path / "x", overwrite=True)
 
@@ -97,10 +97,10 @@ def test_what_ai_hub_gets(saved):
 
 @pytest.mark.parametrize("options", [{}, {"block_size": 32}, {"block_size": 32, "lpbq": True}], ids=str)
 @pytest.mark.parametrize("family", ["Baichuan2-7B", "Baichuan2-13B", "Qwen2-7B"])
-def test_onnxruntime_on_grids_is_the_simulator(family, options, saved, tiny_model):
+@pytest.mark.parametrize("engine", ENGINES)
+def test_an_engine_on_grids_is_the_simulator(engine, family, options, saved, tiny_model):
     """Both round half to even, so keys and values have the same codes. What remains is the order of float32 sums: now
     and then it crosses a half, which moves a 16-bit tensor by a step, and what follows from it by a few."""
-    onnxruntime = pytest.importorskip("onnxruntime")
     text = np.random.default_rng(0).integers(3, 90, (1, 60))
     encodings = calibrate(tiny_model(family), text, Recipe(**options))
     _, folder = saved(family, profile="qdq", encodings=encodings)
@@ -109,8 +109,8 @@ def test_onnxruntime_on_grids_is_the_simulator(family, options, saved, tiny_mode
         proto = onnx.load(folder / spec.name / "model.onnx", load_external_data=False)
         kinds = {i.data_type for i in proto.graph.initializer if i.name.endswith("_proj.weight.codes")}
         assert kinds <= {onnx.TensorProto.INT4}
-        session = onnxruntime.InferenceSession(folder / spec.name / "model.onnx", providers=["CPUExecutionProvider"])
-        found = session.run(None, read_arrays(folder, spec, "input", spec.inputs))
+        run = engine_called(engine)(folder / spec.name / "model.onnx")
+        found = run(None, read_arrays(folder, spec, "input", spec.inputs))
         expected = read_arrays(folder, spec, "simulated", spec.outputs)
         for value, array in zip(spec.outputs, found, strict=True):
             if value.tap in encodings.activations:
@@ -119,13 +119,14 @@ def test_onnxruntime_on_grids_is_the_simulator(family, options, saved, tiny_mode
                 assert codes.max() <= (0 if grid.bits == 8 else 8), (spec.name, value.name, codes.max())
 
 
-def test_matmulnbits_computes_with_the_same_weights(saved):
-    parts, folder = saved("Qwen2-7B", quantized=True, profile="matmulnbits")
+@pytest.mark.parametrize("quantized", [{}, {"symmetric": False}], ids=str)
+def test_matmulnbits_computes_with_the_same_weights(saved, quantized):
+    parts, folder = saved("Qwen2-7B", quantized, profile="matmulnbits")
     graph = parts.graphs["token_ar1_cl24_2_of_3"].proto
     assert [node.op_type for node in graph.graph.node].count("MatMulNBits") == 7
     assert [o.domain for o in graph.opset_import] == ["", "com.microsoft"]
-    if "onnxruntime" in ENGINES:
-        assert (report := verify(folder, "onnxruntime")), report
+    for engine in ENGINES:
+        assert (report := verify(folder, engine)), report
     with pytest.raises(InputError, match="has none; quantize it to int4"):
         saved("Qwen2-7B", profile="matmulnbits")
 
