@@ -20,7 +20,8 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,8 @@ class Repeated:
 def run(what: str, layers: int, rounds: int, threads: int, format: str = "q4_0", search: str | None = None) -> dict:
     """The facts of `quantize` or `load`: seconds of each row, bytes, and the peak of anonymous memory.
 
+    Where other work shares the machine, seconds of a core say more than the clock.
+
     Raises InputError for no rounds or layers, and a disk that is too small.
     """
     if rounds < 1 or layers < 1:
@@ -85,17 +88,33 @@ def show(facts: dict) -> str:
         times = f"   {row['times']:6.3f} x {facts['reference']}" if "times" in row else ""
         rate = f"   {row['gigabytes_per_second']:6.2f} GB/s" if "gigabytes_per_second" in row else ""
         seconds = f"{row['seconds']:8.3f} s ({row['fastest']:.3f} - {row['slowest']:.3f})"
-        lines.append(f"{row['name']:12} {seconds}{rate}{times}")
+        lines.append(f"{row['name']:12} {seconds}   {row['cpu_seconds']:7.3f} s of a core{rate}{times}")
     if "peak_memory" in facts:
         lines.append(f"quantizing takes {facts['peak_memory'] / 1e6:.0f} MB of memory at most, beside mapped files")
     return "\n".join(lines)
 
 
-def _facts(rows: dict[str, Row], reference: str, nbytes: dict[str, int]) -> list[dict[str, Any]]:
+@dataclass
+class Timed(Row):
+    """The seconds that something took, by the clock and of this process's cores, round by round."""
+
+    cpu: list[float] = field(default_factory=list)
+
+    def time(self, once: Callable[[], Any]) -> Any:
+        """What `once` gives."""
+        start, busy = time.perf_counter(), time.process_time()
+        result = once()
+        self.seconds.append(time.perf_counter() - start)
+        self.cpu.append(time.process_time() - busy)
+        return result
+
+
+def _facts(rows: dict[str, Timed], reference: str, nbytes: dict[str, int]) -> list[dict[str, Any]]:
     found = []
     for name, row in rows.items():
         middle = float(np.median(row.seconds))
         one = {"name": name, "seconds": middle, "fastest": min(row.seconds), "slowest": max(row.seconds)}
+        one["cpu_seconds"] = float(np.median(row.cpu))
         if name in nbytes:
             one["gigabytes_per_second"] = nbytes[name] / middle / 1e9
         if reference in rows and name != reference:
@@ -125,18 +144,16 @@ def _quantize(place: Path, layers: int, rounds: int, threads: int, format: str, 
     passes: dict[str, Callable[[], None]] = {
         "copy": lambda: copy_folder(source, place / "copy"), "quantize": quantize, "cores": cores,
     }  # fmt: skip
-    rows = {name: Row(name) for name in passes}
+    rows = {name: Timed(name) for name in passes}
     for _ in range(rounds):
         for name, once in passes.items():
             if name == "cores":
                 for path in source.iterdir():
-                    path.read_bytes()
+                    _read(path)
             else:
                 cold(source)
                 os.sync()
-            start = time.perf_counter()
-            once()
-            rows[name].seconds.append(time.perf_counter() - start)
+            rows[name].time(once)
             shutil.rmtree(place / name, ignore_errors=True)
     return {
         "what": "quantize", "layers": layers, "bytes": nbytes, "of": f"bfloat16 to {format}, {threads} threads",
@@ -154,26 +171,24 @@ def _load(place: Path, layers: int, rounds: int) -> dict:
     folder = place / "quantized"
     nbytes = sum(path.stat().st_size for path in folder.iterdir())
     names = [f"{what}, {how}" for how in ("cold", "warm") for what in ("open", "token")]
-    rows = {name: Row(name) for name in (*names, "read")}
+    rows = {name: Timed(name) for name in (*names, "read")}
     for _ in range(rounds):
         for how in ("cold", "warm"):
             if how == "cold":
                 cold(folder)
-            start = time.perf_counter()
-            model = load(folder)
-            rows[f"open, {how}"].seconds.append(time.perf_counter() - start)
-            start = time.perf_counter()
-            model([[5]])
-            rows[f"token, {how}"].seconds.append(time.perf_counter() - start)
+            model = rows[f"open, {how}"].time(lambda: load(folder))
+            rows[f"token, {how}"].time(partial(model, [[5]]))
             del model
-        start = time.perf_counter()
-        for path in folder.iterdir():
-            np.add.reduce(np.memmap(path, np.uint8, "r")[: path.stat().st_size // 8 * 8].view(np.uint64))
-        rows["read"].seconds.append(time.perf_counter() - start)
+        rows["read"].time(lambda: [_read(path) for path in folder.iterdir()])
     return {
         "what": "load", "layers": layers, "bytes": nbytes, "of": "in Q4_0", "reference": "read",
         "rows": _facts(rows, "read", {"read": nbytes}),
     }  # fmt: skip
+
+
+def _read(path: Path) -> int:
+    """Every byte of a file, summed."""
+    return int(np.add.reduce(np.memmap(path, np.uint8, "r")[: path.stat().st_size // 8 * 8].view(np.uint64)))
 
 
 def write_checkpoint(folder: Path, layers: int, seed: int = 0) -> Path:

@@ -33,7 +33,7 @@ from refimpl import backends
 from refimpl.errors import InputError, at_most
 from refimpl.files import read_json
 from refimpl.importance import Importance
-from refimpl.weights import QuantizedWeight, Weights, quantized_weight
+from refimpl.weights import NormHead, QuantizedWeight, Weight, Weights, quantized_weight
 
 TILE_ELEMENTS = 1 << 18  # a thread reads and quantizes rows of so many elements at a time: 1 MB of float32
 TRIES = 16  # scales that a search for the least squared error tries in each block
@@ -268,7 +268,9 @@ def quantizing(
         pool.shutdown(cancel_futures=True)
 
 
-def _tile(weight: Readable, rows: slice, scheme: Scheme, importance: np.ndarray | None) -> formats.Blocks:
+def _tile(weight: Any, rows: slice, scheme: Scheme, importance: np.ndarray | None) -> formats.Blocks:
+    if isinstance(weight, NormHead):  # of these rows alone: it would find the lengths of all first, in each thread
+        weight, rows = NormHead(weight.array[rows]), slice(None)
     with np.errstate(over="ignore"):  # an infinite weight is refused, in words
         values = weight.read(np.dtype(np.float16 if scheme.official else np.float32), rows)
     return scheme.quantize(values, importance)
@@ -278,10 +280,10 @@ def _compiled_tile(weight: Any, rows: slice, scheme: Scheme, importance: np.ndar
     """The same, from the bytes as they are stored, where there is a kernel for them."""
     from kernels import fast_quantize
 
-    if scheme.compiled and importance is None and hasattr(weight, "in_place"):
-        array, divisors = weight.in_place
+    if scheme.compiled and importance is None and isinstance(weight, Weight):
+        array, divisors = type(weight)(weight.array[rows]).in_place
         if array.dtype in (fast_quantize.BFLOAT16, np.float32):
-            return fast_quantize.quantize_q4_0(array[rows], None if divisors is None else divisors[rows])
+            return fast_quantize.quantize_q4_0(array, divisors)
     return _tile(weight, rows, scheme, importance)
 
 
