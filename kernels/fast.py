@@ -11,34 +11,36 @@ from __future__ import annotations
 
 import os
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 from weakref import WeakKeyDictionary
 
-import ml_dtypes
 import numba
 import numpy as np
 from numba import types
 from numba.core import event
 
-from kernels import fast_attention, fast_linear
+from kernels import dynamic8, fast_attention, fast_linear, formats
+from kernels.fast_layout import LINE, Layout, LayoutType
+from kernels.formats import Blocks
 from kernels.ops import NumPyOps, Readable
+from kernels.vector import LANES
 
 
 class NumbaOps(NumPyOps):
-    """Float32 operations whose matrix products read 4-bit blocks, bfloat16, float16 and float32 in place."""
+    """Float32 operations whose matrix products read blocks of 4 and 8 bits, bfloat16, float16 and float32 in place."""
 
     def __init__(self, portable: bool | None = None):
         super().__init__(np.float32)
         self.portable = os.environ.get("REFIMPL_PORTABLE", "") not in ("", "0") if portable is None else portable
 
     def linear(self, x: np.ndarray, weight: Readable, bias: Readable | None = None) -> np.ndarray:
-        """x @ weight.T + bias: (..., I) by (O, I) -> (..., O). Other formats are read as NumPyOps reads them."""
-        matrix = stored(weight)
-        if matrix is None or x.dtype != np.float32:
+        """x @ weight.T + bias: (..., I) by (O, I) -> (..., O). What no kernel reads goes as NumPyOps has it."""
+        matrix = stored(weight, self.portable)
+        if matrix is None or x.dtype != np.float32 or not x.size:
             return super().linear(x, weight, bias)
-        out = matrix.product(x.reshape(-1, x.shape[-1]), self.portable)
+        out = matrix.product(x.reshape(-1, x.shape[-1]))
         if bias is not None:
             out += bias.read(self.dtype)
         return out.reshape(*x.shape[:-1], -1)
@@ -50,27 +52,24 @@ class NumbaOps(NumPyOps):
     def matmul(self, a: np.ndarray, b: np.ndarray) -> np.ndarray:
         """a (B, K, R, D) @ b (B, K, D, S), where b is a transposed view of keys (B, K, S, D), float32 or float16."""
         keys = b.swapaxes(-1, -2)
-        if not _attends(a, keys) or keys.shape[-1] % fast_linear.LANES:
+        if not _attends(a, keys) or keys.shape[-1] % 32 or keys.shape[-1] > fast_linear.CHUNK:
             return super().matmul(a, b)
-        keys, heads_apart = _rows(keys)
-        out = np.empty((*a.shape[:-1], keys.shape[-2]), np.float32)
-        return self._attention(fast_attention.scores, keys, a, out, heads_apart, fast_linear.LANES)
+        return self._attention(fast_attention.scores, keys, a, (*a.shape[:-1], keys.shape[-2]))
 
     def weighted_sum(self, probs: np.ndarray, value: np.ndarray) -> np.ndarray:
         """probs (B, K, R, S) @ value (B, K, S, D): float32, whatever the cache keeps."""
-        width = fast_linear.LANES * fast_attention.WIDTH
-        if not _attends(probs, value) or value.shape[-1] % width:
+        if not _attends(probs, value) or value.shape[-1] % fast_attention.COLUMNS:
             return super().matmul(probs, value)
-        value, heads_apart = _rows(value)
-        out = np.empty((*probs.shape[:-1], value.shape[-1]), np.float32)
-        return self._attention(fast_attention.context, value, probs, out, heads_apart, width)
+        return self._attention(fast_attention.context, value, probs, (*probs.shape[:-1], value.shape[-1]))
 
-    def _attention(self, function, stored, rows, out, heads_apart: int, step: int) -> np.ndarray:
-        stored = stored.view(np.int16) if stored.dtype == np.float16 else stored
-        rows = np.ascontiguousarray(rows).reshape(-1, rows.shape[-1])
-        flat = out.reshape(-1, *out.shape[-2:])
-        kernel = _attention(function, stored.dtype.name)
-        kernel(stored, _NO_SCALES, rows, flat, heads_apart, stored.shape[-1] // step, self.portable)
+    def _attention(self, function, kept: np.ndarray, rows: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+        layout = Layout(kept.dtype.name, portable=self.portable)
+        kept, heads_apart = _evenly(kept)
+        rows = np.ascontiguousarray(rows).reshape(1, -1, rows.shape[-1])
+        out = np.empty(shape, np.float32)
+        lines, vectors = kept.shape[-1] // layout.line, layout.line // LANES
+        kernel = _attention(function, layout)
+        kernel(layout, kept.view(np.uint8), _NOTHING, rows, out.reshape(-1, *shape[2:]), heads_apart, lines, vectors)
         return out
 
 
@@ -78,103 +77,120 @@ def _attends(a: np.ndarray, rows: np.ndarray) -> bool:
     return a.ndim == 4 and a.dtype == np.float32 and rows.dtype in (np.float32, np.float16) and a.size > 0
 
 
-def _rows(stored: np.ndarray) -> tuple[np.ndarray, int]:
+def _evenly(kept: np.ndarray) -> tuple[np.ndarray, int]:
     """Keys or values (B, K, S, D) whose heads lie evenly, and how many rows one is from the next: a cache as it is."""
-    item, (batch, head, row, element) = stored.itemsize, stored.strides
-    width = stored.shape[-1]
+    item, (batch, head, row, element) = kept.itemsize, kept.strides
+    width = kept.shape[-1]
     even = element == item and row == width * item and head % row == 0
-    if not even or (stored.shape[0] > 1 and batch != head * stored.shape[1]):
-        stored = np.ascontiguousarray(stored)
-        head = stored.strides[1]
-    return stored, head // (width * item)
+    if not even or (kept.shape[0] > 1 and batch != head * kept.shape[1]):
+        kept = np.ascontiguousarray(kept)
+        head = kept.strides[1]
+    return kept, head // (width * item)
 
 
 @dataclass(frozen=True)
 class Matrix:
-    """A matrix (O, I) as `fast_linear.product` reads it; `divisors` (O,), if any, divide what comes out."""
+    """The bytes of a matrix (O, I), as `fast_linear.product` reads them; `divisors` (O,) divide what comes out."""
 
-    weights: np.ndarray
+    layout: Layout
+    codes: np.ndarray
     scales: np.ndarray
+    zeros: np.ndarray
     divisors: np.ndarray | None = None
 
-    def product(self, x: np.ndarray, portable: bool) -> np.ndarray:
+    def product(self, x: np.ndarray) -> np.ndarray:
         """x (T, I) float32 times the transposed matrix: (T, O)."""
-        x = fast_linear.arranged(x, self.weights)
-        out = np.empty((len(x), len(self.weights)), np.float32)
-        kernel = _product(self.weights.dtype.name, self.scales.dtype.name)
-        kernel(self.weights, self.scales, x, out, x.shape[1] // fast_linear.step_size(self.weights), portable)
+        layout, lines = self.layout, self.codes.shape[1] // LINE
+        out = np.empty((len(x), len(self.codes)), np.float32)
+        x, vectors = fast_linear.chunked(x, layout, lines), layout.line // LANES
+        _product(layout)(layout, self.codes, self.scales, self.zeros, x, out, lines, vectors)
         return out if self.divisors is None else out / self.divisors
 
 
-_NO_SCALES = np.zeros((1, 0), np.float32)
-_STORED: WeakKeyDictionary[Any, Matrix | None] = WeakKeyDictionary()
+_NOTHING = np.zeros((1, 0), np.uint8)
+_STORED: WeakKeyDictionary[Any, dict[bool, Matrix | None]] = WeakKeyDictionary()
 
 
-def stored(weight: Any) -> Matrix | None:
-    """The bytes behind a weight, in place where rows are made of whole steps; None if no kernel reads its format."""
-    if weight not in _STORED:
+def stored(weight: Any, portable: bool = False) -> Matrix | None:
+    """The bytes behind a weight, in place where rows are made of whole lines; None if no kernel reads its format."""
+    found = _STORED.setdefault(weight, {})
+    if portable not in found:
+        matrix = None
         if hasattr(weight, "in_place"):
-            _STORED[weight] = _dense(*weight.in_place)
-        elif hasattr(weight, "blocks") and not hasattr(weight, "linear") and getattr(weight, "rounded", None) is None:
-            _STORED[weight] = _blocks(weight.blocks)
-        else:
-            _STORED[weight] = None
-    return _STORED[weight]
-
-
-def _blocks(blocks) -> Matrix | None:
-    """Q4_0, and symmetric INT4 along the rows in blocks of a multiple of 32: larger blocks repeat their scales."""
-    if blocks.format == "q4_0":
-        packed, scales = blocks.packed.view(np.int8), blocks.scales.view(np.int16)
-    elif blocks.format == "int4" and blocks.axis == 1 and blocks.zero_points is None:
-        if blocks.block_size % fast_linear.BLOCK:
-            return None
-        packed, scales = blocks.packed, blocks.scales
-        if blocks.block_size > fast_linear.BLOCK:
-            scales = np.repeat(scales, blocks.block_size // fast_linear.BLOCK, axis=1)
-    else:
-        return None
-    chunks = -(-blocks.shape[1] // fast_linear.CHUNK)
-    packed = _filled(packed, chunks * fast_linear.CHUNK // 2)
-    return Matrix(packed, _filled(scales, chunks * fast_linear.CHUNK // fast_linear.BLOCK))
+            matrix = _dense(*weight.in_place)
+        elif hasattr(weight, "blocks") and not hasattr(weight, "linear"):
+            matrix = _blocks(weight.blocks, getattr(weight, "rounded", None))
+        found[portable] = matrix and replace(matrix, layout=replace(matrix.layout, portable=portable))
+    return found[portable]
 
 
 def _dense(array: np.ndarray, divisors: np.ndarray | None) -> Matrix | None:
-    bits = {np.dtype(ml_dtypes.bfloat16): np.uint16, np.dtype(np.float16): np.int16, np.dtype(np.float32): np.float32}
-    if array.ndim != 2 or array.dtype not in bits:
+    if array.ndim != 2 or array.dtype.name not in ("float32", "float16", "bfloat16"):
         return None
-    array = array.view(bits[array.dtype])
-    array = _filled(array, -(-array.shape[1] // fast_linear.LANES) * fast_linear.LANES)
-    return Matrix(array, _NO_SCALES, divisors)
+    return Matrix(Layout(array.dtype.name), _lines(array), _NOTHING, _NOTHING, divisors)
 
 
-def _filled(rows: np.ndarray, columns: int) -> np.ndarray:
-    """The same array if it has so many columns, else a copy with zeros on the right."""
-    return np.ascontiguousarray(
-        rows if rows.shape[1] == columns else np.pad(rows, ((0, 0), (0, columns - rows.shape[1])))
-    )
+# How a layout names the codes of formats.py.
+_CODES = {"lpbq": "int4", "q8_0": "int8"} | {name: name for name in ("int4", "q4_0", "matmulnbits", "nf4", "fp4")}
+
+
+def _blocks(blocks: Blocks, rounded: np.dtype | None) -> Matrix | None:
+    """Blocks of a multiple of 32 that do not run on from row to row; scales of more than a line are repeated."""
+    (rows, columns), size, extra = blocks.shape, blocks.block_size, dict(blocks.extra)
+    if blocks.format not in _CODES or blocks.axis == 0 or size % 32 or (blocks.axis is None and columns % size):
+        return None
+    scales, zeros = blocks.scales, blocks.zero_points
+    if "nested_scales" in extra:
+        nested = {name: extra.pop(name) for name in formats.NESTED if name in extra}
+        scales = dynamic8.unnest(scales, np.arange(len(scales)), **nested)
+    if "block_scales" in extra:
+        scales = (extra.pop("block_scales") * scales).astype(np.float32)
+    if extra:  # a table of its own
+        return None
+    if zeros is not None:
+        zeros = (zeros.astype(np.int16) - 8 * (blocks.format == "matmulnbits")).astype(np.int8)
+    layout = Layout(_CODES[blocks.format], scales.dtype.name, None if zeros is None else "int8")
+    narrow = None if rounded is None or rounded == np.float32 else rounded.name
+    layout = replace(layout, block=min(size, layout.line), rounded=narrow)
+    codes = _lines(blocks.packed.reshape(rows, -1))
+    lines = codes.shape[1] // LINE
+
+    def of_lines(part: np.ndarray | None, nbytes: int) -> np.ndarray:
+        if part is None:
+            return _NOTHING
+        part = part.reshape(rows, -1)
+        return _lines(np.repeat(part, size // layout.block, axis=1) if size > layout.block else part, lines * nbytes)
+
+    return Matrix(layout, codes, of_lines(scales, layout.sizes[1]), of_lines(zeros, layout.sizes[2]))
+
+
+def _lines(array: np.ndarray, length: int = LINE) -> np.ndarray:
+    """The bytes of rows (O, …), in place if they are a multiple of `length`, else a copy with zeros on the right."""
+    rows = np.ascontiguousarray(array).view(np.uint8).reshape(len(array), -1)
+    return np.pad(rows, ((0, 0), (0, -rows.shape[1] % length))) if rows.shape[1] % length else rows
 
 
 @cache
-def _product(weights: str, scales: str):
-    matrix = lambda dtype: types.Array(numba.from_dtype(np.dtype(dtype)), 2, "C", readonly=True, aligned=False)
-    x, out = matrix("float32"), types.Array(types.float32, 2, "C")
-    signature = types.void(matrix(weights), matrix(scales), x, out, types.intp, types.boolean)
-    return compiled(fast_linear.product, signature)
+def _product(layout: Layout):
+    matrix, out = types.Array(types.uint8, 2, "C", readonly=True, aligned=False), types.Array(types.float32, 2, "C")
+    x = types.Array(types.float32, 3, "C", readonly=True)
+    return compiled(fast_linear.product, types.void(LayoutType(layout), *[matrix] * 3, x, out, types.intp, types.intp))
 
 
 @cache
-def _attention(function, stored: str):
-    """The kernel for keys or values of a dtype, anywhere in memory."""
-    anywhere = types.Array(numba.from_dtype(np.dtype(stored)), 4, "A", readonly=True, aligned=False)
-    rows, out = types.Array(types.float32, 2, "C", readonly=True), types.Array(types.float32, 3, "C")
-    return compiled(function, types.void(anywhere, rows, rows, out, types.intp, types.intp, types.boolean))
+def _attention(function, layout: Layout):
+    """The kernel for keys or values anywhere in memory."""
+    kept = types.Array(types.uint8, 4, "A", readonly=True, aligned=False)
+    none = types.Array(types.uint8, 2, "C", readonly=True, aligned=False)
+    rows, out = types.Array(types.float32, 3, "C", readonly=True), types.Array(types.float32, 3, "C")
+    kinds = (LayoutType(layout), kept, none, rows, out, types.intp, types.intp, types.intp)
+    return compiled(function, types.void(*kinds))
 
 
 @cache
 def compiled(function, signature):
     """`function` compiled for one signature, from the disk if it was before."""
-    announce = Announcement(f"compiling {function.__module__}.{function.__name__} for {signature.args[0].dtype}, once")
+    announce = Announcement(f"compiling {function.__module__}.{function.__name__} for {signature.args[0]}, once")
     with event.install_listener("numba:compile", announce):
         return numba.njit([signature], parallel=True, cache=True)(function)
 

@@ -1,194 +1,235 @@
-"""Matrix products that read weights as they are stored: 4-bit blocks, bfloat16, float16 or float32.
+"""Matrix products that read weights as they are stored, in any `Layout`: never dequantized as a whole, never copied.
 
-    out[t, o] = sum over i of x[t, i] * w[o, i]            x float32 and exact, w (O, I), never dequantized in memory
+    out[t, o] = sum over i of x[t, i] * w[o, i]      x float32 and exact; w the float32 that formats.py dequantizes
 
 One token or many, a product is the same number to the bit: at any number of threads, on any machine, for a prompt at
-once and in pieces. For that the order of each sum is fixed. fma(a, b, c) is a * b + c in float32, rounded once.
+once and in pieces. For that the order of each sum is fixed. A row is taken in chunks of 512 numbers, in vectors of 16,
+whose lanes are those of fast_layout.py; fma(a, b, c) is a * b + c in float32, rounded once:
 
-**Dense weights.** Lane l of 16 takes every sixteenth element, and the lanes are added at the end:
+    lane[l]  = fma(w, x, lane[l])           vector after vector of a chunk, from 0
+    total    = lane l + lane l+8, of these l + l+4, then l + l+2, then l + l+1
+    out      = out + total                  chunk after chunk, from 0
 
-    lane[l] = fma(w[16 c + l], x[16 c + l], lane[l])       c = 0, 1, 2, …, from 0
-    out     = total(lane)                                  lane l + lane l+8, of these l + l+4, then l + l+2, l + l+1
+So a product takes part in at most n = min(I/16, 32) + 4 + I/512 roundings, and the error is at most n u / (1 - n u)
+times the sum of |w x|, with u = 2^-24.
 
-**4-bit blocks of 32.** 64 bytes hold 128 neighbours of a row, in the format's own packing. Lane l takes the 32 bits of
-eight of them, which lie in one block; x is laid out to match. With i(c, l, j) for the element in bits 4j … 4j+3,
+**One token** reads each weight once: the speed of memory is the limit. Four rows go together through their lines, one
+load of x for all four, and the next four rows are asked for ahead of time, in the order in which they lie.
 
-    part[l] = fma(code[i(c, l, j)], x[i(c, l, j)], part[l])                                j = 0 … 7, from 0
-    lane[l] = fma(part[l], scale of their block, lane[l])                                  c = 0, 1, 2, …, from 0
-    out     = total(lane)
+**Several tokens** share the work of reading a weight. For 16 rows and a chunk, weights become a tile of floats that
+stays in the first cache (32 KiB); then 4 rows by 4 tokens at a time, 16 sums in registers take 8 loads for 16 fma:
 
-    INT4    i(c, l, j) = 128 c + 8 l + j
-    Q4_0    i(c, l, j) = 128 c + 32 (l // 4) + 4 (l % 4) + 16 (j % 2) + j // 2             code - 8 for code
-
-A product takes part in n = I/16 + 4, or 8 + I/128 + 4, roundings, so the error is at most n u / (1 - n u) times the sum
-of |w x|, with u = 2^-24. Here w is the exact code * scale: dequantizing would round each weight once more.
-
-A tile is some rows by some tokens, whose sums stay in registers. One token streams the weights at the speed of memory;
-several tokens share each weight that was read and decoded.
+             x: 4 tokens            for each vector of a chunk, 4 + 4 loads, 16 fma
+    tile   ┌─────────────┐
+    4 rows │ 16 vectors  │          for each chunk, the 16 vectors are folded into one, lane 4 r + t
+           └─────────────┘
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from llvmlite import ir
-from numba import prange, types
+from numba import njit, prange, types
 from numba.extending import intrinsic
 
-from kernels.vector import F32, I16, I64, INTS, LANES, Emitter
+from kernels.fast_layout import LINE, Layout
+from kernels.vector import FLOATS, I64, LANES, Emitter
 
-CHUNK = 128  # 4-bit weights in 16 lanes of 32 bits
-BLOCK = 32
-TASK = 32  # rows that a thread takes at a time
-FEW = (4, 1)  # rows and tokens of the tile for one token
-MANY = (2, 6)
-
-
-class Int4Step:
-    """128 4-bit weights of each row: the products with all tokens, added to the lanes."""
-
-    weight_bytes, x_bytes = CHUNK // 2, 4 * CHUNK
-
-    def __init__(self, weight: types.Type, scale: types.Type):
-        self.scale, self.scale_bytes = scale, CHUNK // BLOCK * scale.bitwidth // 8
-        self.centred = weight == types.int8  # codes 0 … 15 for -8 … 7, which differ in their upper bit
-
-    def __call__(self, emit: Emitter, weights, scales, tokens, lanes) -> None:
-        table = emit.int4_table()
-        words = [emit.load(INTS, weight) for weight in weights]
-        if self.centred:
-            words = [emit.builder.xor(word, emit.ints(0x88888888)) for word in words]
-        parts = [[emit.floats(0.0) for _ in tokens] for _ in weights]
-        for j in range(8):
-            codes = [emit.int4_lane(word, j, table) for word in words]
-            for t, token in enumerate(tokens):
-                x = emit.load(ir.VectorType(F32, LANES), token, 4 * LANES * j)
-                for r, code in enumerate(codes):
-                    parts[r][t] = emit.fma(code, x, parts[r][t])
-        for r, scale in enumerate(scales):
-            values = emit.spread(load_floats(emit, self.scale, CHUNK // BLOCK, scale))
-            for t in range(len(tokens)):
-                lanes[r][t].set(emit.fma(parts[r][t], values, lanes[r][t].get()))
+CHUNK = 512  # numbers of a row that are added up before their sum joins the others
+TILE = 16  # rows that are unpacked at a time for several tokens
+TASK = 32  # rows that a thread takes at a time for one token
+SIDE = 4  # rows, and tokens, whose sums are in registers together
 
 
-class DenseStep:
-    """16 weights of each row: the products with all tokens, added to the lanes."""
+class Rows:
+    """Some rows of a matrix, by their numbers: `lines` lines each, of codes, scales and zero points."""
 
-    scale_bytes, x_bytes = 0, 4 * LANES
+    def __init__(self, emit: Emitter, layout: Layout, kinds, arrays, lines: ir.Value, numbers: Sequence[ir.Value]):
+        self.emit, self.layout, self.starts = emit, layout, []
+        zero = ir.Constant(I64, 0)
+        for kind, array, size in zip(kinds, arrays, layout.sizes, strict=True):
+            start, length = emit.address(kind, array, zero), emit.times(lines, size)
+            self.starts.append([emit.forward(start, emit.builder.mul(number, length)) for number in numbers])
 
-    def __init__(self, weight: types.Type):
-        self.weight, self.weight_bytes = weight, LANES * weight.bitwidth // 8
+    def values(self, row: int, line: ir.Value) -> list[ir.Value]:
+        """The vectors of a line."""
+        places = [self.emit.forward(starts[row], self.emit.times(line, size))
+                  for starts, size in zip(self.starts, self.layout.sizes, strict=True)]  # fmt: skip
+        return self.layout.values(self.emit, *places)
 
-    def __call__(self, emit: Emitter, weights, scales, tokens, lanes) -> None:
-        values = [load_floats(emit, self.weight, LANES, weight) for weight in weights]
-        for t, token in enumerate(tokens):
-            x = emit.load(ir.VectorType(F32, LANES), token)
-            for r, value in enumerate(values):
-                lanes[r][t].set(emit.fma(value, x, lanes[r][t].get()))
-
-
-def load_floats(emit: Emitter, kind: types.Type, count: int, pointer: ir.Value) -> ir.Value:
-    """`count` numbers from memory as float32; `kind`: float32, uint16 for bfloat16 bits, or int16 for float16 bits."""
-    if kind == types.float32:
-        return emit.load(ir.VectorType(F32, count), pointer)
-    bits = emit.load(ir.VectorType(I16, count), pointer)
-    return emit.half(bits) if kind == types.int16 else emit.bfloat(bits)
+    def prefetch(self, line: ir.Value, count: int) -> None:
+        """Asks for as many bytes as a line of `count` rows has, in the order of memory from the first row on."""
+        for starts, size in zip(self.starts, self.layout.sizes, strict=True):
+            if size:
+                place = self.emit.forward(starts[0], self.emit.times(line, count * size))
+                for offset in range(0, count * size, LINE):
+                    self.emit.prefetch(place, offset)
 
 
-def _tile(rows: int, tokens: int, portable: bool):
-    """The intrinsic of a tile: the sums of `rows` rows from `row` on and `tokens` tokens from `token` on.
+def numbers(emit: Emitter, first: ir.Value, last: ir.Value, count: int) -> list[ir.Value]:
+    """`count` numbers from `first` on; for those beyond `last`, `last`."""
+    ahead = [emit.builder.add(first, ir.Constant(I64, n)) for n in range(count)]
+    return [emit.builder.select(emit.builder.icmp_signed("<", n, last), n, last) for n in ahead]
 
-    They are written to `sums` (rows * tokens). A row or token beyond the last is computed as the last.
+
+@intrinsic
+def _one_token(typingctx, layout, weights, scales, zeros, row, last, lines, x, token, sums):
+    """The sums of 4 rows from `row` on by row `token` of x, arranged: sums (16) has each of them four times."""
+    form = layout.layout
+
+    def generate(context, builder, signature, arguments):
+        emit = Emitter(context, builder, form.portable)
+        _, *arrays, row, last, lines, x, token, sums = arguments
+        zero, kinds = ir.Constant(I64, 0), signature.args
+        rows = Rows(emit, form, kinds[1:4], arrays, lines, numbers(emit, row, last, SIDE))
+        ahead = Rows(emit, form, kinds[1:4], arrays, lines, [builder.add(row, ir.Constant(I64, SIDE))])
+        x = emit.address(kinds[7], x, builder.mul(token, emit.times(lines, form.line)))
+        sums = emit.address(kinds[9], sums, zero)
+        total = emit.variable(emit.floats(0.0))
+        with emit.pieces(lines, CHUNK // form.line) as (first, count):
+            lanes = [emit.variable(emit.floats(0.0)) for _ in range(SIDE)]
+            with emit.loop(count) as n:
+                line = builder.add(first, n)
+                ahead.prefetch(line, SIDE)
+                here = emit.forward(x, emit.times(line, 4 * form.line))
+                vectors = [emit.load(FLOATS, here, 4 * at) for at in range(0, form.line, LANES)]
+                for r, lane in enumerate(lanes):
+                    for value, vector in zip(rows.values(r, line), vectors, strict=True):
+                        lane.set(emit.fma(value, vector, lane.get()))
+            total.set(builder.fadd(total.get(), emit.totals([lane.get() for lane in lanes])))
+        emit.store(total.get(), sums)
+        return context.get_dummy_value()
+
+    return types.void(layout, weights, scales, zeros, *[types.intp] * 3, x, types.intp, sums), generate
+
+
+@intrinsic
+def _unpack(typingctx, layout, weights, scales, zeros, row, last, lines, first, count, tile, at):
+    """`count` lines of a row, from line `first` on, as floats at `at` in the tile."""
+    form = layout.layout
+
+    def generate(context, builder, signature, arguments):
+        emit = Emitter(context, builder, form.portable)
+        _, *arrays, row, last, lines, first, count, tile, at = arguments
+        rows = Rows(emit, form, signature.args[1:4], arrays, lines, numbers(emit, row, last, 1))
+        tile = emit.address(signature.args[9], tile, at)
+        with emit.loop(count) as n:
+            here = emit.forward(tile, emit.times(n, 4 * form.line))
+            for j, value in enumerate(rows.values(0, builder.add(first, n))):
+                emit.store(value, here, 4 * LANES * j)
+        return context.get_dummy_value()
+
+    return types.void(layout, weights, scales, zeros, *[types.intp] * 5, tile, types.intp), generate
+
+
+@intrinsic
+def _multiply(typingctx, tile, row, x, token, last, width, vectors, sums, at):
+    """Adds to sums[at …], lane 4 r + t: `vectors` vectors of 4 rows of the tile by 4 rows of x, `width` floats each."""
+
+    def generate(context, builder, signature, arguments):
+        emit = Emitter(context, builder, portable=True)
+        tile, row, x, token, last, width, vectors, sums, at = arguments
+        tile = emit.address(signature.args[0], tile, emit.times(row, CHUNK))
+        x = emit.address(signature.args[2], x, ir.Constant(I64, 0))
+        sums = emit.address(signature.args[7], sums, at)
+        width = emit.times(width, 4)
+        tokens = [emit.forward(x, builder.mul(n, width)) for n in numbers(emit, token, last, SIDE)]
+        lanes = [[emit.variable(emit.floats(0.0)) for _ in range(SIDE)] for _ in range(SIDE)]
+        with emit.loop(vectors) as n:
+            offset = emit.times(n, 4 * LANES)
+            weights = [emit.load(FLOATS, tile, builder.add(offset, ir.Constant(I64, 4 * CHUNK * r)))
+                       for r in range(SIDE)]  # fmt: skip
+            for t, start in enumerate(tokens):
+                vector = emit.load(FLOATS, start, offset)
+                for r, weight in enumerate(weights):
+                    lanes[r][t].set(emit.fma(weight, vector, lanes[r][t].get()))
+        total = emit.totals([lane.get() for row in lanes for lane in row])
+        emit.store(builder.fadd(emit.load(FLOATS, sums), total), sums)
+        return context.get_dummy_value()
+
+    return types.void(tile, types.intp, x, *[types.intp] * 4, sums, types.intp), generate
+
+
+@njit(inline="never")
+def aligned(size):
+    """Uninitialized floats that begin where a cache line does: else every load of a vector touches two lines."""
+    room = np.empty(size + 16, np.float32)
+    start = -(room.ctypes.data // 4) % 16
+    return room[start : start + size]
+
+
+@njit(inline="never")
+def one_token(layout, weights, scales, zeros, start, stop, last, lines, x, token, out):
+    """out (stop - start): rows `start` to `stop` by row `token` of x. For Numba."""
+    sums = np.empty(16, np.float32)
+    for row in range(start, stop, SIDE):
+        _one_token(layout, weights, scales, zeros, row, last, lines, x, token, sums)
+        for r in range(min(SIDE, stop - row)):
+            out[row - start + r] = sums[SIDE * r]
+
+
+@njit(inline="never")
+def many_tokens(layout, weights, scales, zeros, start, stop, last, lines, vectors, x, first, out):
+    """out (T, stop - start): up to 16 rows from `start` on by T rows of x, from `first` on in each chunk. For Numba.
+
+    x (chunks, tokens, width): see `chunked`. `vectors`: how many vectors a line has.
     """
-
-    def tile(typingctx, weights, scales, x, row, token, last_row, last_token, steps, sums):
-        blocks = weights.dtype in (types.uint8, types.int8)
-        step = Int4Step(weights.dtype, scales.dtype) if blocks else DenseStep(weights.dtype)
-
-        def generate(context, builder, signature, arguments):
-            emit = Emitter(context, builder, portable)
-            _, _, _, row, token, last_row, last_token, steps, _ = arguments
-            zero = ir.Constant(I64, 0)
-            weights, scales, x, sums = (emit.address(signature.args[n], arguments[n], zero) for n in (0, 1, 2, 8))
-
-            def lines(start, first, last, count, size):
-                """The start of each row, or token: `steps` times `size` bytes long."""
-                numbers = [builder.add(first, ir.Constant(I64, n)) for n in range(count)]
-                numbers = [builder.select(builder.icmp_signed("<", n, last), n, last) for n in numbers]
-                length = emit.times(steps, size)
-                return [emit.forward(start, builder.mul(n, length)) for n in numbers]
-
-            places = [
-                (lines(weights, row, last_row, rows, step.weight_bytes), step.weight_bytes),
-                (lines(scales, row, last_row, rows, step.scale_bytes), step.scale_bytes),
-                (lines(x, token, last_token, tokens, step.x_bytes), step.x_bytes),
-            ]
-            lanes = [[emit.variable(emit.floats(0.0)) for _ in range(tokens)] for _ in range(rows)]
-            with emit.loop(steps) as index:
-                here = [[emit.forward(line, emit.times(index, size)) for line in group] for group, size in places]
-                if tokens == 1:  # the next tile's rows: what comes from memory is several streams, hard to guess
-                    for r in range(rows):
-                        ahead = emit.times(steps, rows * step.weight_bytes)
-                        emit.prefetch(here[0][r], ahead)
-                step(emit, *here, lanes)
-            for r in range(rows):
-                for t in range(tokens):
-                    emit.store(emit.total(lanes[r][t].get()), sums, 4 * (r * tokens + t))
-            return context.get_dummy_value()
-
-        return types.void(weights, scales, x, *[types.intp] * 5, sums), generate
-
-    return intrinsic(tile)
+    chunks, all_tokens, width = x.shape
+    tokens = len(out)
+    groups, per_chunk = (tokens + SIDE - 1) // SIDE, CHUNK // (LANES * vectors)
+    tile = aligned(TILE * CHUNK)
+    sums = aligned(groups * SIDE * TILE)  # (groups, rows, 4)
+    sums[:] = 0
+    for chunk in range(chunks):
+        line = chunk * per_chunk
+        count = min(per_chunk, lines - line)
+        for r in range(min(TILE, stop - start)):
+            _unpack(layout, weights, scales, zeros, start + r, last, lines, line, count, tile, r * CHUNK)
+        token = chunk * all_tokens + first
+        for group in range(groups):
+            for r in range(0, min(TILE, stop - start), SIDE):
+                at = (group * TILE + r) * SIDE
+                _multiply(tile, r, x, token + group * SIDE, token + tokens - 1, width, count * vectors, sums, at)
+    for t in range(tokens):
+        for r in range(stop - start):
+            out[t, r] = sums[(t // SIDE * TILE + r) * SIDE + t % SIDE]
 
 
-_few, _few_portable = (_tile(*FEW, portable) for portable in (False, True))
-_many, _many_portable = (_tile(*MANY, portable) for portable in (False, True))
+def product(layout, weights, scales, zeros, x, out, lines, vectors):
+    """out (T, O) = x by the transposed matrix; rows of `lines` lines with `vectors` vectors each. For Numba.
 
-
-def product(weights, scales, x, out, steps, portable):
-    """out (T, O) = x (T, I) @ weights.T; rows of `weights`, `scales` and `x` are `steps` steps long. For Numba.
-
-    `weights` (O, …): uint8 for INT4, int8 for Q4_0, float32, uint16 for bfloat16, int16 for float16. `scales` (O, I/32)
-    float32, or int16 for float16; (1, 0) without blocks. `x`: see `arranged`.
+    `weights`, `scales`, `zeros`: the bytes of each row, uint8 (O, …), or (1, 0) for what the layout does not have.
     """
     tokens, features = out.shape
-    for task in prange((features + TASK - 1) // TASK):
-        stop = min((task + 1) * TASK, features)
-        sums = np.empty(16, np.float32)
-        if tokens == 1:
-            for row in range(task * TASK, stop, 4):
-                if portable:
-                    _few_portable(weights, scales, x, row, 0, features - 1, 0, steps, sums)
-                else:
-                    _few(weights, scales, x, row, 0, features - 1, 0, steps, sums)
-                for r in range(min(4, stop - row)):
-                    out[0, row + r] = sums[r]
-        else:
-            for token in range(0, tokens, 6):
-                for row in range(task * TASK, stop, 2):
-                    if portable:
-                        _many_portable(weights, scales, x, row, token, features - 1, tokens - 1, steps, sums)
-                    else:
-                        _many(weights, scales, x, row, token, features - 1, tokens - 1, steps, sums)
-                    for r in range(min(2, stop - row)):
-                        for t in range(min(6, tokens - token)):
-                            out[token + t, row + r] = sums[6 * r + t]
+    if tokens == 1:
+        for task in prange((features + TASK - 1) // TASK):
+            start, stop = task * TASK, min((task + 1) * TASK, features)
+            one_token(layout, weights, scales, zeros, start, stop, features - 1, lines, x, 0, out[0, start:stop])
+    else:
+        for task in prange((features + TILE - 1) // TILE):
+            start, stop = task * TILE, min((task + 1) * TILE, features)
+            place = out[:, start:stop]
+            many_tokens(layout, weights, scales, zeros, start, stop, features - 1, lines, vectors, x, 0, place)
 
 
-def arranged(x: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """x (T, I), filled up with zeros to whole steps, in the order in which `product` reads it for these weights.
+def chunked(x: np.ndarray, layout: Layout, lines: int) -> np.ndarray:
+    """x (T, I), filled up with zeros to whole lines and arranged for a layout, as (chunks, T, width), aligned.
 
-    For 4-bit blocks, element i(c, l, j) stands at (c, j, l): what the lanes take together are neighbours.
+    One token is one chunk of all lines; of several, each chunk of 512 lies together, the last filled up with zeros.
     """
-    size = step_size(weights)
-    if x.shape[1] % size:
-        x = np.pad(x, ((0, 0), (0, -x.shape[1] % size)))
-    if weights.dtype == np.uint8:
-        x = x.reshape(len(x), -1, LANES, 8).transpose(0, 1, 3, 2)
-    elif weights.dtype == np.int8:
-        x = x.reshape(len(x), -1, 4, 2, 4, 4).transpose(0, 1, 5, 3, 2, 4)
-    return np.ascontiguousarray(x).reshape(len(x), -1)
-
-
-def step_size(weights: np.ndarray) -> int:
-    """How many elements of a row one step takes."""
-    return CHUNK if weights.dtype in (np.uint8, np.int8) else LANES
+    tokens, columns = x.shape
+    if columns < lines * layout.line:
+        x = np.pad(x, ((0, 0), (0, lines * layout.line - columns)))
+    x = layout.arranged(x)
+    width = x.shape[1] if tokens == 1 or x.shape[1] < CHUNK else CHUNK
+    chunks = -(-x.shape[1] // width)
+    room = np.empty(chunks * tokens * width * 4 + LINE, np.uint8)
+    start = -room.ctypes.data % LINE
+    out = room[start : len(room) - LINE + start].view(np.float32).reshape(chunks, tokens, width)
+    whole = x.shape[1] // width
+    out[:whole] = x[:, : whole * width].reshape(tokens, whole, width).swapaxes(0, 1)
+    if whole < chunks:
+        out[whole, :, : x.shape[1] - whole * width] = x[:, whole * width :]
+    return out

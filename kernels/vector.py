@@ -4,13 +4,14 @@ Numba turns scalar loops into vectors when it can prove that nothing changes; fl
 lanes, and so the order of every sum, are written down. An `Emitter` adds LLVM instructions to a function that Numba is
 compiling: a kernel is a Python function that runs once, at compile time, so that its Python loops are unrolled.
 
-Everything is plain LLVM vector arithmetic, which lowers on every machine, but for `int4_lane` and `half`: with AVX-512
-they take one instruction instead of three. Both ways give the same bits, and `portable=True` forces the plain one.
+Everything is plain LLVM vector arithmetic, which lowers on every machine, but for `nibble`, `half` and `rounded`: with
+AVX-512 they take one instruction instead of several. Both ways give the same bits, and `portable=True` forces the
+plain one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,6 +21,11 @@ from numba.core import cgutils, types
 LANES = 16
 I8, I16, I32, I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
 F16, F32 = ir.HalfType(), ir.FloatType()
+# Lanes of two vectors, 0 … 15 and 16 … 31, that are added to the lanes beside them: see `Emitter.totals`.
+_HALVES = [[n + 16 * v + side for v in (0, 1) for n in range(8)] for side in (0, 8)]
+_QUARTERS = [[n + 16 * v + q + side for v in (0, 1) for q in (0, 8) for n in range(4)] for side in (0, 4)]
+_PAIRS = [[n + 16 * v + q + side for q in (0, 4, 8, 12) for v in (0, 1) for n in (0, 1)] for side in (0, 2)]
+_SINGLES = [[n + 16 * v + q + side for q in (0, 4, 8, 12) for v in (0, 1) for n in (0, 2)] for side in (0, 1)]
 INTS, FLOATS = ir.VectorType(I32, LANES), ir.VectorType(F32, LANES)
 
 
@@ -73,6 +79,16 @@ class Emitter:
         with cgutils.for_range(self.builder, count, intp=count.type) as loop:
             yield loop.index
 
+    @contextmanager
+    def pieces(self, count: ir.Value, size: int):
+        """A loop over pieces of `size` of what is counted: where each begins, and how many are in it."""
+        whole = ir.Constant(count.type, size)
+        pieces = self.builder.udiv(self.builder.add(count, ir.Constant(count.type, size - 1)), whole)
+        with self.loop(pieces) as piece:
+            first = self.times(piece, size)
+            left = self.builder.sub(count, first)
+            yield first, self.builder.select(self.builder.icmp_signed("<", left, whole), left, whole)
+
     def floats(self, value: float) -> ir.Value:
         """The same number in each lane."""
         return ir.Constant(FLOATS, [value] * LANES)
@@ -93,29 +109,51 @@ class Emitter:
         """a * b + c in each lane, rounded once."""
         return self._call("llvm.fma.v16f32", FLOATS, a, b, c)
 
-    def total(self, lanes: ir.Value) -> ir.Value:
-        """The sum of the lanes: lane l + lane l+8, of those l + l+4, then l + l+2, then l + l+1."""
-        return self._fold(lanes, self.builder.fadd)
+    def totals(self, vectors: Sequence[ir.Value]) -> ir.Value:
+        """The sums of the lanes of 16 vectors, as the lanes of one; of 4 vectors, as its quarters.
 
-    def _fold(self, lanes: ir.Value, join: Callable) -> ir.Value:
-        undefined, half = ir.Constant(lanes.type, ir.Undefined), LANES // 2
-        while half:
-            moved = [(lane + half) % LANES for lane in range(LANES)]
-            lanes = join(lanes, self.builder.shuffle_vector(lanes, undefined, ir.Constant(INTS, moved)))
-            half //= 2
-        return self.builder.extract_element(lanes, ir.Constant(I32, 0))
+        Each is lane l + lane l+8, of those l + l+4, then l + l+2, then l + l+1: several vectors are folded together.
+        """
+        fold, step = self._folded, len(vectors) // 4
+        groups = [vectors[first::step] for first in range(step)]
+        fours = [fold(fold(a, b, _HALVES), fold(c, d, _HALVES), _QUARTERS) for a, b, c, d in groups]
+        return fold(fold(fours[0], fours[step // 3], _PAIRS), fold(fours[step // 2], fours[-1], _PAIRS), _SINGLES)
 
-    def int4_lane(self, words: ir.Value, j: int, table: ir.Value) -> ir.Value:
-        """The 4-bit number, two's complement, in bits 4j … 4j+3 of each lane, as float32. `table`: see `int4_table`."""
+    def _folded(self, a: ir.Value, b: ir.Value, masks: Sequence[Sequence[int]]) -> ir.Value:
+        """Some lanes of two vectors plus the others."""
+        one, other = (self.builder.shuffle_vector(a, b, ir.Constant(INTS, list(mask))) for mask in masks)
+        return self.builder.fadd(one, other)
+
+    def nibble(self, words: ir.Value, bit: int, values: Sequence[float]) -> ir.Value:
+        """`values[n]` as float32 in each lane, where n is the number in its four bits from `bit` on."""
+        if all(value - values[0] == n for n, value in enumerate(values)):
+            return self._counted(words, bit, flip=0, lowest=values[0])
+        if list(values) == [*range(8), *range(-8, 0)]:  # two's complement: with its upper bit turned, it counts
+            return self._counted(words, bit, flip=8, lowest=-8.0)
         if self.avx512:  # the permutation looks at the low four bits of each lane
-            shifted = self.builder.lshr(words, self.ints(4 * j)) if j else words
-            return self._call("llvm.x86.avx512.permvar.sf.512", FLOATS, table, shifted)
-        high = self.builder.shl(words, self.ints(28 - 4 * j)) if j < 7 else words
-        return self.builder.sitofp(self.builder.ashr(high, self.ints(28)), FLOATS)
+            shifted = self.builder.lshr(words, self.ints(bit)) if bit else words
+            return self._call("llvm.x86.avx512.permvar.sf.512", FLOATS, ir.Constant(FLOATS, list(values)), shifted)
+        chosen = [self.floats(value) for value in values]
+        for n in range(4):
+            odd = self.builder.icmp_unsigned("!=", self.builder.and_(words, self.ints(1 << bit + n)), self.ints(0))
+            chosen = [self.builder.select(odd, b, a) for a, b in zip(chosen[::2], chosen[1::2], strict=True)]
+        return chosen[0]
 
-    def int4_table(self) -> ir.Value:
-        """The value of each 4-bit pattern."""
-        return ir.Constant(FLOATS, [float(n - 16 * (n > 7)) for n in range(16)])
+    def _counted(self, words: ir.Value, bit: int, flip: int, lowest: float) -> ir.Value:
+        """n + lowest, for n in four bits, without a conversion: they become bits of a float that counts in ones there.
+
+        In the float 2^(23 - bit), bit `bit` stands for 1: with n from there on, and nothing below, it is that plus n.
+        """
+        if bit > 16:
+            words, bit = self.builder.lshr(words, self.ints(12)), bit - 12
+        one = (127 + 23 - bit) << 23
+        merged = self.builder.xor(self.builder.and_(words, self.ints(15 << bit)), self.ints(one | flip << bit))
+        return self.builder.fsub(self.builder.bitcast(merged, FLOATS), self.floats(2.0 ** (23 - bit) - lowest))
+
+    def byte(self, words: ir.Value, n: int) -> ir.Value:
+        """The signed number in byte `n` of each lane, as float32."""
+        up = self.builder.shl(words, self.ints(24 - 8 * n)) if n < 3 else words
+        return self.builder.sitofp(self.builder.ashr(up, self.ints(24)), FLOATS)
 
     def bfloat(self, bits: ir.Value) -> ir.Value:
         """bfloat16 bits (<n x i16>) as float32: they are its upper half."""
@@ -137,6 +175,23 @@ class Emitter:
         magnitude = b.select(special, b.or_(magnitude, self.ints(0x7F800000, count)), scaled)
         sign = b.shl(b.and_(wide, self.ints(0x8000, count)), self.ints(16, count))
         return b.bitcast(b.or_(magnitude, sign), floats)
+
+    def rounded(self, values: ir.Value, dtype: str) -> ir.Value:
+        """Floats rounded to the nearest bfloat16 or float16, ties to even. Float16: below its overflow."""
+        b = self.builder
+        if dtype == "float16" and self.avx512:
+            return b.fpext(b.fptrunc(values, ir.VectorType(F16, LANES)), FLOATS)
+        lost = 16 if dtype == "bfloat16" else 13  # bits at the end of a float
+        bits = b.bitcast(values, INTS)
+        odd = b.and_(b.lshr(bits, self.ints(lost)), self.ints(1))
+        bits = b.add(bits, b.add(odd, self.ints((1 << lost - 1) - 1)))
+        near = b.bitcast(b.and_(bits, self.ints(-1 << lost)), FLOATS)
+        if dtype == "bfloat16":
+            return near
+        # Float16 counts in 2^-24 below 2^-14, as float32 does between 1/2 and 1.
+        tiny = b.fsub(b.fadd(values, self.floats(0.75)), self.floats(0.75))
+        size = b.bitcast(b.and_(b.bitcast(values, INTS), self.ints(0x7FFFFFFF)), FLOATS)
+        return b.select(b.fcmp_ordered("<", size, self.floats(2.0**-14)), tiny, near)
 
     def _call(self, name: str, result: ir.Type, *arguments: ir.Value) -> ir.Value:
         kind = ir.FunctionType(result, [a.type for a in arguments])

@@ -1,0 +1,142 @@
+"""How rows of numbers lie in memory, and how 16 lanes read them: what a kernel is compiled for.
+
+A row is cut into lines of 64 bytes. A line is loaded at once, as 32 bits for each of 16 lanes, and taken apart into
+vectors of 16 floats. Activations are laid out to match (`Layout.arranged`), so that no number has to change lanes:
+
+    codes                         a line has      lane l of vector j is
+    int4 lpbq matmulnbits         128 numbers     number 8 l + j                                        j = 0 … 7
+    nf4 fp4                       128 numbers     number 8 l + j, the first of two in the high bits     j = 0 … 7
+    q4_0                          128 numbers     number 32 (l // 4) + 4 (l % 4) + 16 (j // 4) + j % 4
+    int8                           64 numbers     number 4 l + j                                        j = 0 … 3
+    bfloat16 float16               32 numbers     number 16 j + l                                       j = 0, 1
+    float32                        16 numbers     number l
+
+    value = float32((number of the code - zero point) * scale)            what formats.py dequantizes, to the bit
+
+Each block of 32, 64 or 128 neighbours may have a scale and a zero point, in arrays of their own:
+
+    codes     row 0: 64 bytes | 64 bytes | …        row 1: …           scales    row 0: s0 s1 s2 s3 | …    row 1: …
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from llvmlite import ir
+from numba import types
+from numba.extending import NativeValue, models, register_model, typeof_impl, unbox
+
+from kernels import fp4, nf4
+from kernels.vector import F32, I8, I16, INTS, LANES, Emitter
+
+LINE = 64  # bytes
+# What each code of four bits stands for.
+NIBBLES = {
+    "int4": [float(n - 16 * (n > 7)) for n in range(16)],
+    "q4_0": [float(n - 8) for n in range(16)],
+    "matmulnbits": [float(n - 8) for n in range(16)],  # which is 8 less than its zero points say
+    "nf4": nf4.VALUES.tolist(),
+    "fp4": fp4.VALUES.tolist(),
+}
+BITS = {**dict.fromkeys(NIBBLES, 4), "int8": 8, "bfloat16": 16, "float16": 16, "float32": 32}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The numbers of a row: `codes`, a key of BITS, and of what dtype each `block` has a scale and a zero point.
+
+    `rounded`: "float16" or "bfloat16", to which each value is rounded once more. `portable`: without the instructions
+    that only some machines have.
+    """
+
+    codes: str
+    scales: str | None = None
+    zeros: str | None = None
+    block: int = 32
+    rounded: str | None = None
+    portable: bool = False
+
+    def __str__(self) -> str:
+        """In words, as one reads them while a kernel is compiled."""
+        extras = [f"{self.scales} scales"] * bool(self.scales) + ["zero points"] * bool(self.zeros)
+        return " with ".join([self.codes, " and ".join(extras)][: 1 + bool(extras)])
+
+    @property
+    def line(self) -> int:
+        """How many numbers 64 bytes hold."""
+        return 8 * LINE // BITS[self.codes]
+
+    @property
+    def sizes(self) -> tuple[int, int, int]:
+        """The bytes of a line: of codes, of their scales, of their zero points."""
+        scale, zero = (BITS[dtype] // 8 if dtype else 0 for dtype in (self.scales, self.zeros))
+        return LINE, self.line // self.block * scale, self.line // self.block * zero
+
+    def arranged(self, x: np.ndarray) -> np.ndarray:
+        """x (..., lines * line) in the order in which the lanes take it."""
+        if self.codes == "q4_0":
+            words = x.reshape(*x.shape[:-1], -1, 4, 2, 4, 4)  # line, block, half, word, number
+            return np.moveaxis(words, (-3, -1), (-4, -3)).reshape(x.shape)
+        if BITS[self.codes] < 16:
+            return x.reshape(*x.shape[:-1], -1, LANES, self.line // LANES).swapaxes(-1, -2).reshape(x.shape)
+        return x
+
+    def values(self, emit: Emitter, line: ir.Value, scales: ir.Value, zeros: ir.Value) -> list[ir.Value]:
+        """The vectors of a line. It lies at an address, its scales and zero points, if there are any, at others."""
+        values = self._numbers(emit, line)
+        blocks = self.line // self.block
+        if self.zeros:
+            zero = emit.spread(load_floats(emit, self.zeros, blocks, zeros))
+            values = [emit.builder.fsub(value, zero) for value in values]
+        if self.scales:
+            scale = emit.spread(load_floats(emit, self.scales, blocks, scales))
+            values = [emit.builder.fmul(value, scale) for value in values]
+        return [emit.rounded(value, self.rounded) for value in values] if self.rounded else values
+
+    def _numbers(self, emit: Emitter, line: ir.Value) -> list[ir.Value]:
+        count = self.line // LANES
+        if BITS[self.codes] >= 16:
+            size = LINE // count
+            return [load_floats(emit, self.codes, LANES, emit.forward(line, n * size)) for n in range(count)]
+        words = emit.load(INTS, line)
+        if self.codes == "int8":
+            return [emit.byte(words, n) for n in range(count)]
+        if self.codes == "q4_0":
+            bits = [8 * (j % 4) + 4 * (j // 4) for j in range(count)]
+        else:
+            bits = [4 * (j ^ (self.codes in ("nf4", "fp4"))) for j in range(count)]
+        return [emit.nibble(words, bit, NIBBLES[self.codes]) for bit in bits]
+
+
+def load_floats(emit: Emitter, dtype: str, count: int, pointer: ir.Value) -> ir.Value:
+    """`count` numbers of a dtype from memory, as float32."""
+    kind = {"float32": F32, "float16": I16, "bfloat16": I16, "int8": I8}[dtype]
+    loaded = emit.load(ir.VectorType(kind, count), pointer)
+    if dtype == "int8":
+        return emit.builder.sitofp(loaded, ir.VectorType(F32, count))
+    return loaded if dtype == "float32" else emit.half(loaded) if dtype == "float16" else emit.bfloat(loaded)
+
+
+class LayoutType(types.Type):
+    """A layout as Numba sees it: each is a type of its own, for which kernels are compiled; no bytes at run time."""
+
+    def __init__(self, layout: Layout):
+        self.layout = layout
+        super().__init__(name=repr(layout))
+
+    def __str__(self) -> str:
+        return str(self.layout)
+
+
+register_model(LayoutType)(models.OpaqueModel)
+
+
+@typeof_impl.register(Layout)
+def _typeof(layout, context):
+    return LayoutType(layout)
+
+
+@unbox(LayoutType)
+def _unbox(kind, layout, c):
+    return NativeValue(c.context.get_dummy_value())
