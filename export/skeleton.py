@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from export.encodings import VERSIONS, named_entries
-from export.wire import TEXT, DamagedError, Wire, mapped
+from export.wire import DamagedError, Wire, mapped
 from refimpl.errors import InputError
 
 NESTED = 8  # graphs within graphs
@@ -273,9 +273,11 @@ class Grid:
         return f"{self.bits} bits{step}"
 
 
-_NUMBERS = rb"\[[-+.0-9eE,\s]{200,}\]"  # the steps of rows or blocks; a nested list is elided from within
-_ROWS = rb'\[\s*(\{\s*"bitwidth"[^\[\]{}]*\})(?:\s*,\s*\{\s*"bitwidth"[^\[\]{}]*\}){20,}\s*\]'  # the same in 0.6.1
-_LONG = re.compile(_NUMBERS + rb"|" + _ROWS)
+# The steps of rows or blocks; and the same in 0.6.1, where each row is an object. Repeated some hundreds of times at
+# most, because a match keeps every repetition in memory.
+_OBJECT = rb'\{\s*"bitwidth"[^\[\]{}]*\}'
+_LONG = re.compile(rb"\[[-+.0-9eE,\s]{200,}\]|(" + _OBJECT + rb")(?:\s*,\s*" + _OBJECT + rb"){20,400}")
+STRUCTURE = 16 << 20  # bytes of an encodings file without those; a part with a head at a time has 3 MB
 
 
 def read_grids(path: Path) -> dict[str, Grid]:
@@ -303,18 +305,17 @@ def read_grids(path: Path) -> dict[str, Grid]:
 
 
 def _without_rows(data: Any) -> bytes:
-    """The JSON text with every long list of numbers as `["many"]`."""
+    """The JSON text with every long list of numbers, or of rows, as a short one."""
     pieces, at, size = [], 0, 0
-    for match in [*_LONG.finditer(data), None]:
-        stop = match.start() if match else len(data)
-        size += stop - at
-        if size > TEXT:
-            raise InputError(f"it says more than {TEXT >> 20} MiB beside the steps of weights")
-        pieces.append(data[at:stop])
-        if match:
-            pieces.append(b'[%s"many"]' % (match[1] + b"," if match[1] else b""))
-            at = match.end()
-    return b"".join(pieces)
+    for match in _LONG.finditer(data):
+        size += match.start() - at
+        if size > STRUCTURE:
+            break
+        pieces += [data[at : match.start()], match[1] + b',"many"' if match[1] else b'["many"]']
+        at = match.end()
+    if size + len(data) - at > STRUCTURE:
+        raise InputError(f"it says more than {STRUCTURE >> 20} MiB beside the steps of weights")
+    return b"".join([*pieces, data[at:]])
 
 
 def _grid_0(rows: list[Any]) -> Grid:

@@ -696,7 +696,7 @@ def test_hostile_encodings_are_refused_in_one_line(text, tmp_path):
 
 
 def test_vast_encodings_are_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr("export.skeleton.TEXT", 1000)
+    monkeypatch.setattr("export.skeleton.STRUCTURE", 1000)
     path = tmp_path / "model.encodings"
     path.write_text('{"version": "1.0.0", "activation_encodings": [' + "[]," * 1000 + "[]]}")
     with pytest.raises(InputError, match="beside the steps"):
