@@ -8,7 +8,7 @@ import re
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from threadpoolctl import threadpool_limits
 
@@ -56,6 +56,7 @@ def test_ranges_are_those_of_the_traces(model, dtype):
 
 @settings(max_examples=100, deadline=None)
 @given(st.lists(st.floats(-1e6, 1e6, width=32), min_size=1, max_size=40), st.integers(1, 8))
+@example([1 - 1e-9, 1 + 2.0**-41], 2)  # the second begins with wider bins than both together need
 def test_a_histogram_does_not_depend_on_the_pieces(values, pieces):
     """Bins are made by doubling, so what was counted early lies where it would lie if all had come at once."""
     seen, merged = Seen(), Seen()

@@ -2,6 +2,7 @@
 
 import json
 import math
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -92,6 +93,20 @@ def test_windows_do_not_change_what_is_counted(tiny_model):
     found = quality(model, model, IDS, window=10)
     assert found.tokens == 9 * 3 + 6
     assert found.perplexity == pytest.approx(perplexity(model, IDS, window=10), rel=1e-6)
+
+
+def test_logits_do_not_pile_up(tmp_path):
+    """Three times as many tokens take the same memory: beyond a piece of 128, no logits are held."""
+    folder = write_checkpoint(tmp_path, "Baichuan2-7B", vocab_size=30000, max_position_embeddings=1024)
+    model = refimpl.load(folder)
+    small, ids, peaks = model.quantize("int4"), np.resize(TEXT, 780), []
+    quality(small, model, ids[:20])
+    for tokens in (260, 780):
+        tracemalloc.start()
+        quality(small, model, ids[:tokens])
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[1] < 1.2 * peaks[0], peaks
 
 
 def test_formats_side_by_side(tiny_model):

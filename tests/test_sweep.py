@@ -106,6 +106,10 @@ def test_processes_give_the_same_bits(tiny_folder):
         assert quality(small, model, TEXT, executor=executor) == alone
         with pytest.raises(InputError, match="put together in memory"):
             quality(refimpl.Model(model.config, model.weights), model, TEXT, executor=executor)
+    large, ids = refimpl.load(), [int(i) for i in np.random.default_rng(0).integers(3, 3000, 600)]
+    alone = quality(large.quantize("q4_0"), large, ids)  # large enough for a BLAS to take several threads
+    with workers(2) as executor:
+        assert quality(large.quantize("q4_0"), large, ids, executor=executor) == alone
     with workers(2) as executor, pytest.raises(InputError, match="a worker died"):
         list(sweep(os._exit, [(3,)], "dying", executor))
 
