@@ -128,6 +128,9 @@ def test_the_verb(capsys, tmp_path):
     card = json.loads(capsys.readouterr().out)
     model = refimpl.load()
     assert 1 < card["ratio"] < 1.2 and 0 < card["kl_mean"] < 0.1 and card["tokens"] == 297
+    (tmp_path / "recipe.json").write_text('{"*": "q4_0"}')
+    assert main([*arguments, "--recipe", str(tmp_path / "recipe.json"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == card
     assert main([*arguments, "--format", "q4_0,q8_0", "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)
     assert [row["format"] for row in rows] == ["q4_0", "q8_0"] and rows[0]["kl_mean"] == card["kl_mean"]
@@ -139,6 +142,7 @@ def test_the_verb(capsys, tmp_path):
     ("arguments", "message"),
     [
         ([], "nothing to compare"),
+        (["--format", "q4_0", "--recipe", "r.json"], "either --format or --recipe"),
         (["--format", "q5_0"], "the format is 'q5_0'"),
         (["--format", "q4_0,q5_0"], "the format is 'q5_0'"),
         (["--format", "all", "--against", "elsewhere"], "give one --format"),

@@ -12,8 +12,11 @@ from refimpl.errors import InputError
 @verb(
     "refimpl quality weights/B2-7B --format q4_0 --text wiki.txt",
     MODEL,
-    option("--against", metavar="REF", help="the reference, another checkpoint (default: MODEL before --format)"),
+    option(
+        "--against", metavar="REF", help="the reference, another checkpoint (default: MODEL before it is quantized)"
+    ),
     option("--format", "--formats", metavar="NAME", help="quantize to this format first; several, or all: a table"),
+    option("--recipe", metavar="FILE", help="or as this recipe says: see refimpl quantize"),
     option("--block-size", type=int, metavar="N", help="with it: weights that share a scale"),
     option("--keep", action="append", default=[], metavar="PATTERN", help="with it: modules that stay as they are"),
     option("--text", metavar="FILE", help="UTF-8 text, blank lines between documents (default: held-out poems)"),
@@ -30,9 +33,13 @@ def quality(arguments) -> int:
     from golden.quality import quality, side_by_side, table, to_dicts
     from kernels.formats import FORMATS
     from refimpl.model import load
+    from refimpl.quantize import read_recipe
     from refimpl.sweep import workers
 
-    if not (arguments.against or arguments.format):
+    if arguments.format and arguments.recipe:
+        raise InputError("give either --format or --recipe, which says what the matrices become")
+    recipe = read_recipe(Path(arguments.recipe)) if arguments.recipe else arguments.format
+    if not (arguments.against or recipe):
         raise InputError("there is nothing to compare with; give --against REF, or --format q4_0, or --format all")
     names = list(FORMATS) if arguments.format == "all" else (arguments.format or "").split(",")
     if len(names) > 1 and (arguments.against or arguments.attribution):
@@ -50,8 +57,8 @@ def quality(arguments) -> int:
             rows = side_by_side(model, names, ids, arguments.block_size, arguments.keep, *rest)
             print(json.dumps(to_dicts(rows)) if arguments.json else table(rows))
             return 0
-        if arguments.format:
-            model = model.quantize(arguments.format, arguments.block_size, arguments.keep)
+        if recipe:
+            model = model.quantize(recipe, arguments.block_size, arguments.keep)
         if arguments.attribution:
             attributed = attribute(model, reference, ids, *rest)
             if arguments.out:
