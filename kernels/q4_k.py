@@ -56,7 +56,9 @@ def quantize(x: np.ndarray, search: int = 8, importance: np.ndarray | None = Non
     for step, min_step in itertools.product((0, -1, 1), repeat=2) if search else [(0, 0)]:
         six_bits = [np.clip(a + b, 0, 63).astype(np.uint8) for a, b in ((near_scales, step), (near_mins, min_step))]
         scale, low = (a.reshape(-1, 1) for a in _lines(d, dmins, *six_bits))
-        codes = np.clip(np.rint((subs + low) * reciprocal(scale)), 0, 15)
+        codes = subs + low
+        codes *= reciprocal(scale)
+        np.clip(np.rint(codes, out=codes), 0, 15, out=codes)
         error = weighted_error(subs, scale * codes - low, importance)
         trial = dict(codes=codes.astype(np.uint8), sub_scales=six_bits[0], sub_mins=six_bits[1])
         better = error < least

@@ -76,9 +76,10 @@ def best_lines(
     """
     best, lows = scales, mins
     least = weighted_error(x, _on_line(x, scales, mins) * scales + mins, importance)
+    fitted = _line_fit(x, importance, highest)
     for factor in [*np.linspace(0.7, 1.1, search), None, None]:
         scale, low = (best, lows) if factor is None else (scales * np.float32(factor), mins)
-        scale, low = _fitted(x, _on_line(x, scale, low), importance, scale, low, highest)
+        scale, low = fitted(_on_line(x, scale, low), scale, low)
         error = weighted_error(x, _on_line(x, scale, low) * scale + low, importance)
         better = error < least
         least, best, lows = (np.where(better, a, b) for a, b in ((error, least), (scale, best), (low, lows)))
@@ -86,30 +87,36 @@ def best_lines(
 
 
 def _on_line(x: np.ndarray, scales: np.ndarray, mins: np.ndarray) -> np.ndarray:
-    return np.clip(np.rint((x - mins) * reciprocal(scales)), 0, 15)
+    codes = x - mins
+    codes *= reciprocal(scales)
+    np.rint(codes, out=codes)
+    return np.clip(codes, 0, 15, out=codes)
 
 
-def _fitted(
-    x: np.ndarray,
-    codes: np.ndarray,
-    importance: np.ndarray | None,
-    scales: np.ndarray,
-    mins: np.ndarray,
-    highest: float,
-) -> tuple[np.ndarray, np.ndarray]:
-    """The least-squares line through (code, weight) of each block; the one given where there is none."""
-    one = np.ones_like(x)
-    total, sum_q, sum_x = (_sum(a, one, importance) for a in (one, codes, x))
-    sum_qq, sum_qx = _sum(codes, codes, importance), _sum(codes, x, importance)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        scale = (total * sum_qx - sum_q * sum_x) / (total * sum_qq - sum_q**2)
-        low = (sum_x - scale * sum_q) / total
-        if np.isfinite(highest):
-            held = low > highest
-            scale = np.where(held, (sum_qx - highest * sum_q) / sum_qq, scale)
-            low = np.where(held, highest, low)
-    usable = np.isfinite(scale) & np.isfinite(low) & (scale > 0)
-    return np.where(usable, scale, scales).astype(np.float32), np.where(usable, low, mins).astype(np.float32)
+def _line_fit(
+    x: np.ndarray, importance: np.ndarray | None, highest: float
+) -> Callable[[np.ndarray, np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]:
+    """The least-squares line through (code, weight) of each block, from codes and the line to keep if there is none."""
+    wide = x.astype(np.float64)
+    costs = np.ones_like(wide) if importance is None else importance.astype(np.float64)
+    total, sum_x = np.einsum("nb->n", costs)[:, None], np.einsum("nb,nb->n", costs, wide)[:, None]
+
+    def fitted(codes: np.ndarray, scales: np.ndarray, mins: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        q = codes.astype(np.float64)
+        weighed = q if importance is None else q * costs
+        sum_q = np.einsum("nb->n", weighed)[:, None]
+        sum_qq, sum_qx = (np.einsum("nb,nb->n", weighed, other)[:, None] for other in (q, wide))
+        with np.errstate(divide="ignore", invalid="ignore"):
+            scale = (total * sum_qx - sum_q * sum_x) / (total * sum_qq - sum_q**2)
+            low = (sum_x - scale * sum_q) / total
+            if np.isfinite(highest):
+                held = low > highest
+                scale = np.where(held, (sum_qx - highest * sum_q) / sum_qq, scale)
+                low = np.where(held, highest, low)
+        usable = np.isfinite(scale) & np.isfinite(low) & (scale > 0)
+        return np.where(usable, scale, scales).astype(np.float32), np.where(usable, low, mins).astype(np.float32)
+
+    return fitted
 
 
 def weighted_error(x: np.ndarray, decoded: np.ndarray, importance: np.ndarray | None) -> np.ndarray:
@@ -120,8 +127,9 @@ def weighted_error(x: np.ndarray, decoded: np.ndarray, importance: np.ndarray | 
 
 def _sum(a: np.ndarray, b: np.ndarray, importance: np.ndarray | None) -> np.ndarray:
     """Σ importance * a * b of each block: (n, 1) in float64, the same at any number of threads."""
-    a, b = a.astype(np.float64), b.astype(np.float64)
-    return np.einsum("nb,nb->n", a if importance is None else a * importance, b)[:, None]
+    left = a.astype(np.float64)
+    right = left if b is a else b.astype(np.float64)
+    return np.einsum("nb,nb->n", left if importance is None else left * importance, right)[:, None]
 
 
 def importance_of(activations: np.ndarray) -> np.ndarray:
