@@ -407,34 +407,20 @@ def nest(blocks: Blocks) -> Blocks:
     return replace(blocks, scales=parts.pop("scales"), extra={**blocks.extra, **parts})
 
 
-def join(tiles: Sequence[Blocks]) -> Blocks:
-    """The matrix whose consecutive rows are these tiles. Raises ValueError where tiles do not fit together.
+def place(tile: Blocks, arrays: Mapping[str, np.ndarray], row: int, rows: int) -> None:
+    """Writes a tile, the rows of a matrix from `row` on, into the arrays of the whole matrix of so many `rows`.
 
-    Blocks that run through the flattened matrix, or down its columns, need tiles of a multiple of `tile_rows` rows, all
-    but the last.
+    `arrays`: as `layout` has them; scales of 8 bits are of whole matrices and are made afterwards, by `nest`. Blocks
+    that run through the flattened matrix, or down its columns, need tiles of a multiple of `tile_rows` rows, all but
+    the last.
     """
-    first = tiles[0]
-    for tile in tiles:
-        if tile.header() | {"shape": 0} != first.header() | {"shape": 0} or tile.shape[1] != first.shape[1]:
-            raise ValueError(f"{tile!r} does not continue {first!r}")
-        per_tensor = tile.axis is None and FORMATS[tile.format].axes[0] is not None
-        if per_tensor or "nested_scales" in tile.extra:
-            raise ValueError(f"{tile!r} cannot be joined: its parts belong to the whole matrix")
-    step = tile_rows(first.format, first.shape[1], first.block_size, first.axis)
-    if any(tile.shape[0] % step for tile in tiles[:-1]):
-        raise ValueError(f"a tile of {first.format} ends within a block; give it a multiple of tile_rows(…) rows")
-    parts = [tile.arrays() for tile in tiles]
-    whole = {name: np.concatenate([p[name] for p in parts]) for name in parts[0]}
-    shape = (sum(tile.shape[0] for tile in tiles), first.shape[1])
-    extra = {k: v for k, v in whole.items() if k not in ("packed", "scales", "zero_points")}
-    zero_points = whole.get("zero_points")
-    return replace(
-        first, shape=shape, packed=whole["packed"], scales=whole["scales"], zero_points=zero_points, extra=extra
-    )
+    for name, part in tile.arrays().items():
+        start = row * len(arrays[name]) // rows  # exact where a tile begins with a block
+        arrays[name][start : start + len(part)] = part
 
 
 def tile_rows(format: str, in_features: int, block_size: int | None = None, axis: int | None = None) -> int:
-    """How many rows end on a block and a byte: a tile for `join` has a multiple of this."""
+    """How many rows end on a block and a byte: a tile for `place` has a multiple of this."""
     form = format_named(format)
     if axis == 0:
         return block_size or int(form.block_size)

@@ -21,7 +21,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -118,18 +118,13 @@ class Scheme:
         return formats.layout(self.format, shape, self.block_size, self.axis, self.symmetric, self.nested)
 
     def quantize(self, values: np.ndarray, importance: np.ndarray | None) -> formats.Blocks:
-        """A matrix, or rows of one, in blocks; scales of 8 bits are of whole matrices and made by `finished`."""
+        """A matrix, or rows of one, in blocks; scales of 8 bits are of whole matrices and made afterwards."""
         options: dict[str, Any] = {} if self.symmetric else {"symmetric": False}
         if self.search is not None and "search" in formats.FORMATS[self.format].options:
             options["search"] = TRIES if self.search == "mse" else self.search
         if self.takes_importance:
             options["importance"] = importance
         return formats.quantize(values, self.format, self.block_size, self.axis, **options)
-
-    def finished(self, tiles: Sequence[formats.Blocks]) -> formats.Blocks:
-        """The matrix of tiles of rows."""
-        whole = tiles[0] if len(tiles) == 1 else formats.join(tiles)
-        return formats.nest(whole) if self.nested else whole
 
     def tile_rows(self, shape: tuple[int, ...]) -> int:
         """How many rows a tile has; all of them where a block goes from the first to the last."""
@@ -233,7 +228,7 @@ def quantizing(
 ) -> Iterator[Any]:
     """A function name -> blocks, for the names of `schemes` in their order, that works on all cores, one matrix ahead.
 
-    The blocks do not depend on the number of threads: tiles are cut by shape alone, and joined in order.
+    The blocks do not depend on the number of threads: tiles are cut by shape alone, and each has its place.
     """
     columns = _columns(weights, schemes, importance)
     tile = _tile
@@ -243,21 +238,32 @@ def quantizing(
         fast_quantize.prepare()
         tile = _compiled_tile
     order = list(schemes)
-    running: dict[str, list] = {}
+    running: dict[str, tuple[dict[str, np.ndarray], list]] = {}
 
-    def start(pool: ThreadPoolExecutor, name: str) -> None:
+    def start(name: str) -> None:
         weight, scheme = weights[name], schemes[name]
+        _, arrays = replace(scheme, double=False).layout(weight.shape)
+        whole = {part: np.empty(size, dtype) for part, (size, dtype) in arrays.items()}
+
+        def fill(at: int) -> None:
+            rows = slice(at, at + step)
+            formats.place(tile(weight, rows, scheme, columns.get(name)), whole, at, weight.shape[0])
+
         step = scheme.tile_rows(weight.shape)
-        cuts = [slice(at, at + step) for at in range(0, weight.shape[0], step)]
-        running[name] = [pool.submit(tile, weight, rows, scheme, columns.get(name)) for rows in cuts]
+        running[name] = whole, [pool.submit(fill, at) for at in range(0, weight.shape[0], step)]
 
     def blocks(name: str) -> formats.Blocks:
         at = order.index(name)
         for wanted in order[at : at + 2]:
             if wanted not in running:
-                start(pool, wanted)
+                start(wanted)
+        whole, tiles = running.pop(name)
+        header, _ = schemes[name].layout(weights[name].shape)
         try:
-            return schemes[name].finished([tile.result() for tile in running.pop(name)])
+            for one in tiles:
+                one.result()
+            made = formats.from_arrays(header, whole)
+            return formats.nest(made) if schemes[name].nested else made
         except ValueError as error:
             raise InputError(f"{name}: {error}") from None
 

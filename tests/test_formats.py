@@ -400,41 +400,40 @@ def test_a_file_gives_back_the_same_blocks(name, double):
         formats.from_arrays(header, {**arrays, "color": arrays["packed"]})
 
 
+def placed(weight, step, name, *arguments, **options):
+    """The arrays of a matrix that is quantized in tiles of `step` rows."""
+    _, arrays = formats.layout(name, weight.shape, *arguments, **options)
+    whole = {part: np.zeros(size, dtype) for part, (size, dtype) in arrays.items()}
+    for row in range(0, len(weight), step):
+        tile = formats.quantize(weight[row : row + step], name, *arguments, **options)
+        formats.place(tile, whole, row, len(weight))
+    return whole
+
+
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("columns", [256, 768])
-def test_tiles_join_to_the_matrix(name, columns):
+def test_tiles_are_placed_in_the_matrix(name, columns):
     weight = weights(shape=(9, columns))
-    step = formats.tile_rows(name, columns)
-    tiles = [formats.quantize(weight[i : i + 2 * step], name) for i in range(0, 9, 2 * step)]
-    joined, whole = formats.join(tiles), formats.quantize(weight, name)
-    assert joined.shape == whole.shape
-    for part, array in whole.arrays().items():
-        np.testing.assert_array_equal(joined.arrays()[part], array)
-    if name in FLAT:
-        nested, direct = formats.nest(joined), formats.quantize(weight, name, double=True)
-        np.testing.assert_array_equal(formats.dequantize(nested), formats.dequantize(direct))
-        with pytest.raises(ValueError, match="cannot be joined"):
-            formats.join([nested, nested])
-    with pytest.raises(ValueError, match="does not continue"):
-        formats.join([whole, formats.quantize(weights(shape=(1, 1024)), name)])
+    whole = formats.quantize(weight, name)
+    for part, array in placed(weight, 2 * formats.tile_rows(name, columns), name).items():
+        np.testing.assert_array_equal(array, whole.arrays()[part])
 
 
 def test_tiles_of_flattened_blocks_end_on_a_block():
     assert formats.tile_rows("nf4", 96, 64) == 2 and formats.tile_rows("nf4", 37) == 64
-    tiles = [formats.quantize(weights(shape=(1, 96)), "nf4", 64)] * 2
-    with pytest.raises(ValueError, match="ends within a block"):
-        formats.join(tiles)
-    with pytest.raises(ValueError, match="its parts belong to the whole matrix"):
-        formats.join([formats.quantize(weights(shape=(1, 96)), "int4", "tensor")] * 2)
+    weight = weights(shape=(7, 95))
+    whole = formats.quantize(weight, "nf4", 19)
+    assert formats.tile_rows("nf4", 95, 19) == 2
+    for part, array in placed(weight, 2, "nf4", 19).items():
+        np.testing.assert_array_equal(array, whole.arrays()[part])
 
 
 def test_tiles_of_columns_end_on_a_block():
-    weight = weights(shape=(24, 10))
-    whole = formats.quantize(weight, "int4", 4, axis=0, symmetric=False)
-    tiles = [formats.quantize(weight[i : i + 8], "int4", 4, axis=0, symmetric=False) for i in (0, 8, 16)]
+    weight, options = weights(shape=(24, 10)), dict(axis=0, symmetric=False)
+    whole = formats.quantize(weight, "int4", 4, **options)
     assert formats.tile_rows("int4", 10, 4, axis=0) == 4
-    for part, array in whole.arrays().items():
-        np.testing.assert_array_equal(formats.join(tiles).arrays()[part], array)
+    for part, array in placed(weight, 8, "int4", 4, **options).items():
+        np.testing.assert_array_equal(array, whole.arrays()[part])
 
 
 @pytest.mark.parametrize(

@@ -181,7 +181,8 @@ def test_tiles_and_threads_do_not_show(wide, monkeypatch):
     weight = model.weights["model.layers.0.mlp.up_proj.weight"].read(F32)
     for way in WAYS:
         scheme = Scheme(**way)
-        whole = scheme.finished([scheme.quantize(weight.astype(np.float16) if scheme.official else weight, None)])
+        whole = scheme.quantize(weight.astype(np.float16) if scheme.official else weight, None)
+        whole = formats.nest(whole) if scheme.nested else whole
         for elements, threads in ((1 << 30, 1), (1 << 10, 1), (1 << 10, 3), (1 << 12, 2)):
             monkeypatch.setattr(module, "TILE_ELEMENTS", elements)
             name = "model.layers.0.mlp.up_proj.weight"
