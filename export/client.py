@@ -10,6 +10,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -148,13 +149,13 @@ def version() -> str:
 
 
 @contextlib.contextmanager
-def scratch() -> Iterator[None]:
+def scratch() -> Iterator[Path]:
     """A place for what the client writes and leaves behind, such as the zips of its uploads; gone afterwards."""
     before = tempfile.tempdir
     folder = tempfile.mkdtemp(prefix="refimpl-hub-")
     tempfile.tempdir = folder
     try:
-        yield
+        yield Path(folder)
     finally:
         tempfile.tempdir = before
         shutil.rmtree(folder, ignore_errors=True)

@@ -5,7 +5,7 @@
     infer      the golden inputs through each graph: isolated, each from its golden; chained, each from what the one
                before gave. The outputs come to outputs/{device}/{isolated or chained}/{graph}.h5
     profile    what each graph takes of time and memory: outputs/{device}/profile/{graph}.json
-    fetch      what has been sent by now and is finished, without sending anything
+    fetch      what has been sent by now and is finished, without sending anything; binaries, what was linked
 
 Each does what it needs of those before it. What was done is in the ledger (`export.ledger`), and is not done again.
 """
@@ -31,7 +31,7 @@ from refimpl.config import read_json
 from refimpl.errors import InputError
 
 WAYS = ("isolated", "chained")
-VERBS = ("compile", "link", "infer", "profile", "fetch")
+VERBS = ("compile", "link", "infer", "profile", "fetch", "binaries")
 
 
 @dataclass
@@ -72,13 +72,14 @@ class Loop:
         for spec in self.specs:
             self.parts.setdefault(spec.part.number, []).append(self.sources[spec.name])
         self.keys: list[str] = []
+        self.fetched: set[Path] = set()
 
     def do(self, verb: str) -> Outcome:
         """Does one of VERBS; what became of it. Raises InputError for what cannot go on."""
         flow: Callable[[], object] = getattr(self, verb)
 
         def from_the_start() -> None:
-            self.keys = []
+            self.keys, self.fetched = [], set()
             flow()
 
         self.session.lasting(from_the_start)
@@ -155,6 +156,7 @@ class Loop:
         session.wait(isolated.values(), "running")
         for name, key in isolated.items():
             self._fetch(key, name, "isolated")
+        self._sweep()
 
     def fetch(self) -> None:
         session, known = self.session, self.session.ledger.get
@@ -174,6 +176,24 @@ class Loop:
             if key := sent(spec, self._golden(spec)):
                 self._fetch(key, spec.name, "isolated")
         self._chain(sent)
+        self._sweep()
+
+    def binaries(self) -> None:
+        """The linked binaries, which a phone takes, to outputs/{device}/binaries."""
+        for number, sources in self.parts.items():
+            key = self.session.link_key(sources)
+            self.keys.append(key)
+            if self._done(key):
+                path = self.session.outputs / "binaries" / f"part_{number}_of_{self.plan.parts}.bin"
+                self.session.fetch_model(key, path)
+
+    def _sweep(self) -> None:
+        """Removes outputs that are of an earlier export: nobody shall judge this one by them."""
+        for way in WAYS:
+            for spec in self.specs:
+                path = self.session.outputs / way / f"{spec.name}.h5"
+                if path not in self.fetched:
+                    path.unlink(missing_ok=True)
 
     def _chain(self, run: Callable[[GraphSpec, Arrays], str | None]) -> None:
         """Runs each graph on what those before it gave, as far as they gave anything."""
@@ -192,7 +212,9 @@ class Loop:
     def _fetch(self, key: str, graph: str, way: str) -> Arrays:
         if not self._done(key):
             return {}
-        return self.session.fetch(key, self.session.outputs / way / f"{graph}.h5", self.sources[graph])[0]
+        path = self.session.outputs / way / f"{graph}.h5"
+        self.fetched.add(path)
+        return self.session.fetch(key, path, self.sources[graph])[0]
 
     def _done(self, key: str) -> bool:
         return self.session.ledger.get(key).get("state") == "done"
@@ -226,7 +248,8 @@ class Loop:
         for spec in self.specs if verb == "infer" else ():
             golden, options = self._golden(spec), session.options.for_inference(spec.name)
             size, zipped = sum(a.nbytes for a in golden.values()), sum(map(deflated, golden.values()))
-            key, data = session.inference_key(self._binary(spec), spec.name, [golden]), session.data_key([golden])
+            key = session.inference_key(self._binary(spec), spec.name, [golden])
+            data = session.data_key([golden], session.schema(self._binary(spec), self.sources[spec.name]))
             fed = any(v.source for v in spec.inputs) and (spec.past or any(v.tap for v in spec.inputs))
             for way in WAYS if fed else WAYS[:1]:  # what takes nothing from before is the same both ways
                 if way == "chained":  # what its inputs are is known when it is their turn

@@ -92,6 +92,15 @@ class Source:
     def digest(self) -> str:
         return digest({name: sha for name, (_, sha) in self.files.items()})
 
+    def called(self, place: Path) -> Path:
+        """The folder under the name that AI Hub's own exports give it, in a place for such names."""
+        named = place / f"{self.name}.{'aimet' if self.quantized else 'onnx'}"
+        try:
+            named.symlink_to(self.folder.resolve(), target_is_directory=True)
+        except OSError:  # not every system lets everybody
+            return self.folder
+        return named
+
     def zipped(self) -> int:
         """About how many bytes the upload has, by how a few pieces of each file compress."""
         total = 0.0

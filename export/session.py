@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import io
-import json
 import os
 import re
 import secrets
@@ -29,7 +28,6 @@ from export.executor import Arrays
 from export.jobs import Options, Source, arrays_digest, digest, io_spec, named_outputs, of_graph, plain
 from export.ledger import Entry, Ledger
 from golden.bundle import sha256
-from refimpl.config import read_json
 from refimpl.errors import InputError, at_most
 
 POLL = 10.0  # seconds between two looks at a job, as the client has it
@@ -92,8 +90,8 @@ class Session:
     def link_key(self, sources: Iterable[Source]) -> str:
         return self.key("link", [self.compile_key(source) for source in sources], self.options.for_link())
 
-    def data_key(self, inputs: Sequence[Arrays]) -> str:
-        return self.key("dataset", arrays_digest(inputs), device=False)
+    def data_key(self, inputs: Sequence[Arrays], schema: Mapping[str, str]) -> str:
+        return self.key("dataset", arrays_digest(inputs), list(schema.items()), device=False)
 
     def inference_key(self, target: str, graph: str, inputs: Sequence[Arrays]) -> str:
         return self.key("inference", target, arrays_digest(inputs), self.options.for_inference(graph))
@@ -110,8 +108,8 @@ class Session:
         def make(name: str) -> Any:
             if Source.read(source.folder).files != source.files:
                 raise InputError(f"{source.folder} is not as it was exported; export again")
-            with scratch():
-                return self.client.upload_model(str(source.folder), name=name)
+            with scratch() as place:
+                return self.client.upload_model(str(source.called(place)), name=name)
 
         self._obtain(key, "model", source.name, make, self._find_model, bytes=source.bytes, files=len(source.files))
         return key
@@ -144,7 +142,7 @@ class Session:
 
     def upload_data(self, label: str, inputs: Sequence[Arrays], schema: Mapping[str, str]) -> str:
         """A dataset; `schema` is its order, the names that AI Hub's model has -> ours."""
-        key = self.data_key(inputs)
+        key = self.data_key(inputs, schema)
         expires = self.ledger.get(key).get("expires")
         if expires and datetime.fromisoformat(expires) < datetime.now(timezone.utc):
             self.forget(key)
@@ -206,7 +204,7 @@ class Session:
             self.new.add(key)
             name = f"{label.replace('/', '-')}-{key[:12]}-{secrets.token_hex(4)}"
             entry = self.ledger.write(
-                key, kind=kind, label=label, name=name, id=None, state=None, reason=None,
+                key, kind=kind, label=label, name=name, id=None, state=None, reason=None, sha256=None,
                 server=self.url, device=self.device, client=version(), **facts
             )  # fmt: skip
             tried = False
@@ -255,7 +253,7 @@ class Session:
             for one in some:
                 if one.name == name and (detail is None or detail(one).file_upload_complete):
                     return number(one)
-            if len(some) < 50:
+            if not some:
                 break
         return ""
 
@@ -289,8 +287,10 @@ class Session:
         elif status.success:
             facts: dict[str, Any] = {}
             if entry["kind"] in ("compile", "link"):
-                target = self.call("read the compiled model", job.get_target_model, [key])
-                model = self.call("read the compiled model", lambda: self.client.get_model(target.model_id), [key])
+                target = self.call("name the compiled model", job.get_target_model, [key])
+                if target is None:
+                    raise InputError(f"job {entry['id']} of {entry['label']} is done, but made no model; --retry it")
+                model = self.call("show the compiled model", lambda: self.client.get_model(target.model_id), [key])
                 facts = {"target": target.model_id, "inputs": io_spec(model.input_spec),
                          "outputs": io_spec(model.output_spec)}  # fmt: skip
             self.ledger.write(key, state="done", **facts)
@@ -330,40 +330,42 @@ class Session:
         """
         entry = self.ledger.get(key)
         samples, grids = entry["samples"], of_graph(self.ledger.get(entry["target_key"]).get("outputs"), source.name)
-        if not (path.is_file() and entry.get("sha256") == sha256(path)):
-            partial = path.with_name(f".{path.stem}.partial.h5")
-            try:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                partial.unlink(missing_ok=True)
-                if key in self._fetched:
-                    shutil.copyfile(self._fetched[key], partial)
-                else:
-                    job = self._job(key)
-                    with scratch():
-                        self.call(f"fetch {entry['label']}", lambda: job.download_output_data(str(partial)), [key])
-                named_outputs(partial, source, samples, grids)
-                self.ledger.write(key, file=os.path.relpath(path, self.folder), sha256=sha256(partial))
-                partial.replace(path)
-            except OSError as error:
-                raise InputError(f"cannot write {path}: {error.strerror}; make room and go on") from None
-            finally:
-                partial.unlink(missing_ok=True)
+
+        def bring(place: Path) -> None:
+            if key in self._fetched:
+                shutil.copyfile(self._fetched[key], place)
+            else:
+                self._job(key).download_output_data(str(place))
+            named_outputs(place, source, samples, grids)
+
+        self._deliver(key, path, bring)
         self._fetched[key] = path
         return named_outputs(path, source, samples, grids)
 
-    def fetch_profile(self, key: str, path: Path) -> dict[str, Any]:
-        """The profile of a finished job, from `path` if it is there, else downloaded to it."""
-        if not path.is_file():
-            job = self._job(key)
-            profile = self.call(f"fetch {self.ledger.get(key)['label']}", job.download_profile, [key])
-            partial = path.with_name(f".{path.name}.partial")
-            try:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                partial.write_text(json.dumps(profile), encoding="utf-8")
-                partial.replace(path)
-            except OSError as error:
-                raise InputError(f"cannot write {path}: {error.strerror}; make room and go on") from None
-        return read_json(path)
+    def fetch_model(self, key: str, path: Path) -> None:
+        """The model that a finished job made, downloaded to `path` unless it is there."""
+        self._deliver(key, path, lambda place: self._target(key).download(str(place)))
+
+    def fetch_profile(self, key: str, path: Path) -> None:
+        """The profile of a finished job as JSON, downloaded to `path` unless it is there."""
+        self._deliver(key, path, lambda place: self._job(key).download_profile(str(place)))
+
+    def _deliver(self, key: str, path: Path, bring: Callable[[Path], object]) -> None:
+        """Sees to it that a file is there: it has the sha256 in the entry, or is brought, whole or not at all."""
+        entry = self.ledger.get(key)
+        if path.is_file() and entry.get("sha256") == sha256(path):
+            return
+        partial = path.with_name(f".partial-{path.name}")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with scratch():
+                self.call(f"fetch {entry['label']}", lambda: bring(partial), [key])
+            self.ledger.write(key, file=os.path.relpath(path, self.folder), sha256=sha256(partial))
+            partial.replace(path)
+        except OSError as error:
+            raise InputError(f"cannot write {path}: {error.strerror}; make room and go on") from None
+        finally:
+            partial.unlink(missing_ok=True)
 
     def schema(self, target: str, source: Source) -> dict[str, str]:
         """The order in which AI Hub's model takes its inputs: its names -> the graph's, which it must match.

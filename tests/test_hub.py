@@ -1,5 +1,6 @@
 """AI Hub in the loop: the unmodified client against a loopback server, and whatever may happen on the way."""
 
+import io
 import json
 import multiprocessing
 import os
@@ -7,6 +8,7 @@ import re
 import shutil
 import signal
 import threading
+import zipfile
 
 import h5py
 import numpy as np
@@ -82,6 +84,9 @@ def test_the_loop(export, capsys):
         # A graph that takes nothing from others is the same isolated and chained, and is run once.
         assert 6 <= hub.kinds()["inference"] <= 10
         assert act(hub, "profile", export) == 0
+        assert act(hub, "fetch", export, "--binaries") == 0
+        binary = export / "outputs" / "loopback-phone" / "binaries" / "part_2_of_3.bin"
+        assert binary.read_bytes() == b"context prompt_ar4_cl12_2_of_3 token_ar1_cl12_2_of_3"
         sent = posts(hub)
         for verb in ("infer", "profile", "fetch"):
             assert act(hub, verb, export) == 0
@@ -450,9 +455,23 @@ def test_a_changed_graph_is_sent_and_the_rest_is_not(export):
         path.write_bytes(model.SerializeToString())
         act(hub, "link", export)
         assert hub.kinds() == {"compile": 7, "link": 4}
+        zips = [zipfile.ZipFile(io.BytesIO(m.data)).namelist() for m in hub.models.values() if not m.proto.producer_id]
+        assert sorted(zips[1]) == [f"prompt_ar4_cl12_2_of_3.onnx/{name}" for name in ("", "model.data", "model.onnx")]
         act(hub, "link", export, "--qairt", "2.50")
         assert hub.kinds() == {"compile": 13, "link": 7}
         assert sum(m.proto.producer_id == "" for m in hub.models.values()) == 7, "uploaded once each"
+
+
+def test_outputs_of_an_earlier_export_go(exports, tmp_path):
+    """A job that fails leaves no outputs of the graph that was there before."""
+    folder = shutil.copytree(exports["two"], tmp_path / "x")
+    with LoopbackHub() as hub:
+        assert act(hub, "infer", folder) == 0
+        paths = sorted(folder.rglob("*.h5"))
+        assert len(paths) == 4
+        hub.refuse = lambda kind, name, options: "no" if "2_of_2" in options and kind == "inference" else None
+        assert act(hub, "infer", folder, "--run-options=--max_profiler_iterations 1") == 1
+        assert [path for path in paths if path.exists()] == [path for path in paths if "1_of_2" in path.name]
 
 
 def test_a_wrong_tensor_arrives_as_it_is(exports, tmp_path):

@@ -56,13 +56,17 @@ def hub_profile(arguments) -> int:
     return _send(arguments, "profile")
 
 
-@verb("refimpl hub fetch build/b2-7b --device 'Samsung Galaxy S25'", FOLDER, PLACE)
+@verb(
+    "refimpl hub fetch build/b2-7b --device 'Samsung Galaxy S25' --binaries",
+    *(FOLDER, PLACE),
+    option("--binaries", action="store_true", help="fetch the linked binaries, which a phone takes, not the outputs"),
+)
 def hub_fetch(arguments) -> int:
     """Fetch the outputs of what has been sent and is done by now."""
     from export.hub import Loop
 
     with _session(arguments) as session:
-        return _show(arguments, Loop(session).do("fetch"))
+        return _show(arguments, Loop(session).do("binaries" if arguments.binaries else "fetch"))
 
 
 @verb(
