@@ -340,6 +340,17 @@ def test_a_long_outage_is_waited_for(exports, tmp_path, monkeypatch):
         assert hub.kinds() == {"compile": 1, "link": 1, "inference": 1}
 
 
+def test_a_lost_answer_is_looked_for(exports, tmp_path, monkeypatch):
+    """The job was made, its answer lost, and then the network: when that is back, the job is found, not sent again."""
+    folder = shutil.copytree(exports["one"], tmp_path / "x")
+    monkeypatch.setattr(session, "PATIENCE", 60.0)
+    monkeypatch.setattr(session.time, "sleep", lambda _: None)
+    lost, down = at("POST /jobs/", Fault("drop_after")), at("POST /jobs/", Fault("drop"), 6)
+    with LoopbackHub(fault=lambda *request: lost(*request) or down(*request)) as hub:
+        assert act(hub, "infer", folder) == 0
+        assert hub.kinds() == {"compile": 1, "link": 1, "inference": 1}
+
+
 @pytest.mark.parametrize(
     "route, fault, line",
     [
