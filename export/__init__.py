@@ -2,6 +2,7 @@
 
 from export.device import read_device
 from export.emit import Parts, emit
+from export.probe import probed
 from export.verify import verify
 
-__all__ = ["Parts", "emit", "read_device", "verify"]
+__all__ = ["Parts", "emit", "probed", "read_device", "verify"]

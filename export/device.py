@@ -36,7 +36,7 @@ from kernels.affine import Encoding, dequantize
 from refimpl.config import Config
 from refimpl.encodings import EMBED, Encodings, grid_of
 from refimpl.errors import InputError, at_most
-from refimpl.names import Tap, shape, taps
+from refimpl.names import taps
 from refimpl.trace import Trace
 
 Way = Literal["isolated", "chained"]
@@ -195,19 +195,8 @@ def probes(spec: GraphSpec) -> dict[str, Value]:
     """All that a graph may give: its outputs, by name, and the taps inside it, which a probe may show."""
     values = {value.name: value for value in spec.outputs}
     given = {value.tap for value in spec.outputs}
-    inside = {f"model.layers.{layer}" for layer in spec.part.layers}
-    for name, tap in taps(spec.config).items():
-        at = ".".join(name.split(".")[:3])
-        there = at in inside or (name == "model.embed_tokens" and spec.part.embeds)
-        there |= name in ("model.norm", "lm_head") and spec.part.heads
-        if there and name not in given and name not in values:
-            values[name] = Value(name, tap_shape(tap, spec), tap.shape.split().index("T"), tap=name)
+    values |= {name: spec.value(name) for name in spec.taps if name not in given and name not in values}
     return values
-
-
-def tap_shape(tap: Tap, spec: GraphSpec) -> tuple[int, ...]:
-    """The shape of a tap in a graph, padding included."""
-    return shape(tap, spec.config, batch=1, tokens=spec.tokens, keys=spec.context)
 
 
 def fit(spec: GraphSpec, way: Way, entries: list[Entry], grids: Grids) -> Answer:

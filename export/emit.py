@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
@@ -18,16 +18,17 @@ from onnx import TensorProto, helper, numpy_helper
 from tqdm import tqdm
 
 import refimpl
+from export.cut import HIDES, matching_modules, substituting
 from export.encodings import graph_encodings, simulate_graph, write_encodings
 from export.fuse import fusing
 from export.graph import Built, Graph, Parameter, write_data
-from export.heads import Stack
+from export.heads import joined
 from export.ops import OnnxOps
-from export.parts import GraphSpec, Plan, carry, host_inputs
+from export.parts import GraphSpec, Part, Plan, carry, host_inputs
 from export.profiles import Profile, checked_forms, profile_named
 from export.qdq import quantized
 from golden.bundle import sha256 as digest
-from golden.tolerance import tolerances
+from golden.tolerance import Tolerance, tolerances
 from kernels.affine import Rounding
 from kernels.ops import NumPyOps
 from refimpl.calibrate import calibrate
@@ -35,8 +36,10 @@ from refimpl.encodings import Encodings
 from refimpl.errors import InputError, at_most
 from refimpl.files import read_json
 from refimpl.model import Model
+from refimpl.names import taps
 from refimpl.quantize import QuantizedWeight
 from refimpl.simulate import SimulatedModel
+from refimpl.trace import feeding
 
 FORMAT = "refimpl export 1"
 PROMPT = "登鹳雀楼->王之涣\n夜雨寄北->"  # from the model card of Baichuan2-7B-Base
@@ -55,6 +58,9 @@ def emit(
     forms: Iterable[str] | None = None,
     prompt: str | Sequence[int] | None = None,
     encodings: Encodings | None = None,
+    graphs: str | Sequence[str] = (),
+    probe: str | Sequence[str] = (),
+    layers: int | None = None,
 ) -> Parts:
     """The model as static ONNX graphs, one for each part and each number of `tokens` at a time.
 
@@ -64,8 +70,15 @@ def emit(
     place of the profile's. `prompt`, a text or ids, is what the golden inputs are about. `encodings` are those of
     the model; where the profile needs them and there are none, they come from the prompt alone.
 
+    `graphs`: globs on modules and taps, such as `model.layers.3.mlp` or `*.scores`. Each is then a graph alone, with
+    what it has in the model as its golden, and there are no parts. `probe`: globs on taps that are outputs of the
+    graphs as well. `layers`: the model is cut to so many, with norm and head behind them, and so are `encodings`.
+
     No weight is written yet. Raises InputError for numbers that do not fit the model, or each other.
     """
+    if layers is not None:
+        model = model.truncated(layers)
+        encodings = encodings and encodings.of(model.config, model.weights)
     blocks = any(isinstance(weight, QuantizedWeight) and weight.blocks.format == "int4"
                  for weight in model.weights.values())  # fmt: skip
     name = profile or ("qdq" if blocks else "plain")
@@ -87,30 +100,35 @@ def emit(
         )
     sizes = sorted({tokens} if isinstance(tokens, int) else set(tokens), reverse=True)
     longest = model.config.max_position_embeddings
-    plan = Plan(model.config, tuple(sizes), longest if context is None else context, parts, profile=name)
+    config = model.config
+    plan = Plan(
+        config, tuple(sizes), longest if context is None else context, parts, profile=name,
+        modules=matching_modules(config, [graphs] if isinstance(graphs, str) else graphs),
+        hides=tuple(tap for form, taps in HIDES.items() if form in row.forms for tap in taps),
+    ).probing([probe] if isinstance(probe, str) else probe)  # fmt: skip
     ids = golden_prompt(model, plan.room) if prompt is None else model.token_ids(prompt).reshape(-1).tolist()
     plan = replace(plan, prompt=len(ids))
     if row.encodings and encodings is None:
         encodings = calibrate(model, np.array([ids]))
     if encodings is not None:
         encodings.check(model.config, model.weights)
-    graphs = {spec.name: build(model, spec, row, encodings) for run in plan.runs for spec in run}
-    return Parts(model, plan, ids, graphs, row, encodings)
+    built = {spec.name: build(model, spec, row, encodings) for run in plan.runs for spec in run}
+    return Parts(model, plan, ids, built, row, encodings)
 
 
 def build(model: Model, spec: GraphSpec, profile: Profile, encodings: Encodings | None = None) -> Built:
     """One graph: the decoder's own code, run on symbols."""
     graph = Graph(profile.forms)
     ops = OnnxOps(graph, profile.opset, profile.weights)
-    inputs = {v.name: graph.input(v.name, v.shape, ONNX_TYPES[v.dtype]) for v in spec.inputs}
+    symbols = {v.name: graph.input(v.name, v.shape, ONNX_TYPES[v.dtype]) for v in [*spec.whole.inputs, *spec.inputs]}
+    inputs = [symbols[v.name] for v in spec.inputs]
     weights = {name: Parameter.whole(name, weight) for name, weight in model.weights.items()}
-    tap = fusing(graph, graph.tap) if "fused" in profile.forms else graph.tap
-    computed = spec.part.outputs(model.config, weights, ops, inputs, tap)
-    outputs = {name: x.join() if isinstance(x, Stack) else x for name, x in computed.items()}
+    tap = substituting(symbols, then=graph.tap)
+    tap = fusing(graph, then=tap) if "fused" in profile.forms else tap
+    outputs = {name: joined(x) for name, x in spec.computed(weights, ops, symbols, tap).items()}
     for name, tensor in outputs.items():
         tensor.name = name
-    inputs_and_outputs = list(inputs.values()), list(outputs.values())
-    built = graph.build(spec.name, *inputs_and_outputs, profile.opset, profile.ir_version)
+    built = graph.build(spec.name, inputs, list(outputs.values()), profile.opset, profile.ir_version)
     return quantized(built, graph_encodings(encodings, spec, built)) if encodings and profile.on_grids else built
 
 
@@ -125,7 +143,10 @@ def golden_prompt(model: Model, room: int) -> list[int]:
 
 @dataclass(frozen=True)
 class Parts:
-    """The graphs of a model, by name, and what is needed to save them. `len` counts the graphs."""
+    """The graphs of a model, by name, and what is needed to save them. `len` counts the graphs.
+
+    `given`: their golden inputs, where those are known.
+    """
 
     model: Model
     plan: Plan
@@ -133,6 +154,7 @@ class Parts:
     graphs: Mapping[str, Built]
     profile: Profile
     encodings: Encodings | None = None
+    given: Mapping[str, Arrays] | None = None
 
     def __len__(self) -> int:
         return len(self.graphs)
@@ -202,7 +224,7 @@ class Parts:
         rounding: Rounding = "even" if self.profile.on_grids else "away"  # as ONNX does, or AIMET
         # Exact sums of integers: the same bits on any machine, in any order.
         simulation = SimulatedModel(self.model, self.encodings, rounding, integer=True) if self.encodings else None
-        cases = goldens(self.model, self.plan, self.prompt, simulation) if golden else (
+        cases = goldens(self.model, self.plan, self.prompt, simulation, self.given) if golden else (
             (spec, dict[str, Arrays]()) for run in self.plan.runs for spec in run)  # fmt: skip
         for spec, case in tqdm(cases, "exporting", len(self), unit="graph", disable=None, leave=False):
             graph, data_set = folder / spec.name, folder / TEST_DATA.format(spec.name)
@@ -230,26 +252,28 @@ class Parts:
         (folder / "manifest.json").write_text(text, encoding="utf-8")
 
     def _manifest(self, files: Mapping[str, Mapping], golden: bool) -> dict[str, Any]:
-        plan, config, weights = self.plan, self.model.config, self.model.weights
+        plan, config = self.plan, self.model.config
         # Positions and sums go no further than what is no padding: masked places add exactly nothing.
-        limits = tolerances(config, "float32", tokens=max(spec.real + spec.past for run in plan.runs for spec in run))
+        tokens = max(spec.real + spec.past for run in plan.runs for spec in run)
+        limits: dict[str, Tolerance] = {}
+        for spec in plan.runs[0]:  # a graph alone begins with the golden's tensors, and inherits from nothing before
+            fed = set(taps(config)).difference(spec.taps) if spec.cut else False
+            rules = tolerances(config, "float32", tokens, fed)
+            limits |= {value.tap: rules[value.tap] for value in spec.outputs if value.tap}
         return {
             "format": FORMAT,
             "versions": {"refimpl": refimpl.__version__, "onnx": onnx.__version__, "numpy": np.__version__},
             "config": asdict(config),
-            "plan": {key: getattr(plan, key) for key in ("tokens", "context", "parts", "prompt", "profile")},
+            "plan": {field.name: getattr(plan, field.name) for field in fields(plan) if field.name != "config"},
             "onnx": {"opset": self.profile.opset, "ir_version": self.profile.ir_version,
-                     "forms": sorted(self.profile.forms), "weights": self.profile.weights},
-            "quantization": {
-                name: {"format": weight.blocks.format, "block_size": weight.blocks.block_size}
-                for name, weight in weights.items()
-                if isinstance(weight, QuantizedWeight)
-            },
+                     "forms": sorted(self.profile.forms), "weights": self.profile.weights,
+                     "on_grids": self.profile.on_grids},
+            "quantization": quantization(self.model),
             "golden": golden and {
                 "prompt": self.prompt, "outputs": "NumPy in float64 from the stored inputs, then float32",
                 "simulated": self.encodings is not None,
             },
-            "tolerances": {v.tap: asdict(limits[v.tap]) for s in plan.runs[0] for v in s.outputs if v.tap},
+            "tolerances": {name: asdict(limit) for name, limit in limits.items()},
             "graphs": {
                 spec.name: {
                     "real_tokens": spec.real, "past_tokens": spec.past,
@@ -261,16 +285,27 @@ class Parts:
         }  # fmt: skip
 
 
+def quantization(model: Model) -> dict[str, dict[str, Any]]:
+    """The format of each weight that is quantized."""
+    return {
+        name: {"format": weight.blocks.format, "block_size": weight.blocks.block_size}
+        for name, weight in model.weights.items()
+        if isinstance(weight, QuantizedWeight)
+    }
+
+
 Arrays = dict[str, np.ndarray]
 
 
 def goldens(
-    model: Model, plan: Plan, prompt: list[int], simulation: SimulatedModel | None = None
-) -> Iterator[tuple[GraphSpec, dict[str, Arrays]]]:
+    model: Model, plan: Plan, prompt: list[int], simulation: SimulatedModel | None = None,
+    given: Mapping[str, Arrays] | None = None,
+) -> Iterator[tuple[GraphSpec, dict[str, Arrays]]]:  # fmt: skip
     """Each graph with its golden "input" and "output", run by run: the first reads the prompt, each other goes on.
 
     It goes on with the likeliest token, and then, where more are asked for, with the prompt again. Outputs are what
-    NumPy computes in float64 from the very inputs, rounded to float32, and the next part is given those.
+    NumPy computes in float64 from the very inputs, rounded to float32, and the next part is given those. A graph alone
+    is given what the model, run up to there, has in its place. `given`: the inputs of a graph, where they are known.
 
     With a `simulation` of a quantized device there is also what that says: "simulated", of the golden inputs, and
     "simulated_chained", of what it said of the graphs before.
@@ -279,24 +314,50 @@ def goldens(
     for run in plan.runs:
         ids, flow, simulated = prompt, Arrays(after_prompt), Arrays(after_simulated)
         if after_prompt:
-            ids = list(islice(cycle([int(flow["logits"][0, -1].argmax()), *prompt]), run[0].tokens))
+            likeliest = [int(flow["logits"][0, -1].argmax())] if "logits" in flow else []
+            ids = list(islice(cycle([*likeliest, *prompt]), run[0].tokens))
+        if plan.modules:
+            flow |= around_graphs(model, run, ids, flow)
         for spec in run:
-            host = host_inputs(model, spec, ids)
+            host = {} if given else host_inputs(model, spec, ids)
 
             def linked(flow: Arrays, spec: GraphSpec = spec, host: Arrays = host) -> Arrays:
                 return {v.name: carry(spec, v, flow) if v.source else host[v.name] for v in spec.inputs}
 
-            inputs = linked(flow)
-            computed = spec.part.outputs(model.config, model.weights, NumPyOps("float64"), inputs)
-            outputs = {v.name: np.ascontiguousarray(computed[v.name], v.dtype) for v in spec.outputs}
+            inputs = given[spec.name] if given else linked(flow)
+            outputs = oracle(model, spec, inputs)
             case = {"input": inputs, "output": outputs}
             if simulation:
                 case["simulated"] = simulate_graph(simulation, spec, inputs)
-                case["simulated_chained"] = simulate_graph(simulation, spec, linked(simulated))
-                simulated |= case["simulated_chained"]
+                if plan.chained:
+                    case["simulated_chained"] = simulate_graph(simulation, spec, linked(simulated))
+                    simulated |= case["simulated_chained"]
             flow |= outputs
             yield spec, case
         after_prompt, after_simulated = after_prompt or flow, after_simulated or simulated
+
+
+def oracle(model: Model, spec: GraphSpec, inputs: Arrays) -> Arrays:
+    """What NumPy computes in float64 of the inputs of a graph, rounded to the types of its outputs."""
+    computed = spec.computed(model.weights, NumPyOps("float64"), spec.filled(inputs), feeding(inputs))
+    return {v.name: np.ascontiguousarray(computed[v.name], v.dtype) for v in spec.outputs}
+
+
+def around_graphs(model: Model, run: Sequence[GraphSpec], ids: Sequence[int], flow: Arrays) -> Arrays:
+    """What graphs alone read, from a run of the model up to the last of them, which goes on from the `flow` before."""
+    stop, heads = max(spec.part.layers.stop for spec in run), any(spec.part.heads for spec in run)
+    before = replace(run[0].whole, part=Part(1, 1, range(stop), embeds=True, heads=heads))
+    host, read = host_inputs(model, before, ids), {v.name for spec in run for v in spec.inputs if v.tap}
+    inputs = {v.name: carry(before, v, flow) if v.source else host[v.name] for v in before.inputs}
+    found: dict[str, np.ndarray] = {}
+
+    def tap(name: str, x: np.ndarray) -> np.ndarray:
+        if name in read:
+            found[name] = x.astype(np.float32)
+        return x
+
+    found |= before.computed(model.weights, NumPyOps("float64"), inputs, tap)
+    return {name: x.astype(np.float32, copy=False) for name, x in found.items()}
 
 
 def check_free(folder: Path, overwrite: bool) -> None:

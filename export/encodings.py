@@ -39,6 +39,7 @@ from refimpl.files import read_json
 from refimpl.model import Model
 from refimpl.names import taps
 from refimpl.simulate import Grid, SimulatedModel, on_grid
+from refimpl.trace import feeding
 
 VERSIONS = ("0.6.1", "1.0.0", "2.0.0")
 LARGEST = 1 << 30  # bytes of a file that is read: 7 B weights in LPBQ blocks of 64 are 0.3 GB
@@ -390,7 +391,7 @@ def simulate_graph(model: SimulatedModel, spec: GraphSpec, inputs: Mapping[str, 
         grid = table if f"{value.tap}.weight" == EMBED else known.get(_tap_of(value.tap or name))
         fed[name] = on_grid(x, grid, model.rounding) if grid and x.dtype == np.float32 else x
     ops = model.operations()
-    computed = spec.part.outputs(model.config, model.weights, ops, fed, ops.quantizing())
+    computed = spec.computed(model.weights, ops, spec.filled(fed), feeding(fed, then=ops.quantizing()))
     return {value.name: np.ascontiguousarray(computed[value.name], value.dtype) for value in spec.outputs}
 
 

@@ -80,7 +80,8 @@ class Node:
 class Tensor:
     """A value of a graph: its shape, its node if one computes it, and its name if it was tapped or is an input.
 
-    `features(start, stop, suffix)`, of what a linear gives: some of its features, by a linear of their own.
+    `features(start, stop, suffix)`, of what a linear gives: some of its features, by a linear of their own, which is
+    then one of its `parts`.
     """
 
     graph: Graph
@@ -89,6 +90,7 @@ class Tensor:
     dtype: int = TensorProto.FLOAT
     node: Node | None = None
     features: Callable[[int, int, str], Tensor] | None = None
+    parts: list[Tensor] = field(default_factory=list)
 
     def __add__(self, other: Tensor | float) -> Tensor:
         return self.graph.elementwise("Add", self, other)
@@ -122,10 +124,11 @@ class Tensor:
             return source
         return self.graph.add("Transpose", (source,), tuple(source.shape[axis] for axis in axes), perm=axes)
 
-    def cut(self, axis: int, index: int) -> Tensor:
-        """What lies at one place of an axis, which stays as 1."""
-        shape = (*self.shape[:axis], 1, *self.shape[axis + 1 :])
-        numbers = [self.graph.constant(np.array([n], np.int32)) for n in (index, index + 1, axis)]
+    def cut(self, axis: int, start: int, stop: int | None = None) -> Tensor:
+        """What lies from one place of an axis to another, or at one place; the axis stays."""
+        stop = start + 1 if stop is None else stop
+        shape = (*self.shape[:axis], stop - start, *self.shape[axis + 1 :])
+        numbers = [self.graph.constant(np.array([n], np.int32)) for n in (start, stop, axis)]
         return self.graph.add("Slice", (self, *numbers), shape)
 
     def behind(self, op: str) -> Tensor:

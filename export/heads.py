@@ -63,9 +63,12 @@ class Stack:
             return self.graph.concat(self.pieces, 3).reshape(*shape)
         raise ValueError(f"cannot reshape heads {self.shape} to {shape}")
 
-    def join(self) -> Tensor:
-        """All pieces as one tensor."""
-        return self.graph.concat(self.pieces, self.axis)
+
+def joined(x: Any) -> Tensor:
+    """One tensor, of the heads of a `Stack` or the parts of a linear, or as it is."""
+    if isinstance(x, Stack):
+        return x.graph.concat(x.pieces, x.axis)
+    return x.graph.concat([joined(part) for part in x.parts], len(x.shape) - 1) if x.parts else x
 
 
 def apply(function: Callable[..., Tensor], *operands: Any) -> Stack:

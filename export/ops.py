@@ -109,6 +109,7 @@ class OnnxOps:
                 inner = inner.node.inputs[0]
             inner.name = rows.name.removesuffix(".weight")
             self.graph.shown[inner.name] = rows.of.removesuffix(".weight")
+            out.parts.append(part)
             return part
 
         out.features = features

@@ -12,17 +12,23 @@ time in a window of `context`:
             past_key_{l}_out (K, 1, D, S), past_value_{l}_out (K, 1, S, D): those of the new tokens only
 
 `Part.outputs` computes a part on whatever kind of tensor it is given: symbols make the graph, NumPy arrays its golden.
+
+A module or a tap is a graph alone: a part that is cut at its taps (`export/cut.py`). What it reads and gives of the
+decoder's inside has the names and layouts of the taps, all else that of a part.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 
+from export.cut import Cut, belongs, cut_out, flow, matching_modules, matching_taps, stage, visible
 from export.profiles import profile_named
+from refimpl import names
 from refimpl.config import Config
 from refimpl.decoder import Decoder
 from refimpl.errors import InputError, at_most
@@ -35,8 +41,9 @@ from refimpl.trace import Tap, silent
 class Value:
     """An input or output of a graph.
 
-    `token_axis` is the axis of its tokens. `tap` is the tensor that it shows, `tap_axes` what transposes it to the
-    tap's layout. `source` is the output of another graph that an input continues.
+    `token_axis` is the axis of its tokens, `key_axis` that of the window that they look at, if it has one. `tap` is the
+    tensor that it shows, `tap_axes` what transposes it to the tap's layout. `source` is the output of another graph, or
+    the tap, that an input continues.
     """
 
     name: str
@@ -46,6 +53,7 @@ class Value:
     tap: str | None = None
     tap_axes: tuple[int, ...] | None = None
     source: str | None = None
+    key_axis: int | None = None
 
 
 @dataclass(frozen=True)
@@ -133,7 +141,11 @@ def split(layers: int, parts: int, hub_names: bool = False) -> list[Part]:
 
 @dataclass(frozen=True)
 class GraphSpec:
-    """One graph of an export, and its golden's shape: `real` of its tokens are no padding, and follow `past` others."""
+    """One graph of an export, and its golden's shape: `real` of its tokens are no padding, and follow `past` others.
+
+    `module`: what of the part is the graph, if not all of it. `probe`: taps that it gives beside its outputs, or, if
+    it goes on `until` them only, as its outputs. `hides`: the kinds of taps that its form has inside of nodes.
+    """
 
     config: Config
     part: Part
@@ -142,16 +154,64 @@ class GraphSpec:
     real: int
     past: int
     lowest_mask: float = LOWEST
+    module: str = ""
+    probe: tuple[str, ...] = ()
+    until: bool = False
+    hides: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
         """AI Hub's name of a graph; its runtime reads the numbers in it."""
         kind = "token" if self.tokens == 1 else "prompt"
-        return f"{kind}_ar{self.tokens}_cl{self.context}_{self.part.number}_of_{self.part.total}"
+        which = self.module or f"{self.part.number}_of_{self.part.total}"
+        return f"{kind}_ar{self.tokens}_cl{self.context}_{which}"
 
     @property
+    def whole(self) -> GraphSpec:
+        """The part, without a cut and probes."""
+        return replace(self, module="", probe=(), until=False)
+
+    @cached_property
+    def cut(self) -> Cut | None:
+        """Where the part is cut, if it is."""
+        if not (self.module or self.until):
+            return None
+        inputs = {value.name: value.shape for value in self.whole.inputs}
+        behind = flow(self.config, inputs, lambda *run: self.part.outputs(self.config, *run))
+        return cut_out(behind, self.module, self.probe if self.until else (), self.hides)
+
+    @cached_property
+    def taps(self) -> list[str]:
+        """The taps that the graph computes, in computing order."""
+        if self.cut:
+            return list(self.cut.inside)
+        layers, part = self.config.num_hidden_layers, self.part
+        stages = {*part.layers, *[-1] * part.embeds, *[layers] * part.heads}
+        return [name for name in self._rows if stage(name, layers) in stages]
+
+    @cached_property
+    def _rows(self) -> dict[str, names.Tap]:
+        return names.taps(self.config)
+
+    def value(self, tap: str) -> Value:
+        """A tap as an input or output: in its own name and layout, padding included."""
+        row = self._rows[tap]
+        size, axes = names.shape(row, self.config, batch=1, tokens=self.tokens, keys=self.context), row.shape.split()
+        keys = axes.index("S") if "S" in axes else None
+        return Value(tap, size, axes.index("T"), tap=tap, source=tap, key_axis=keys)
+
+    @cached_property
     def inputs(self) -> list[Value]:
-        """In the order of the graph: ids or hidden state, mask, position tables, then each layer's past."""
+        """In the order of the graph: ids, hidden state or taps, mask, position tables, then each layer's past."""
+        values = self._inputs
+        if not self.cut:
+            return values
+        known, reads = {value.name for value in values}, self.cut.reads
+        inner = [self.value(name) for name in self._rows if name in reads - known]
+        return [v for v in values[:1] if v.name in reads] + inner + [v for v in values[1:] if v.name in reads]
+
+    @property
+    def _inputs(self) -> list[Value]:
         config, part, S = self.config, self.part, self.tokens
         bias_heads = config.num_attention_heads if config.alibi else 1
         if part.embeds:
@@ -169,9 +229,20 @@ class GraphSpec:
                 values.append(Value(f"past_{what}_{layer}_in", shape, axis, source=f"past_{what}_{layer}_out"))
         return values
 
-    @property
+    @cached_property
     def outputs(self) -> list[Value]:
-        """In the order of the graph: hidden state or logits, then each layer's new keys and values."""
+        """In the order of the graph: hidden state, logits or taps, each layer's new keys and values, then probes."""
+        values = self._outputs
+        if self.cut:
+            known = {value.tap: value for value in values}
+            values = [known.get(tap) or self.value(tap) for tap in self.cut.gives]
+            values.sort(key=lambda value: value.tap_axes is not None)  # keys and values come last
+        given = {value.tap for value in values}
+        values = values + [self.value(tap) for tap in self.taps if tap in self.probe and tap not in given]
+        return [replace(value, source=None) for value in values]
+
+    @property
+    def _outputs(self) -> list[Value]:
         config, part, S = self.config, self.part, self.tokens
         size, tap = (config.vocab_size, "lm_head") if part.heads else (config.hidden_size, boundary(part.layers.stop))
         values = [Value(part.gives, (1, S, size), 1, tap=tap)]
@@ -180,6 +251,24 @@ class GraphSpec:
                 tap = f"model.layers.{layer}.self_attn.{what}"
                 values.append(Value(f"past_{what}_{layer}_out", shape, axis, tap=tap, tap_axes=tap_axes))
         return values
+
+    def computed(self, weights: Mapping, ops: Any, inputs: Mapping, tap: Tap = silent) -> dict[str, Any]:
+        """What the graph computes of `inputs`, by ONNX name.
+
+        If it is cut, `inputs` hold what the part reads as well (see `filled`), and `tap` puts in what the cut reads.
+        """
+        shown: dict[str, Any] = {}
+
+        def showing(name: str, x: Any) -> Any:
+            shown[name] = tap(name, x)
+            return shown[name]
+
+        shown |= self.part.outputs(self.config, weights, ops, inputs, showing)
+        return {value.name: shown[value.name if value.name in shown else str(value.tap)] for value in self.outputs}
+
+    def filled(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """The inputs, and zeros for what the part reads, but not the graph that is cut out of it."""
+        return {v.name: inputs[v.name] if v.name in inputs else np.zeros(v.shape, v.dtype) for v in self._inputs}
 
     def _cache(self, length: int):
         """Kind, shape, token axis, and axes of the tap, of a layer's keys, which are transposed, and values."""
@@ -191,7 +280,9 @@ class GraphSpec:
 class Plan:
     """Which graphs an export has: `tokens` at a time, largest first, for each part; a golden prompt of `prompt` tokens.
 
-    `profile` says what the host writes, and the names.
+    `profile` says what the host writes, and the names. `modules`: these are the graphs, each alone, and not the parts.
+    `probe`: taps that are shown by those graphs that compute them. `only`: one graph of that name, which goes on
+    `until` the probes or to its end. `hides`: see `GraphSpec`.
 
     Raises InputError for numbers that do not fit the config, or each other.
     """
@@ -202,6 +293,11 @@ class Plan:
     parts: int
     prompt: int = 1
     profile: str = "plain"
+    modules: tuple[str, ...] = ()
+    probe: tuple[str, ...] = ()
+    only: str = ""
+    until: bool = False
+    hides: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         longest, sizes = self.config.max_position_embeddings, self.tokens
@@ -221,6 +317,28 @@ class Plan:
             )
         profile_named(self.profile)
         split(self.config.num_hidden_layers, self.parts)
+        if self.modules and self.parts != 1:
+            raise InputError(f"parts is {self.parts}, but the graphs are modules; give one of the two")
+        if self.modules != matching_modules(self.config, self.modules) or self.probe != matching_taps(
+            self.config, self.probe
+        ):
+            raise InputError("modules and probes are names in computing order, none of them in another")
+        if not self.runs:
+            raise InputError(f"there is no graph {self.only!a:.99}")
+        visible(self.probe, self.hides)
+
+    def probing(self, patterns: Iterable[str]) -> Plan:
+        """This plan with probes: all that globs match of what the graphs compute.
+
+        Raises InputError for a glob of which no graph computes anything, and for a tap that a form hides.
+        """
+        patterns = tuple(patterns)
+        shown = {tap for run in self.runs for spec in run for tap in spec.taps}
+        for pattern in patterns:
+            matched = matching_taps(self.config, [pattern])
+            if shown.isdisjoint(matched):
+                raise InputError(f"no graph here computes {at_most(matched, 3)}, so none can show it")
+        return replace(self, probe=tuple(t for t in matching_taps(self.config, patterns) if t in shown))
 
     @property
     def room(self) -> int:
@@ -228,16 +346,34 @@ class Plan:
         return min(self.tokens[0], self.context - max(self.tokens[1:], default=0))
 
     @property
+    def chained(self) -> bool:
+        """Whether the graphs together are the model, so that each can go on from those before it."""
+        return not self.modules and not self.only
+
+    @cached_property
     def runs(self) -> list[list[GraphSpec]]:
         """The graphs of each size. Those of the largest read the prompt; the others have it as their past."""
-        profile = profile_named(self.profile)
-        parts = split(self.config.num_hidden_layers, self.parts, profile.hub_names)
+        profile, layers = profile_named(self.profile), self.config.num_hidden_layers
+        parts = [(part, "") for part in split(layers, self.parts, profile.hub_names)]
+        if self.modules:
+            total = len(self.modules)
+            parts = [(around(self.config, m, i + 1, total), m) for i, m in enumerate(self.modules)]
         runs: list[list[GraphSpec]] = []
         for tokens in self.tokens:
             real, past = (tokens, self.prompt) if runs else (self.prompt, 0)
             numbers = (tokens, self.context, real, past, profile.lowest_mask)
-            runs.append([GraphSpec(self.config, part, *numbers) for part in parts])
-        return runs
+            more = (self.probe, self.until, self.hides)
+            runs.append([GraphSpec(self.config, part, *numbers, module, *more) for part, module in parts])
+        chosen = [[spec for spec in run if self.only in ("", spec.name)] for run in runs]
+        return [run for run in chosen if run]
+
+
+def around(config: Config, module: str, number: int = 1, total: int = 1) -> Part:
+    """The shortest stretch of the decoder that has all of a module in it."""
+    layers = config.num_hidden_layers
+    stages = [stage(name, layers) for name in names.taps(config) if belongs(name, module)]
+    first, last = min(stages), max(stages)
+    return Part(number, total, range(max(first, 0), min(last + 1, layers)), embeds=first < 0, heads=last == layers)
 
 
 def host_inputs(model: Model, spec: GraphSpec, ids: Sequence[int]) -> dict[str, np.ndarray]:

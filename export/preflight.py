@@ -38,6 +38,7 @@ LISTED = 5  # tensors that a finding names; the others are counted
 REASONS = 20  # findings of one rule in one graph, before the rest is one
 SAMPLES, SAMPLE_BYTES = 64, 4096  # of two weight files that should be the same
 NAME = re.compile(r"(?:(prompt|token)_)?ar(\d{1,6})_cl(\d{1,7})_(\d{1,4})_of_(\d{1,4})")
+ALONE = re.compile(r"(?:prompt|token)_ar\d{1,6}_cl\d{1,7}_(?:model|lm_head)\b[\w.]*")  # a module, which is no part
 CACHE = re.compile(r"past_(key|value)_(\d{1,6})_(in|out)")
 HOST = ("attention_mask", "position_ids_cos", "position_ids_sin")
 STARTS = ("input_ids", "input_embeds", "inputs_embeds")
@@ -209,6 +210,8 @@ class Part:
 
     @cached_property
     def is_language_model(self) -> bool:
+        if ALONE.fullmatch(self.name):
+            return False
         return bool(self.called) or any(CACHE.fullmatch(value.name) for value in self.graph.inputs)
 
     @cached_property

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -27,7 +28,8 @@ def verify(folder: str | Path, engine: str = "auto") -> Report:
 
     Twice: `isolated`, each part from its golden inputs, so that it shows its own error alone; and `chained`, as a
     device runs, each part from what the one before gave, and a token from the prompt's keys and values. The tensors
-    of the report are called `{graph}/{isolated or chained}/{tap}`, and have the layout of the tap.
+    of the report are called `{graph}/{isolated or chained}/{tap}`, and have the layout of the tap. Graphs that are
+    modules alone go on from nobody, and are run isolated only.
 
     `engine`: "onnxruntime"; "reference", ONNX's own evaluator; "auto", the first of them that is installed. Files are
     first held against the manifest's sha256. Raises InputError for a folder that is not a whole export.
@@ -35,16 +37,19 @@ def verify(folder: str | Path, engine: str = "auto") -> Report:
     folder, open_graph = Path(folder), engine_called(engine)
     plan, limits = read_manifest(folder)
     report, after_prompt = Report(()), Arrays()
-    total = len(plan.tokens) * plan.parts
+    ways = ("isolated", "chained") if plan.chained else ("isolated",)
+    total = sum(map(len, plan.runs))
     with tqdm(desc="verifying", total=total, unit="graph", disable=None, leave=False) as progress:
         for run in plan.runs:
             flow = Arrays(after_prompt)
             for spec in run:
                 golden = read_arrays(folder, spec, "input", spec.inputs)
                 reference = as_trace(spec, read_arrays(folder, spec, "output", spec.outputs))
-                linked = golden | {v.name: carry(spec, v, flow) for v in spec.inputs if v.source}
-                results = run_graph(open_graph, folder, spec, [golden, linked])
-                for way, outputs in zip(("isolated", "chained"), results, strict=True):
+                feeds = [golden]
+                if plan.chained:
+                    feeds.append(golden | {v.name: carry(spec, v, flow) for v in spec.inputs if v.source})
+                results = run_graph(open_graph, folder, spec, feeds)
+                for way, outputs in zip(ways, results, strict=True):
                     report += compare(as_trace(spec, outputs), reference, limits).within(f"{spec.name}/{way}/")
                 flow |= results[-1]
                 progress.update()
@@ -58,7 +63,11 @@ def as_trace(spec: GraphSpec, outputs: Mapping[str, np.ndarray]) -> Trace:
 
 
 def unpadded(value: Value, array: np.ndarray, spec: GraphSpec) -> np.ndarray:
-    """An output as the tap that it shows, without padding."""
+    """An output as the tap that it shows, without padding: neither its tokens, nor, where they look, its keys."""
+    if value.key_axis is not None:
+        new = spec.context - spec.tokens
+        keys = [*range(new - spec.past, new), *range(spec.context - spec.real, spec.context)]
+        array = np.take(array, keys, value.key_axis)
     array = np.moveaxis(array, value.token_axis, 0)[-spec.real :]
     array = np.moveaxis(array, 0, value.token_axis)
     return array.transpose(value.tap_axes) if value.tap_axes else array
@@ -133,9 +142,12 @@ def read_manifest(folder: Path, weights: bool = True) -> tuple[Plan, dict[str, T
     try:
         stated, files = manifest["plan"], manifest["files"]
         config = Config(**manifest["config"])
-        if config.num_hidden_layers * len(stated["tokens"]) > len(files):
+        alone = stated.get("modules") or stated.get("only")
+        graphs = len(stated["modules"]) if stated.get("modules") else 1 if alone else config.num_hidden_layers
+        if graphs * len(stated["tokens"]) > len(files):
             raise ValueError("it describes more layers than there are files for")
-        plan = Plan(config, **{**stated, "tokens": tuple(stated["tokens"])})
+        words: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in stated.items()}
+        plan = Plan(config, **words)
         specs = [spec for run in plan.runs for spec in run]
         if not manifest["golden"]:
             raise InputError(f"{folder} was exported without goldens, so nothing can be verified; export with them")
@@ -146,7 +158,7 @@ def read_manifest(folder: Path, weights: bool = True) -> tuple[Plan, dict[str, T
         expected = {
             name: (files[name]["bytes"], files[name]["sha256"])
             for spec in specs
-            for name in file_names(spec, simulated)
+            for name in file_names(spec, simulated, plan.chained)
         }
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise InputError(f"{path} is damaged: {type(error).__name__} {error}; export again") from None
@@ -158,12 +170,12 @@ def read_manifest(folder: Path, weights: bool = True) -> tuple[Plan, dict[str, T
     return plan, limits
 
 
-def file_names(spec: GraphSpec, simulated: bool) -> list[str]:
+def file_names(spec: GraphSpec, simulated: bool, chained: bool = True) -> list[str]:
     """The files of a graph, relative to the export."""
     names = [f"{spec.name}/model.onnx", f"{spec.name}/model.data"]
     kinds = [("input", spec.inputs), ("output", spec.outputs)]
     if simulated:
-        kinds += [("simulated", spec.outputs), ("simulated_chained", spec.outputs)]
+        kinds += [("simulated", spec.outputs), *[("simulated_chained", spec.outputs)] * chained]
     for kind, values in kinds:
         names += [f"{TEST_DATA.format(spec.name)}/{kind}_{i}.pb" for i in range(len(values))]
     return names

@@ -80,6 +80,12 @@ class Encodings:
                     raise InputError(f"the encoding of {name} has {encoding.bits} bits, expected 2 to 16")
         return self
 
+    def of(self, config: Config, weights: Mapping) -> Encodings:
+        """Those that a model has tensors for."""
+        known = {*taps(config), *INPUTS}
+        return Encodings({name: e for name, e in self.activations.items() if name in known},
+                         {name: e for name, e in self.parameters.items() if name in weights})  # fmt: skip
+
     def raised(self, pattern: str, bits: int, weights: Weights) -> Encodings:
         """These encodings with all that the glob matches on grids of at least `bits`, over the range that they have.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -257,6 +257,18 @@ class Model:
         weights = quantize_weights(self.weights, recipe, keep, importance, **given)
         made = self.made_then("quantize", weights.provenance["recipe"], None, (), importance)
         return Model(self.config, weights, self.folder, self.asked_backend, made)
+
+    def truncated(self, layers: int) -> Model:
+        """This model of its first `layers` layers only, with the final norm and head: to try things cheaply.
+
+        Raises InputError for a number of layers that it does not have.
+        """
+        if type(layers) is not int or not 1 <= layers <= self.config.num_hidden_layers:
+            raise InputError(f"layers is {layers!r:.40}, expected 1 to {self.config.num_hidden_layers}")
+        config = replace(self.config, num_hidden_layers=layers)
+        cut_off = tuple(f"model.layers.{i}." for i in range(layers, self.config.num_hidden_layers))
+        weights = self.weights.without(cut_off)
+        return Model(config, weights, self.folder, self.asked_backend, self.made_then("truncated", layers))
 
     def save(self, out: str | Path) -> dict[str, Any]:
         """Writes the weights as they are, quantized ones too, into a new folder that `load` reads (`refimpl.save`)."""

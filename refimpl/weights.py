@@ -177,6 +177,11 @@ class Weights(Mapping[str, Any]):
     def replace(self, entries: Mapping[str, Any], provenance: Mapping[str, Any] | None = None) -> Weights:
         return Weights({**self._entries, **entries}, self.provenance if provenance is None else provenance)
 
+    def without(self, prefixes: tuple[str, ...]) -> Weights:
+        """These, less those whose names begin like that."""
+        kept = {name: weight for name, weight in self._entries.items() if not name.startswith(prefixes)}
+        return Weights(kept, self.provenance)
+
 
 def expected_shapes(config: Config) -> dict[str, tuple[int, ...]]:
     """The name and shape of every parameter that a checkpoint of this config must hold."""

@@ -104,7 +104,16 @@ def simulate(arguments) -> int:
     option("--json", action="store_true", help="of --check: print JSON instead of text"),
     option("--tokens", default="128,1", help="tokens per call of each graph (default: 128,1)"),
     option("--context", type=int, help="tokens that the static cache holds (default: the model's context)"),
-    option("--parts", type=int, default=2, help="how many graphs the model is split into (default: 2)"),
+    option("--parts", type=int, help="how many graphs the model is split into (default: 2)"),
+    option(
+        "--graph",
+        action="append",
+        default=[],
+        metavar="PATTERN",
+        help="no parts, but each module or tensor that matches, alone: model.layers.3.mlp, '*.scores'",
+    ),
+    option("--probe", action="append", default=[], metavar="TAPS", help="tensors, by a glob, that are outputs as well"),
+    option("--layers", type=int, metavar="N", help="only the first N layers, with norm and head: to try a compile"),
     option("--profile", help="plain, aihub, qdq or matmulnbits (default: qdq with --int4, else plain)"),
     option("--opset", type=int, help="of ONNX, from 17 on (default: the profile's)"),
     option("--ir-version", type=int, help="of ONNX's file format (default: the profile's)"),
@@ -121,7 +130,7 @@ def simulate(arguments) -> int:
     option("--force", action="store_true", help="replace an earlier export in DIR"),
 )
 def export(arguments) -> int:
-    """Emit the model as ONNX, part by part, with golden inputs and outputs."""
+    """Emit the model as ONNX, part by part or a module alone, with golden inputs and outputs."""
     from export import emit
     from export.encodings import read_encodings
     from export.preflight import check
@@ -131,13 +140,17 @@ def export(arguments) -> int:
     if not arguments.out:
         raise InputError("nothing says where the graphs go; give --out DIR, or --check DIR for those that are there")
     model = load_model(arguments)
+    encodings = read_encodings(arguments.encodings, model) if arguments.encodings else None
+    if arguments.layers is not None:
+        model = model.truncated(arguments.layers)
     block_size = arguments.int4 or (32 if arguments.profile in ("qdq", "matmulnbits") else None)
     if block_size:
         model = model.quantize("int4", block_size=block_size, keep=arguments.keep)
+    count = arguments.parts if arguments.parts is not None else 1 if arguments.graph else 2
     parts = emit(
-        model, integers(arguments.tokens), arguments.context, arguments.parts, arguments.profile, arguments.opset,
+        model, integers(arguments.tokens), arguments.context, count, arguments.profile, arguments.opset,
         arguments.ir_version, arguments.forms and [form for form in arguments.forms.split(",") if form],
-        encodings=read_encodings(arguments.encodings, model) if arguments.encodings else None,
+        encodings=encodings, graphs=arguments.graph, probe=arguments.probe, layers=arguments.layers,
     )  # fmt: skip
     parts.save(Path(arguments.out), arguments.force, golden=not arguments.no_golden)
     then = "" if arguments.no_golden else f"; refimpl verify {arguments.out} runs them"
