@@ -64,7 +64,8 @@ def _matched(known: Iterable[str], patterns: Iterable[str]) -> set[str]:
     for pattern in patterns:
         chosen = {name for name in known if fnmatch.fnmatchcase(name, pattern)}
         if not chosen:
-            like = {f"*.{name.rpartition('.')[2]}" for name in known} if pattern.startswith("*") else set(known)
+            kinds = {name.rpartition(".")[2] for name in known}
+            like = {f"*.{kind}" for kind in kinds if not kind.isdigit()} if pattern.startswith("*") else set(known)
             raise InputError(f"no tensor or module is called {pattern!a:.99}{near(pattern, like)}")
         found |= chosen
     return found

@@ -270,7 +270,7 @@ def test_the_command_line(tiny_folder, tmp_path, capsys):
     ]:
         assert main(["export", model, *sizes, *options]) == 0 and main(["verify", out]) == 0
         assert f"{graphs} graphs are in" in capsys.readouterr().out
-    for options, said in [(["--probe", "*.nlp"], "near it are *.mlp"), (["--layers", "0"], "expected 1 to 2"),
+    for options, said in [(["--probe", "*.act_fm"], "near it are *.act_fn"), (["--layers", "0"], "expected 1 to 2"),
                           (["--graph", "*.mlp", "--parts", "2"], "give one of the two")]:  # fmt: skip
         assert main(["export", model, *sizes, *options]) == 2
         assert said in capsys.readouterr().err
