@@ -195,8 +195,7 @@ def probes(spec: GraphSpec) -> dict[str, Value]:
     """All that a graph may give: its outputs, by name, and the taps inside it, which a probe may show."""
     values = {value.name: value for value in spec.outputs}
     given = {value.tap for value in spec.outputs}
-    values |= {name: spec.value(name) for name in spec.taps if name not in given and name not in values}
-    return values
+    return values | {name: spec.value(name) for name in spec.taps if name not in given and name not in values}
 
 
 def fit(spec: GraphSpec, way: Way, entries: list[Entry], grids: Grids) -> Answer:

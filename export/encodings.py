@@ -39,7 +39,7 @@ from refimpl.files import read_json
 from refimpl.model import Model
 from refimpl.names import taps
 from refimpl.simulate import Grid, SimulatedModel, on_grid
-from refimpl.trace import feeding
+from refimpl.trace import Tap, feeding, silent
 
 VERSIONS = ("0.6.1", "1.0.0", "2.0.0")
 LARGEST = 1 << 30  # bytes of a file that is read: 7 B weights in LPBQ blocks of 64 are 0.3 GB
@@ -378,10 +378,12 @@ def _spread(graph: Any, known: dict[str, Grid], floats: set[str], scalars: Mappi
         known.update({name: new for name in sources if new and name in floats and name not in known})
 
 
-def simulate_graph(model: SimulatedModel, spec: GraphSpec, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+def simulate_graph(
+    model: SimulatedModel, spec: GraphSpec, inputs: Mapping[str, np.ndarray], tap: Tap = silent
+) -> dict[str, np.ndarray]:
     """What a quantized device should answer to the inputs of one graph: float32 on the grids, by ONNX name.
 
-    Inputs are put on their grids first, as a device does with floats that it is given.
+    Inputs are put on their grids first, as a device does with floats that it is given. `tap` sees what each tap shows.
     """
     known = model.encodings.activations
     table = model.encodings.parameters.get(EMBED)
@@ -391,7 +393,7 @@ def simulate_graph(model: SimulatedModel, spec: GraphSpec, inputs: Mapping[str, 
         grid = table if f"{value.tap}.weight" == EMBED else known.get(_tap_of(value.tap or name))
         fed[name] = on_grid(x, grid, model.rounding) if grid and x.dtype == np.float32 else x
     ops = model.operations()
-    computed = spec.computed(model.weights, ops, spec.filled(fed), feeding(fed, then=ops.quantizing()))
+    computed = spec.computed(model.weights, ops, spec.filled(fed), feeding(fed, then=ops.quantizing(then=tap)))
     return {value.name: np.ascontiguousarray(computed[value.name], value.dtype) for value in spec.outputs}
 
 

@@ -165,7 +165,7 @@ class Report:
         """The whole report as JSON, worst first; NaN and infinity, such as what a missing tensor needs, are null."""
         tensors = [{**asdict(t), "rel_to_max": t.rel_to_max, "judged": t.judged, "ok": bool(t)} for t in self.worst]
         content = {"agrees": bool(self), "summary": self.summary, "missing": self.missing, "extra": self.extra}
-        return json.dumps(_finite({**content, "tensors": tensors}), ensure_ascii=False, allow_nan=False)
+        return json.dumps(finite({**content, "tensors": tensors}), ensure_ascii=False, allow_nan=False)
 
     def within(self, prefix: str) -> Report:
         """The same report with `prefix` before every name, to be joined with others."""
@@ -320,10 +320,10 @@ def _line(tensor: Difference, width: int) -> str:
     return f"{start}  {figures}  {tensor.rmse:7.1e}  {tensor.sqnr:5.0f} dB  {tensor.cosine:9.7f}  {where}"
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
     """`value` with None in the place of NaN and infinity, which JSON does not know."""
     if isinstance(value, dict):
-        return {key: _finite(x) for key, x in value.items()}
+        return {key: finite(x) for key, x in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(x) for x in value]
+        return [finite(x) for x in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 from refimpl.cli.verbs import DTYPE, JSON, MODEL, SWEEP, TEXT, integers, load_model, model_folder, option, report, verb
-from refimpl.errors import InputError
+from refimpl.errors import InputError, at_most
 
 
 @verb(
@@ -159,16 +159,67 @@ def export(arguments) -> int:
 
 
 @verb(
-    "refimpl verify build/b2-7b",
-    option("folder", metavar="DIR"),
+    "refimpl verify build/b2-7b outputs/ --model weights/Baichuan2-7B-Chat --html verdict.html",
+    option("folder", metavar="DIR", help="an export; or a run that --save has written, to be judged again"),
+    option("outputs", metavar="OUTPUTS", nargs="?", help="what a device returned: a file, or a folder"),
     option("--engine", choices=("auto", "onnxruntime", "reference"), default="auto"),
+    option("--model", metavar="MODEL", nargs="?", const="", help="what was exported: finer limits and more causes"),
+    option("--encodings", metavar="FILE", help="of the device, if the export has none"),
+    option("--chained", action="store_true", help="each graph had what the one before gave (default: golden inputs)"),
+    option("--graph", metavar="NAME", help="whose OUTPUTS they are, where no name says it"),
+    option("--dtype", choices=("float32", "float16"), default="float32", help="of a device that is not quantized"),
+    option("--min-sqnr", type=float, metavar="DB", help="what every tensor must have, in place of derived limits"),
+    option("--max-lsb", type=float, metavar="N", help="how many codes any value may be off"),
+    option("--max-over", type=float, metavar="SHARE", help="how many values may be off by more than one code"),
+    option("--html", metavar="FILE", help="write a page for a person: where it begins, how bad, why"),
+    option("--junit", metavar="FILE", help="write JUnit XML"),
+    option("--model-explorer", metavar="FILE", help="write node data for Google's Model Explorer"),
+    option("--save", metavar="RUN", help="write all figures, to be judged again without the device's arrays"),
     JSON,
 )
 def verify(arguments) -> int:
-    """Run exported parts and compare every output with the oracle."""
+    """Run exported parts and compare every output with the oracle; or judge what a device returned for them."""
     from export import verify
 
-    return report(arguments, verify(Path(arguments.folder), engine=arguments.engine))
+    path, outputs = Path(arguments.folder), arguments.outputs
+    if outputs is None and not path.is_file():
+        device_only = ("model", "encodings", "graph", "min_sqnr", "max_lsb", "max_over", "html", "junit",
+                       "model_explorer", "save")  # fmt: skip
+        if asked := [f"--{name.replace('_', '-')}" for name in device_only if getattr(arguments, name) is not None]:
+            raise InputError(f"{at_most(asked)} belongs to a device's outputs; give them: refimpl verify DIR OUTPUTS")
+        return report(arguments, verify(path, engine=arguments.engine))
+    from export import report as files
+    from export.figures import Thresholds
+    from export.verdict import Verdict, judge, read_run, write_whole
+    from refimpl.model import load
+
+    limits = Thresholds(arguments.min_sqnr, arguments.max_lsb, arguments.max_over)
+    if outputs is None:
+        verdict = read_run(path).judged(limits)
+    else:
+        model = None if arguments.model is None else load(arguments.model or None)
+        encodings = device_encodings(arguments.encodings, path, model) if arguments.encodings else None
+        verdict = judge(
+            path, outputs, model, encodings, arguments.engine, way="chained" if arguments.chained else "isolated",
+            graph=arguments.graph, dtype=arguments.dtype, thresholds=limits,
+        )  # fmt: skip
+    for name, text in (
+        ("html", files.html),
+        ("junit", files.junit),
+        ("model_explorer", files.model_explorer),
+        ("save", Verdict.to_json),
+    ):
+        if target := getattr(arguments, name):
+            write_whole(target, text(verdict))
+    return report(arguments, verdict)
+
+
+def device_encodings(path: str, folder: Path, model):
+    """The encodings in a file, of the model or of as much of it as the export tells."""
+    from export.encodings import read_encodings
+    from export.references import shapes_of
+
+    return read_encodings(path, model or shapes_of(folder))
 
 
 @verb(

@@ -21,6 +21,7 @@ from refimpl.errors import InputError
 
 if TYPE_CHECKING:
     from export.preflight import Preflight
+    from export.verdict import Verdict
     from golden.compare import Report
     from refimpl.model import Model
 
@@ -153,7 +154,7 @@ def typed_text(argument: str) -> str:
         raise InputError("the text is not UTF-8; type it in a UTF-8 terminal, or give token ids") from None
 
 
-def report(arguments, report: Report | Preflight) -> int:
+def report(arguments, report: Report | Preflight | Verdict) -> int:
     """Prints the verdict; its exit code holds however much of the report is read."""
     try:
         print(report.to_json() if arguments.json else report, flush=True)

@@ -1,0 +1,483 @@
+"""Faults of a deployment, injected into what a device answers: found, localised and named; healthy devices agree."""
+
+import json
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import pytest
+from conftest import write_checkpoint
+
+import refimpl
+from export import emit
+from export.figures import Figures, Thresholds
+from export.parts import carry
+from export.references import References
+from export.verdict import judge, read_run, save_run
+from refimpl.calibrate import calibrate
+from refimpl.errors import InputError
+from refimpl.positions import rope_tables
+from refimpl.weights import Weight
+
+TEXT = Path(refimpl.__file__).parent / "embedded" / "held_out.txt"
+P, T = "prompt_ar16_cl64_{}_of_4", "token_ar1_cl64_{}_of_4"
+KEY, VALUE = "model.layers.{}.self_attn.key", "model.layers.{}.self_attn.value"
+
+
+class Other(References):
+    """A device with another model than that of the goldens."""
+
+    def _computed(self, spec, inputs, tap):
+        return super()._computed(replace(spec, config=self.model.config), inputs, tap)
+
+
+class World:
+    """An export of the embedded model, its encodings, and devices that answer to it."""
+
+    def __init__(self, folder, model):
+        self.model = model
+        ids = np.random.default_rng(0).integers(0, model.config.vocab_size, 200)
+        self.encodings = calibrate(self.model, ids, window=50)
+        self.folder = emit(self.model, tokens=(16, 1), context=64, parts=4).save(folder)
+        self.references = References(self.folder, self.model, self.encodings)
+        self.cache = {}
+
+    def run(self, kind, way, before=None, references=None, fault=None):
+        """What a device gives: `before` changes a graph's inputs, `fault` the outputs, on (spec, arrays)."""
+        references, answers, after = references or self.references, {}, {}
+        for run in references.plan.runs:
+            flow = dict(after)
+            for spec in run:
+                inputs = references.inputs(spec)
+                if way == "chained":
+                    inputs |= {v.name: carry(spec, v, flow) for v in spec.inputs if v.source}
+                if before:
+                    inputs = before(spec, dict(inputs)) or inputs
+                outputs = references.run(kind, spec, inputs)
+                if fault:
+                    outputs = {name: array.copy() for name, array in outputs.items()}
+                    outputs = fault(spec, outputs) or outputs
+                answers[spec.name] = outputs
+                flow |= outputs
+            after = after or flow
+        return {way: answers}
+
+    def healthy(self, kind, way):
+        if (kind, way) not in self.cache:
+            self.cache[kind, way] = self.run(kind, way)
+        return {way: {name: dict(arrays) for name, arrays in self.cache[kind, way][way].items()}}
+
+    def other(self, model):
+        """References whose model is another one, as a device's may be."""
+        changed = Other(self.folder, None, self.encodings)
+        object.__setattr__(changed, "model", model)
+        return changed
+
+    def judged(self, outputs, **options):
+        return judge(self.folder, outputs, self.model, self.encodings, **options)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    folder = write_checkpoint(tmp_path_factory.mktemp("model"), "Baichuan2-7B", num_hidden_layers=3, hidden_size=128)
+    return World(tmp_path_factory.mktemp("verdict") / "x", refimpl.load(folder))
+
+
+KINDS = ["float", "simulation"]
+
+
+@pytest.mark.parametrize("kind", ["float", "ends", "simulation", "even"])
+@pytest.mark.parametrize("way", ["isolated", "chained"])
+def test_healthy_devices_agree(world, kind, way):
+    verdict = world.judged(world.healthy(kind, way))
+    assert verdict, verdict
+    assert (
+        verdict.kind in (kind, "simulation" if kind == "even" else kind)
+        and not verdict.causes
+        and not verdict.story
+        and verdict.guilty is None
+    )
+    assert len(verdict.tensors) == 2 * (1 + 3 * 3)
+
+
+@pytest.mark.parametrize("variant", ["integers", "onnxruntime", "quantized ends", "padding of noise"])
+@pytest.mark.parametrize("way", ["isolated", "chained"])
+def test_other_right_arithmetic_agrees(world, variant, way):
+    """Exact integer sums, another engine, and that engine between grids are no faults."""
+    if variant == "integers":
+        exact = world.other(world.model)
+        exact._models["simulation"] = world.model.simulate(world.encodings, integer=True)
+        outputs = world.run("simulation", way, references=exact)
+    elif variant == "padding of noise":
+
+        def fault(spec, outputs):
+            for value in spec.outputs:
+                np.moveaxis(outputs[value.name], value.token_axis, 0)[: spec.tokens - spec.real] = 9.0
+
+        outputs = world.run("simulation", way, fault=fault)
+    else:
+        pytest.importorskip("onnxruntime")
+        engine = World.run  # the export's own graphs
+        graphs = References(world.folder, None, world.encodings if variant == "quantized ends" else None, "onnxruntime")
+        outputs = engine(world, "ends" if variant == "quantized ends" else "float", way, references=graphs)
+    verdict = world.judged(outputs)
+    assert verdict, verdict
+
+
+FAULTS = {}
+
+
+def fault(name, where, cause, ways=("isolated", "chained"), kinds=KINDS):
+    """Registers a fault: `where` is the first guilty tensor (graph, tap), `cause` its name in the table.
+
+    Each is tried on one kind of device, in one way: by turns, or all of them with REFIMPL_ALL_FAULTS=1.
+    """
+
+    def register(make):
+        combinations = [(kind, way) for kind in kinds for way in ways]
+        if not os.environ.get("REFIMPL_ALL_FAULTS"):
+            combinations = [combinations[(len(FAULTS) * 3) % len(combinations)]]
+        for kind, way in combinations:
+            FAULTS[f"{name}, {kind}, {way}"] = (make, where, cause, kind, way)
+        return make
+
+    return register
+
+
+def at(number, name, change, graph=P):
+    """A fault of one output of one graph."""
+
+    def fault(spec, outputs):
+        if spec.name == graph.format(number):
+            changed = change(outputs[name], spec)
+            outputs[name] = np.ascontiguousarray(changed, np.float32)
+
+    return lambda world, kind, way: world.run(kind, way, fault=fault)
+
+
+def fed(change, graphs=(P, T), numbers=(2, 3, 4)):
+    """A fault of what the host feeds: on (spec, inputs)."""
+    names = {graph.format(number) for graph in graphs for number in numbers}
+    return lambda world, kind, way: world.run(
+        kind, way, lambda spec, inputs: change(spec, inputs) if spec.name in names and spec.part.layers else None
+    )
+
+
+def grid(world, tap):
+    return world.references.grids[tap]
+
+
+# Of one output
+
+fault("scale of values x1.1", (P.format(3), VALUE.format(1)), "scale")(at(3, "past_value_1_out", lambda x, s: x * 1.1))
+fault("scale of logits x2", (P.format(4), "lm_head"), "scale")(at(4, "logits", lambda x, s: x * 2))
+fault("sign", (P.format(2), KEY.format(0)), "scale")(at(2, "past_key_0_out", lambda x, s: -x))
+fault("zeros", (P.format(3), KEY.format(1)), "never written")(at(3, "past_key_1_out", lambda x, s: x * 0))
+fault("NaN", (P.format(3), "model.layers.1"), "not finite")(
+    at(3, "model.layers.1", lambda x, s: np.where(np.arange(x.shape[-1]) == 3, np.nan, x))
+)
+fault("infinite", (P.format(4), "lm_head"), "not finite")(at(4, "logits", lambda x, s: np.where(x > 0, np.inf, x)))
+fault("tokens late", (P.format(3), KEY.format(1)), "shifted")(at(3, "past_key_1_out", lambda x, s: np.roll(x, 1, 3)))
+fault("tokens early", (P.format(2), VALUE.format(0)), "shifted")(
+    at(2, "past_value_0_out", lambda x, s: np.roll(x, -1, 2))
+)
+fault("padding on the right", (P.format(4), "lm_head"), "padding side")(
+    at(4, "logits", lambda x, s: np.roll(x, -(s.tokens - s.real), 1))
+)
+fault("heads exchanged", (P.format(3), VALUE.format(1)), "heads permuted")(
+    at(3, "past_value_1_out", lambda x, s: x[[1, 0, 2, 3]])
+)
+fault("one head everywhere", (P.format(3), KEY.format(1)), "heads permuted")(
+    at(3, "past_key_1_out", lambda x, s: x[[0, 0, 0, 0]])
+)
+fault("another token's output", (P.format(4), "lm_head"), "stale")(
+    at(4, "logits", lambda x, s: np.repeat(x[:, -1:], x.shape[1], 1))
+)
+fault("saturated", (P.format(4), "lm_head"), "saturation")(
+    at(4, "logits", lambda x, s: np.clip(x, -0.3 * np.abs(x).max(), 0.3 * np.abs(x).max()))
+)
+fault("transposed", (P.format(3), VALUE.format(1)), "transposed")(
+    at(3, "past_value_1_out", lambda x, s: np.ascontiguousarray(x.swapaxes(2, 3)).reshape(x.shape))
+)
+fault("interleaved pairs", (P.format(3), KEY.format(1)), "RoPE")(
+    at(3, "past_key_1_out", lambda x, s: np.roll(x, x.shape[2] // 2, 2))
+)
+
+
+@fault("zero point off by one code", (P.format(3), KEY.format(1)), "zero point", kinds=["simulation"])
+def _(world, kind, way):
+    return at(3, "past_key_1_out", lambda x, s: x + float(grid(world, KEY.format(1)).scale))(world, kind, way)
+
+
+@fault("zero 128 as 0", (P.format(2), VALUE.format(0)), "zero point", kinds=["simulation"])
+def _(world, kind, way):
+    return at(2, "past_value_0_out", lambda x, s: x + 128 * float(grid(world, VALUE.format(0)).scale))(world, kind, way)
+
+
+@fault("signedness", (P.format(2), VALUE.format(0)), "signedness", kinds=["simulation"])
+def _(world, kind, way):
+    step = float(grid(world, VALUE.format(0)).scale)
+    wrapped = lambda x, s: ((np.rint(x / step) + 128 + 128) % 256 - 128) * step
+    return at(2, "past_value_0_out", wrapped)(world, kind, way)
+
+
+@fault("keys and values exchanged", (P.format(3), KEY.format(1)), "names swapped")
+def _(world, kind, way):
+    def exchange(spec, outputs):
+        if spec.name == P.format(3):
+            key, value = (outputs[f"past_{what}_1_out"] for what in ("key", "value"))
+            outputs["past_key_1_out"], outputs["past_value_1_out"] = value.swapaxes(2, 3), key.swapaxes(2, 3)
+            return {name: np.ascontiguousarray(array) for name, array in outputs.items()}
+
+    return world.run(kind, way, fault=exchange)
+
+
+@fault("files of parts exchanged", (P.format(2), KEY.format(0)), "names swapped", ways=["isolated"])
+def _(world, kind, way):
+    outputs = world.healthy(kind, way)
+    two, three = (outputs[way][P.format(i)] for i in (2, 3))
+    outputs[way][P.format(2)] = dict(zip(two, three.values(), strict=True))
+    outputs[way][P.format(3)] = dict(zip(three, two.values(), strict=True))
+    return outputs
+
+
+@fault("parts exchanged", (P.format(2), KEY.format(0)), "parts exchanged")
+def _(world, kind, way):
+    run = References.run
+
+    class Exchanged(References):
+        def expect_same_model(self):
+            pass
+
+        def run(self, kind, spec, inputs, *rest, **options):
+            other = spec.name.replace("2_of", "X_of").replace("3_of", "2_of").replace("X_of", "3_of")
+            other = self.specs[other]
+            given = {theirs.name: inputs[ours.name] for theirs, ours in zip(other.inputs, spec.inputs, strict=True)}
+            outputs = run(self, kind, other, given)
+            return {ours.name: outputs[theirs.name] for theirs, ours in zip(other.outputs, spec.outputs, strict=True)}
+
+    return world.run(kind, way, references=Exchanged(world.folder, world.model, world.encodings))
+
+
+@fault("narrowed to bfloat16", (P.format(1), "model.embed_tokens"), "dtype", ways=["isolated"], kinds=["float"])
+def _(world, kind, way):
+    narrow = lambda spec, outputs: {n: x.astype(ml_dtypes.bfloat16).astype("f4") for n, x in outputs.items()}
+    return world.run(kind, way, fault=narrow)
+
+
+@fault("rows of the head not normalised", (P.format(4), "lm_head"), "NormHead missing", kinds=["float"])
+def _(world, kind, way):
+    head = world.model.weights["lm_head.weight"]
+    plain = refimpl.Model(world.model.config, world.model.weights.replace({"lm_head.weight": Weight(head.array)}))
+    return world.run(kind, way, references=world.other(plain))
+
+
+@fault("gate and up exchanged", (P.format(2), "model.layers.0"), "architecture", kinds=["float"])
+def _(world, kind, way):
+    weights, crossed = world.model.weights, {}
+    for layer in range(3):
+        gate, up = (f"model.layers.{layer}.mlp.{name}_proj.weight" for name in ("gate", "up"))
+        crossed |= {gate: weights[up], up: weights[gate]}
+    changed = refimpl.Model(world.model.config, weights.replace(crossed))
+    return world.run(kind, way, references=world.other(changed))
+
+
+@fault("epsilon 1e-5", (P.format(2), KEY.format(0)), "architecture", kinds=["float"], ways=["isolated"])
+def _(world, kind, way):
+    changed = refimpl.Model(replace(world.model.config, rms_norm_eps=1e-5), world.model.weights)
+    return world.run(kind, way, references=world.other(changed))
+
+
+# Of what the host feeds
+
+
+def tables(base=1e4, by=0, pairs=False):
+    def change(spec, inputs):
+        positions = np.maximum(spec.past - (spec.tokens - spec.real) + np.arange(spec.tokens)[None] + by, 0)
+        cos, sin = rope_tables(positions, spec.config.head_dim, base, np.float64)
+        return {**inputs, "position_ids_cos": cos.astype("f4"), "position_ids_sin": sin.astype("f4")}
+
+    return fed(change)
+
+
+fault("RoPE base 1e6", (P.format(2), KEY.format(0)), "RoPE")(tables(base=1e6))
+fault("positions one late", (P.format(2), KEY.format(0)), "RoPE")(tables(by=1))
+fault("positions count padding", (P.format(2), KEY.format(0)), "RoPE")(tables(by=4))
+fault("cos and sin exchanged", (P.format(2), KEY.format(0)), "RoPE")(
+    fed(lambda spec, i: {**i, "position_ids_cos": i["position_ids_sin"], "position_ids_sin": i["position_ids_cos"]})
+)
+fault("positions do not count the past", (T.format(2), KEY.format(0)), "RoPE")(
+    lambda world, kind, way: fed(
+        lambda spec, i: {**i, "position_ids_cos": np.ones_like(i["position_ids_cos"]),
+                         "position_ids_sin": np.zeros_like(i["position_ids_sin"])}, (T,)
+    )(world, kind, way)
+)  # fmt: skip
+fault("no causal mask", (P.format(2), "model.layers.0"), "mask")(
+    fed(lambda spec, i: {**i, "attention_mask": np.where(i["attention_mask"][:, :, -1:] < -1, -3e4, 0).astype("f4")
+                         * np.ones_like(i["attention_mask"])}, (P,))
+)  # fmt: skip
+fault("no mask at all", (P.format(2), "model.layers.0"), "mask")(
+    fed(lambda spec, i: {**i, "attention_mask": i["attention_mask"] * 0})
+)
+fault("past one slot late", (T.format(2), "model.layers.0"), "past")(
+    fed(lambda spec, i: {n: np.roll(x, 1, 3 if "key" in n else 2) if n.startswith("past_") else x
+                         for n, x in i.items()}, (T,))
+)  # fmt: skip
+fault("past not handed on", (T.format(2), "model.layers.0"), "past")(
+    fed(lambda spec, i: {n: x * 0 if n.startswith("past_") else x for n, x in i.items()}, (T,))
+)
+fault("past on the left", (T.format(2), "model.layers.0"), "past")(
+    fed(lambda spec, i: {n: np.roll(x, spec.past, 3 if "key" in n else 2) if n.startswith("past_") else x
+                         for n, x in i.items()}, (T,))
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_fault_is_found_localised_and_named(world, name):
+    make, where, cause, kind, way = FAULTS[name]
+    verdict = world.judged(make(world, kind, way))
+    assert not verdict
+    guilty = verdict.guilty
+    assert (guilty.graph, guilty.tap) == where, str(verdict)
+    if cause:
+        assert guilty.name in verdict.causes, str(verdict)
+        assert verdict.causes[guilty.name].name == cause, str(verdict)
+    assert verdict.suspects[-1] == guilty.tap
+
+
+def test_what_a_fault_does_later_is_inherited(world):
+    late = at(2, "past_key_0_out", lambda x, s: np.roll(x, 1, 3))
+    verdict = world.judged(late(world, "simulation", "chained"))
+    born = {tensor.name: tensor.born for tensor in verdict.failures}
+    assert born.pop(f"{P.format(2)}/chained/{KEY.format(0)}") == "here"
+    assert len(born) > 5 and set(born.values()) == {"inherited"}  # the token's graphs, which had that cache
+    assert "other failing tensors only hand on" in verdict.story
+
+
+def test_two_faults_are_two(world):
+    def both(spec, outputs):
+        if spec.name == P.format(2):
+            outputs["past_key_0_out"] = -outputs["past_key_0_out"]
+        if spec.name == P.format(4):
+            outputs["logits"] = outputs["logits"] * np.float32(3)
+
+    verdict = world.judged(world.run("simulation", "chained", fault=both))
+    here = [tensor.tap for tensor in verdict.failures if tensor.born == "here"]
+    assert here == [KEY.format(0), "lm_head"]
+    assert [cause.name for cause in verdict.causes.values()] == ["scale", "scale"]
+
+
+def test_token_and_head_are_named(world):
+    def one(x, spec):
+        x = x.copy()
+        x[2, 0, :, spec.tokens - spec.real + 5] *= -1
+        return x
+
+    verdict = world.judged(at(3, "past_key_1_out", one)(world, "simulation", "isolated"))
+    assert len(verdict.failures) == 1
+    assert f"Wrong in token 5 of {world.references.plan.prompt}, head 2 of 4" in verdict.story
+    assert verdict.suspects == [f"model.layers.1.{name}" for name in
+                                ("input_layernorm", "self_attn.W_pack", "self_attn.key")]  # fmt: skip
+
+
+def test_probes_narrow_it_down(world):
+    """With a tap inside a graph among the outputs, the operation is named."""
+    name, spec = P.format(2), world.references.specs[P.format(2)]
+    wanted = ["model.layers.0.attention_residual", "model.layers.0.mlp.act_fn", "model.layers.0.mlp.product"]
+    outputs = world.references.run("simulation", spec, world.references.inputs(spec), wanted=wanted)
+    assert world.judged({name: outputs})
+    outputs["model.layers.0.mlp.product"] = outputs["model.layers.0.mlp.product"] * np.float32(1.2)
+    outputs["model.layers.0"] = outputs["model.layers.0"] + np.float32(1)
+    verdict = world.judged({name: outputs})
+    assert verdict.guilty.tap == "model.layers.0.mlp.product" and verdict.causes[verdict.guilty.name].name == "scale"
+    assert "model.layers.0.attention_residual" not in verdict.suspects
+    with pytest.raises(InputError, match="give the model that computes it"):
+        judge(world.folder, {name: outputs}, None, world.encodings)
+
+
+def test_missing_and_absent_outputs(world):
+    outputs = world.healthy("simulation", "isolated")
+    del outputs["isolated"][P.format(3)]["past_value_1_out"]
+    del outputs["isolated"][T.format(1)]
+    verdict = world.judged(outputs)
+    assert [(tensor.name, tensor.problem) for tensor in verdict.failures] == [
+        (f"{P.format(3)}/isolated/{VALUE.format(1)}", "missing")
+    ]
+    assert verdict.remarks == (f"not judged, without outputs: {T.format(1)}",)
+
+
+def test_without_the_model_a_float_device_is_judged_and_explained(world):
+    late = tables(by=1)(world, "float", "isolated")
+    verdict = judge(world.folder, late)
+    assert verdict.causes[verdict.guilty.name].text == "RoPE's positions are 1 too high: off by one"
+    assert judge(world.folder, world.healthy("float", "chained"))
+
+
+def test_an_export_with_encodings_says_what_a_device_should_answer(world, tmp_path):
+    folder = emit(world.model, tokens=(16, 1), context=64, parts=4, encodings=world.encodings).save(tmp_path / "x")
+    outputs = world.healthy("simulation", "chained")
+    for verdict in (judge(folder, outputs), judge(folder, outputs, world.model)):
+        assert verdict and verdict.kind == "simulation"
+    outputs["chained"][P.format(3)]["past_key_1_out"] = -outputs["chained"][P.format(3)]["past_key_1_out"]
+    verdict = judge(folder, outputs)
+    assert verdict.guilty.tap == KEY.format(1) and verdict.causes[verdict.guilty.name].name == "scale"
+
+
+def test_float16_devices_have_their_own_tolerance(world):
+    def rounded(spec, outputs):
+        return {name: array.astype(np.float16).astype(np.float32) for name, array in outputs.items()}
+
+    outputs = world.run("float", "isolated", fault=rounded)
+    assert not judge(world.folder, outputs)
+    assert (verdict := judge(world.folder, outputs, dtype="float16")), verdict
+    outputs["isolated"][P.format(3)]["past_key_1_out"] *= np.float32(1.2)
+    assert judge(world.folder, outputs, dtype="float16").guilty.tap == KEY.format(1)
+
+
+def test_the_kind_is_not_taken_for_a_fault(world):
+    """What quantization costs is stated, and is no fault of the device's."""
+    verdict = world.judged(world.healthy("simulation", "isolated"))
+    assert max(t.cost_sqnr for t in verdict.tensors if t.layer is not None) < 60
+    assert min(t.sqnr for t in verdict.tensors) > 100
+    logits = [t for t in verdict.tensors if t.kl is not None]
+    assert all(t.kl == pytest.approx(t.cost_kl) and t.kl > 0 for t in logits)
+
+
+@pytest.fixture(scope="module")
+def faulty(world):
+    return world.judged(at(3, "past_key_1_out", lambda x, s: np.roll(x, 1, 3))(world, "simulation", "chained"))
+
+
+def test_a_run_is_saved_and_judged_again(world, faulty, tmp_path):
+    save_run(faulty, tmp_path / "run.json")
+    again = read_run(tmp_path / "run.json")
+    assert str(again) == str(read_run(tmp_path / "run.json")) and again.summary == faulty.summary
+    assert [t.name for t in again.failures] == [t.name for t in faulty.failures]
+    assert again.story == faulty.story
+    assert again.judged(Thresholds(min_sqnr=-60.0)) and not again.judged(Thresholds(min_sqnr=200.0))
+    strict = world.judged(world.healthy("simulation", "isolated")).judged(Thresholds(max_lsb=0))
+    assert strict and not again.judged(Thresholds(max_lsb=1, max_over=0.0))
+    stored = json.loads((tmp_path / "run.json").read_text())
+    for change in ({"format": "x"}, {"tensors": [{}]}, {"tensors": [{"graph": 1}]}, {"kind": "x"},
+                   {"config": {"family": "x"}}, {"tensors": [{**stored["tensors"][0], "tap": "x"}]}, {"causes": 3},
+                   {"tensors": [{**stored["tensors"][0], "rows": "large"}]}):  # fmt: skip
+        (tmp_path / "bad.json").write_text(json.dumps({**stored, **change}))
+        with pytest.raises(InputError) as caught:
+            read_run(tmp_path / "bad.json")
+        assert "\n" not in str(caught.value)
+
+
+def test_another_model_is_refused(world, tmp_path):
+    other = refimpl.load(write_checkpoint(tmp_path / "m", "Baichuan2-7B", 1, num_hidden_layers=3, hidden_size=128))
+    with pytest.raises(InputError, match="does not compute the goldens"):
+        judge(world.folder, {}, other)
+    with pytest.raises(InputError, match="was exported from another model"):
+        judge(world.folder, {}, refimpl.load())
+
+
+def test_figures_survive_json():
+    figures = Figures("g", "isolated", "lm_head", "float", tokens=(0.5, 2.0), sqnr=31.25, born="here")
+    again = Figures.from_json(json.loads(json.dumps(figures.to_json())))
+    assert (again.tokens, again.sqnr, again.born, again.rows) == ((0.5, 2.0), 31.25, "here", np.inf)
