@@ -111,13 +111,16 @@ def compared(a: np.ndarray, b: np.ndarray, following: np.ndarray) -> Result:
     """The figures of logits `a` (n, V) judged by `b` (n, V), where the tokens `following` (n,) did follow.
 
     "loss" and "reference_loss", -ln of the probability of the right token; "kl"; "same_top", 0 or 1; "signal" and
-    "noise", sums over the vocabulary of b² and (a - b)²: (n,) float64 each.
+    "noise", sums over the vocabulary of b² and (a - b)²: (n,) float64 each. Raises InputError for NaN and infinity.
     """
     step, found = max(1, ROWS // a.shape[-1]), []
     for start in range(0, len(a), step):
         rows = slice(start, start + step)
         x, y, right = a[rows].astype(np.float64), b[rows].astype(np.float64), following[rows, None]
-        signal, noise = (y * y).sum(-1), np.square(x - y).sum(-1)
+        with np.errstate(over="ignore", invalid="ignore"):
+            signal, noise = (y * y).sum(-1), np.square(x - y).sum(-1)
+        if not np.isfinite(noise).all():
+            raise InputError("NaN or infinity was computed; a distribution of it cannot be judged")
         same = x.argmax(-1) == y.argmax(-1)
         x, y = log_softmax(x), log_softmax(y)
         found.append({

@@ -219,6 +219,8 @@ def workers(jobs: int = 1, dask: str | None = None) -> Iterator[Executor | None]
     """
     if jobs < 1:
         raise InputError(f"jobs is {jobs}, expected how many processes to use")
+    if dask is not None and jobs != 1:
+        raise InputError("give either jobs or a Dask cluster, which has its own workers")
     if dask is not None:
         with _dask_client(dask) as client:
             yield client.get_executor(pure=False)

@@ -148,6 +148,8 @@ def test_the_verb(capsys, tmp_path):
         (["--format", "all", "--against", "elsewhere"], "give one --format"),
         (["--format", "q4_0", "--against", "elsewhere"], "elsewhere is not a folder"),
         (["--format", "q4_0", "--jobs", "0"], "jobs is 0"),
+        (["--format", "q4_0", "--jobs", "2", "--dask", "tcp://127.0.0.1:9"], "either jobs or a Dask"),
+        (["--format", "q4_0", "--attribution", "--top", "0"], "top is 0"),
         (["--format", "q4_0", "--window", "1"], "fewer than two tokens"),
         (["--format", "q4_0", "--text", "no such file"], "cannot read"),
     ],
@@ -156,6 +158,11 @@ def test_bad_input_gets_one_line(arguments, message, capsys):
     assert main(["quality", *arguments]) == 2
     said = capsys.readouterr().err
     assert message in said and said.count("\n") == 1
+
+
+def test_nan_is_not_judged():
+    with pytest.raises(InputError, match="NaN or infinity"):
+        compared(np.array([[1.0, np.inf]]), np.array([[0.0, np.inf]]), np.array([0]))
 
 
 def test_models_of_different_vocabularies(tiny_model, tmp_path):

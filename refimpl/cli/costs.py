@@ -46,6 +46,8 @@ def quality(arguments) -> int:
         raise InputError(
             "several formats are judged by MODEL as it is; give one --format with --against, --attribution"
         )
+    if arguments.top < 1:
+        raise InputError(f"top is {arguments.top}, expected how many tensors to show")
     if arguments.out:
         expect_svg(arguments.out)
     model = load_model(arguments)
