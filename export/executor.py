@@ -1,6 +1,6 @@
-"""What runs a graph on inputs: an engine here, or a device behind AI Hub (`export.hub.Session`).
+"""What runs a graph on inputs: an engine here, or a device behind AI Hub (`export.session.Session`).
 
-    execute(graph_folder, [inputs, …]) -> [outputs, …]
+    run(graph_folder, [inputs, …]) -> [outputs, …]
 
 Inputs and outputs are name -> array, by the names in the graph and in its order. So whoever looks for a fault does not
 care where a graph runs.

@@ -25,6 +25,11 @@ from refimpl.errors import InputError
 FORMAT = "refimpl hub ledger 1"
 FILE = "hub.jsonl"
 LARGEST = 64 << 20  # bytes; a session of hundreds of jobs has some hundred thousand
+FIELDS: dict[str, type] = {
+    **dict.fromkeys(("kind", "label", "name", "id", "state", "reason", "options", "device", "server", "target",
+                     "target_key", "data", "expires", "file", "sha256"), str),
+    **dict.fromkeys(("samples", "bytes"), int), **dict.fromkeys(("inputs", "outputs"), dict),
+}  # fmt: skip
 _ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
 Entry = dict[str, Any]
@@ -54,20 +59,16 @@ class Ledger:
         for number, line in enumerate(data[:whole].splitlines(), 1):
             try:
                 fact = json.loads(line)
-                if number == 1:
-                    sound = fact == {"format": FORMAT}
-                else:
-                    sound = isinstance(fact["key"], str) and all(
-                        _ID.fullmatch(fact[key]) for key in ("id", "target") if fact.get(key) is not None
-                    )
-            except (ValueError, KeyError, TypeError, RecursionError):
-                sound = False
-            if not sound:
+                good = fact == {"format": FORMAT} if number == 1 else sound(fact)
+                if good and number > 1:
+                    self.entries.setdefault(fact["key"], {}).update(fact)
+                    good = {"kind", "label"} <= self.entries[fact["key"]].keys()
+            except (ValueError, RecursionError):
+                good = False
+            if not good:
                 raise InputError(
                     f"line {number} of {self.path} is damaged; mend it, or move the file away and begin anew"
                 )
-            if number > 1:
-                self.entries.setdefault(fact["key"], {}).update(fact)
         return whole
 
     def get(self, key: str) -> Entry:
@@ -77,6 +78,8 @@ class Ledger:
     def write(self, key: str, **facts: Any) -> Entry:
         """Adds facts to an entry, and returns it once they are on disk."""
         line = {"key": key, "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), **facts}
+        if not sound(line):  # of a server that is not what it seems
+            raise InputError(f"AI Hub said of {self.get(key).get('label')} what no ledger holds: {line!a:.300}")
         self._append(line)
         entry = self.entries.setdefault(key, {})
         entry.update(line)
@@ -117,6 +120,27 @@ class Ledger:
         if self._file:
             self._file.close()  # which unlocks
             self._file = None
+
+
+def sound(fact: Any) -> bool:
+    """Whether a line says what lines say: the fields that are read again have their types, and ids are plain."""
+    if not isinstance(fact, dict) or not isinstance(fact.get("key"), str):
+        return False
+    if not all(isinstance(fact.get(name), (kind, type(None))) for name, kind in FIELDS.items()):
+        return False
+    if not all(_ID.fullmatch(fact.get(name) or "-") for name in ("id", "target")):
+        return False
+    graphs = [graph for which in ("inputs", "outputs") for graph in (fact.get(which) or {}).values()]
+    return all(isinstance(graph, list) and all(map(sound_tensor, graph)) for graph in graphs)
+
+
+def sound_tensor(tensor: Any) -> bool:
+    """Whether it is an input or output as a server tells it: name, dtype, shape, scale, zero point."""
+    if not isinstance(tensor, list) or len(tensor) != 5:
+        return False
+    name, dtype, shape, *grid = tensor
+    numbers = all(isinstance(number, (int, float, type(None))) for number in grid)
+    return isinstance(name, str) and isinstance(dtype, str) and isinstance(shape, (list, tuple, type(None))) and numbers
 
 
 def lock(file: IO[bytes]) -> None:

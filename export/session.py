@@ -14,6 +14,7 @@ import os
 import re
 import secrets
 import shutil
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -62,6 +63,8 @@ class Session:
         self.ledger = Ledger(self.folder)
         self.url = (url or configured().get("api_url", PUBLIC)).rstrip("/")
         self.sent = {"bytes": 0, "uploads": 0, "jobs": 0}
+        if not device.strip():
+            raise InputError("the device has no name; give one of AI Hub's, such as 'Samsung Galaxy S25'")
         self._client: Any = None
         self._jobs: dict[str, Any] = {}
         self._fetched: dict[str, Path] = {}
@@ -144,7 +147,7 @@ class Session:
         """A dataset; `schema` is its order, the names that AI Hub's model has -> ours."""
         key = self.data_key(inputs, schema)
         expires = self.ledger.get(key).get("expires")
-        if expires and datetime.fromisoformat(expires) < datetime.now(timezone.utc):
+        if expires and expires < datetime.now(timezone.utc).isoformat():
             self.forget(key)
         columns = {name: [sample[mine] for sample in inputs] for name, mine in schema.items()}
 
@@ -469,6 +472,8 @@ class Session:
                         f"no connection to {self.url} while trying to {what}: {reason[:200]}; "
                         "run the same command again, it goes on where it stopped"
                     ) from None
+            if sys.stderr.isatty() and pause == 1.0:
+                tqdm.write(f"no connection to {self.url}; trying for {PATIENCE / 60:.0f} minutes", file=sys.stderr)
             time.sleep(pause)
             pause = min(2 * pause, 60.0)
 

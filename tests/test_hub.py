@@ -19,7 +19,7 @@ from loopback_hub import Fault, LoopbackHub, fake_quantize, grid_of
 from export import emit, session
 from export.client import likely
 from export.executor import Engine
-from export.hub import Loop
+from export.hub import Loop, status
 from export.jobs import Options, Source, named_outputs
 from export.ledger import FILE, Ledger
 from export.session import Session
@@ -260,23 +260,23 @@ def test_a_kill_at_any_request_costs_no_job(processes, exports, tmp_path, kind):
 def test_a_ledger_cut_anywhere_goes_on(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "fsync", lambda _: None)  # a thousand of them take a while
     with Ledger(tmp_path) as ledger:
-        ledger.write("a", kind="model", name="n-1", id=None)
+        ledger.write("a", kind="model", label="g", name="n-1", id=None)
         ledger.write("a", id="m1")
-        ledger.write("b", kind="compile", name="诗", id=None)
+        ledger.write("b", kind="compile", label="g", name="诗", id=None)
     data = (tmp_path / FILE).read_bytes()
     for cut in range(len(data) + 1):
         (tmp_path / FILE).write_bytes(data[:cut])
         with Ledger(tmp_path) as ledger:
             assert ledger.get("a").get("id") in (None, "m1")
             assert (ledger.get("a").get("id") == "m1") == (data[:cut].count(b"\n") >= 3)
-            ledger.write("c", id="j1")
+            ledger.write("c", kind="link", label="p", id="j1")
         assert Ledger(tmp_path).get("c")["id"] == "j1"
 
 
 @pytest.mark.parametrize("line", [b'{"key": 1}', b"[]", b"{", b'{"key": "a", "id": "../../x"}', b"\xff", b"[" * 100000])
 def test_a_damaged_ledger_is_refused(tmp_path, line):
     with Ledger(tmp_path) as ledger:
-        ledger.write("a", id="m1")
+        ledger.write("a", kind="model", label="g", id="m1")
     with open(tmp_path / FILE, "ab") as file:
         file.write(line + b"\n")
     with pytest.raises(InputError, match=r"line 3 of .* is damaged"):
@@ -284,6 +284,32 @@ def test_a_damaged_ledger_is_refused(tmp_path, line):
     (tmp_path / FILE).write_bytes(line + b"\n")
     with pytest.raises(InputError, match="line 1 of"):
         Ledger(tmp_path)
+
+
+def test_a_ledger_of_strangers(exports, tmp_path, monkeypatch):
+    """Whatever stands in a field: what is read of it is an answer, or an error of one line."""
+    folder = shutil.copytree(exports["one"], tmp_path / "x")
+    with LoopbackHub(polls=0) as hub:
+        assert act(hub, "infer", folder) == 0
+    loop = Loop(Session(folder, PHONE, hub.url, locked=False))
+    [source] = loop.sources.values()
+    monkeypatch.setattr(Source, "zipped", lambda self: 0)
+    lines = [json.loads(line) for line in (folder / FILE).read_text().splitlines()]
+    refused = 0
+    for i, line in enumerate(lines[1:], 1):
+        for field in line.keys() - {"time", "client"}:
+            for value in (None, 7, "../y", [], {"": [["a", "b"]]}, {"": [["a", "b", 3, 4, 5]]}, {"": 7}):
+                changed = [*lines[:i], line | {field: value}, *lines[i + 1 :]]
+                (folder / FILE).write_text("".join(json.dumps(one) + "\n" for one in changed))
+                try:
+                    assert str(status(folder)) is not None
+                    loop.session.ledger = Ledger(folder)
+                    loop.planned("compile")
+                    loop.session.schema(loop.session.link_key([source]), source)
+                except InputError as error:
+                    refused += 1
+                    assert "\n" not in str(error)
+    assert refused > 100
 
 
 def test_two_at_once(export, capsys):
