@@ -33,7 +33,7 @@ from refimpl import backends
 from refimpl.errors import InputError, at_most
 from refimpl.files import read_json
 from refimpl.importance import Importance
-from refimpl.weights import NormHead, QuantizedWeight, Weight, Weights, quantized_weight
+from refimpl.weights import NormHead, QuantizedWeight, Weight, Weights, quantized_weight, read_ahead
 
 TILE_ELEMENTS = 1 << 18  # a thread reads and quantizes rows of so many elements at a time: 1 MB of float32
 TRIES = 16  # scales that a search for the least squared error tries in each block
@@ -242,6 +242,8 @@ def quantizing(
 
     def start(name: str) -> None:
         weight, scheme = weights[name], schemes[name]
+        if isinstance(weight, Weight):
+            read_ahead(weight.array)
         _, arrays = replace(scheme, double=False).layout(weight.shape)
         whole = {part: np.empty(size, dtype) for part, (size, dtype) in arrays.items()}
 

@@ -25,7 +25,7 @@ from refimpl.importance import Importance
 from refimpl.model import Model, load
 from refimpl.quantize import Recipe, Scheme, plan, quantizing
 from refimpl.quantized_files import MANIFEST, VERSION, describe_matrix
-from refimpl.weights import QuantizedWeight, expected_shapes, rounded_by
+from refimpl.weights import QuantizedWeight, expected_shapes, read_ahead, rounded_by
 
 SHARD_BYTES = 500_000_000  # what an interrupted run does again at most
 TILE_BYTES = 8 << 20
@@ -50,6 +50,7 @@ class Stored:
         rows = np.atleast_1d(self.array)
         step = max(1, TILE_BYTES * len(rows) // max(1, rows.nbytes))
         for start in range(0, len(rows), step):
+            read_ahead(rows[start : start + 2 * step])
             yield np.ascontiguousarray(rows[start : start + step]).reshape(-1).view(np.uint8)
 
 

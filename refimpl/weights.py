@@ -7,6 +7,7 @@ that knows how checkpoints differ (NormHead, tied heads, buffers that are not pa
 from __future__ import annotations
 
 import json
+import mmap
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -306,6 +307,22 @@ def _map_shards(index: Path) -> dict[str, Any]:
             raise InputError(f"{folder / file} lacks {name}, which {index.name} places there; download both again")
         tensors[name] = shards[file][name]
     return tensors
+
+
+def read_ahead(array: np.ndarray) -> None:
+    """Asks the system to fetch a mapped array from the disk by now, where it can be asked; else nothing happens.
+
+    Pages that are fetched one by one, as they are touched, take several times as long.
+    """
+    base = array
+    while isinstance(base.base, np.ndarray):
+        base = base.base
+    mapped = getattr(base, "_mmap", None)
+    if isinstance(mapped, mmap.mmap) and hasattr(mapped, "madvise") and array.flags.c_contiguous and array.nbytes:
+        start = array.ctypes.data - base.ctypes.data
+        first = start // mmap.PAGESIZE * mmap.PAGESIZE
+        if first >= 0 and start + array.nbytes <= len(mapped):
+            mapped.madvise(mmap.MADV_WILLNEED, first, start + array.nbytes - first)
 
 
 def map_safetensors(path: Path) -> dict[str, np.ndarray]:

@@ -12,7 +12,7 @@ from safetensors.numpy import load_file, save_file
 import refimpl
 from refimpl import InputError
 from refimpl.config import FAMILIES, config_from_keys
-from refimpl.weights import map_safetensors
+from refimpl.weights import map_safetensors, read_ahead
 
 
 def test_the_families_are_told_apart(family):
@@ -183,3 +183,12 @@ def test_reading_a_large_weight_touches_only_its_rows(tmp_path):
     rows = weight.read(np.dtype(np.float32), slice(3, 9))
     assert rows.base is not None and np.shares_memory(rows, weight.array) and rows.shape == (6, 512)
     assert weight.read(np.dtype(np.float64), slice(3, 9)).nbytes == 6 * 512 * 8
+
+
+def test_reading_ahead_changes_nothing(tmp_path):
+    array = np.arange(40_000, dtype=np.float32).reshape(200, 200)
+    save_file({"a": np.zeros(3, np.uint8), "b": array}, tmp_path / "x")
+    mapped = map_safetensors(tmp_path / "x")["b"]
+    for part in (mapped, mapped[3:7], mapped[199:], mapped[:0], mapped[:, 5], array, np.float32(4.0).reshape(())):
+        read_ahead(part)
+    assert np.array_equal(mapped, array)
