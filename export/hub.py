@@ -68,9 +68,9 @@ class Loop:
         self.sources = {
             name: Source.read(folder / name, (file["bytes"], file["sha256"])) for name, file in data.items()
         }
-        self.parts: dict[int, list[Source]] = {}
+        self.parts: dict[str, list[Source]] = {}
         for spec in self.specs:
-            self.parts.setdefault(spec.part.number, []).append(self.sources[spec.name])
+            self.parts.setdefault(part_of(spec), []).append(self.sources[spec.name])
         self.keys: list[str] = []
         self.fetched: set[Path] = set()
 
@@ -108,25 +108,25 @@ class Loop:
                 f"refimpl export --check says all there is ({len(errors)}), --unchecked sends it all the same"
             )
 
-    def link(self) -> dict[int, str]:
+    def link(self) -> dict[str, str]:
         """The key of each part's link job, of the parts whose graphs were all compiled and linked."""
         session = self.session
         self.compile()
         keys = {
-            number: session.link(f"part_{number}_of_{self.plan.parts}", sources)
-            for number, sources in self.parts.items()
+            part: session.link(part, sources)
+            for part, sources in self.parts.items()
             if all(self._done(session.compile_key(source)) for source in sources)
         }
         self.keys += keys.values()
         session.wait(keys.values(), "linking")
-        return {number: key for number, key in keys.items() if self._done(key)}
+        return {part: key for part, key in keys.items() if self._done(key)}
 
     def profile(self) -> None:
         binaries = self.link()
         keys = {
-            spec.name: self.session.profile(binaries[spec.part.number], self.sources[spec.name])
+            spec.name: self.session.profile(binaries[part_of(spec)], self.sources[spec.name])
             for spec in self.specs
-            if spec.part.number in binaries
+            if part_of(spec) in binaries
         }
         self.keys += keys.values()
         self.session.wait(keys.values(), "profiling")
@@ -138,16 +138,16 @@ class Loop:
         """All isolated runs are sent first, the chain is followed meanwhile."""
         session, binaries = self.session, self.link()
         isolated = {
-            spec.name: session.infer(binaries[spec.part.number], self.sources[spec.name], f"{spec.name}/isolated",
+            spec.name: session.infer(binaries[part_of(spec)], self.sources[spec.name], f"{spec.name}/isolated",
                                      [self._golden(spec)])
-            for spec in self.specs if spec.part.number in binaries
+            for spec in self.specs if part_of(spec) in binaries
         }  # fmt: skip
         self.keys += isolated.values()
 
         def run(spec: GraphSpec, inputs: Arrays) -> str | None:
-            if spec.part.number not in binaries:
+            if part_of(spec) not in binaries:
                 return None
-            key = session.infer(binaries[spec.part.number], self.sources[spec.name], f"{spec.name}/chained", [inputs])
+            key = session.infer(binaries[part_of(spec)], self.sources[spec.name], f"{spec.name}/chained", [inputs])
             self.keys.append(key)
             session.wait([key], f"running {spec.name}")
             return key
@@ -180,12 +180,11 @@ class Loop:
 
     def binaries(self) -> None:
         """The linked binaries, which a phone takes, to outputs/{device}/binaries."""
-        for number, sources in self.parts.items():
+        for part, sources in self.parts.items():
             key = self.session.link_key(sources)
             self.keys.append(key)
             if self._done(key):
-                path = self.session.outputs / "binaries" / f"part_{number}_of_{self.plan.parts}.bin"
-                self.session.fetch_model(key, path)
+                self.session.fetch_model(key, self.session.outputs / "binaries" / f"{part}.bin")
 
     def _sweep(self) -> None:
         """Removes outputs that are of an earlier export: nobody shall judge this one by them."""
@@ -198,7 +197,7 @@ class Loop:
     def _chain(self, run: Callable[[GraphSpec, Arrays], str | None]) -> None:
         """Runs each graph on what those before it gave, as far as they gave anything."""
         after_prompt = Arrays()
-        for specs in self.plan.runs:
+        for specs in self.plan.runs if self.plan.chained else ():
             flow = Arrays(after_prompt)
             for spec in specs:
                 golden = self._golden(spec)
@@ -220,7 +219,7 @@ class Loop:
         return self.session.ledger.get(key).get("state") == "done"
 
     def _binary(self, spec: GraphSpec) -> str:
-        return self.session.link_key(self.parts[spec.part.number])
+        return self.session.link_key(self.parts[part_of(spec)])
 
     def _golden(self, spec: GraphSpec) -> Arrays:
         return read_arrays(self.session.folder, spec, "input", spec.inputs)
@@ -239,9 +238,8 @@ class Loop:
         for source in self.sources.values():
             add("compile", source.name, session.compile_key(source), options=session.options.for_compile(source))
         if verb != "compile":
-            for number, sources in self.parts.items():
-                label = f"part_{number}_of_{self.plan.parts}"
-                add("link", label, session.link_key(sources), options=session.options.for_link())
+            for part, sources in self.parts.items():
+                add("link", part, session.link_key(sources), options=session.options.for_link())
         for spec in self.specs if verb == "profile" else ():
             key = session.profile_key(self._binary(spec), spec.name)
             add("profile", spec.name, key, options=session.options.for_profile(spec.name))
@@ -250,7 +248,11 @@ class Loop:
             size, zipped = sum(a.nbytes for a in golden.values()), sum(map(deflated, golden.values()))
             key = session.inference_key(self._binary(spec), spec.name, [golden])
             data = session.data_key([golden], session.schema(self._binary(spec), self.sources[spec.name]))
-            fed = any(v.source for v in spec.inputs) and (spec.past or any(v.tap for v in spec.inputs))
+            fed = (
+                self.plan.chained
+                and any(v.source for v in spec.inputs)
+                and (spec.past or any(v.tap for v in spec.inputs))
+            )
             for way in WAYS if fed else WAYS[:1]:  # what takes nothing from before is the same both ways
                 if way == "chained":  # what its inputs are is known when it is their turn
                     key = data = f"{spec.name}/chained"
@@ -260,6 +262,11 @@ class Loop:
                 add("dataset", f"{spec.name}/{way}", data, size, zipped)
                 add("inference", f"{spec.name}/{way}", key, options=options)
         return rows
+
+
+def part_of(spec: GraphSpec) -> str:
+    """What the graphs of all sizes are linked as: their part, or the module that they are."""
+    return spec.module or f"part_{spec.part.number}_of_{spec.part.total}"
 
 
 def deflated(array: np.ndarray) -> int:

@@ -18,6 +18,7 @@ from loopback_hub import Fault, LoopbackHub, fake_quantize, grid_of
 
 from export import emit, session
 from export.client import likely
+from export.device import read_device
 from export.executor import Engine
 from export.hub import Loop, status
 from export.jobs import Options, Source, named_outputs
@@ -497,6 +498,15 @@ def test_a_changed_graph_is_sent_and_the_rest_is_not(export):
         act(hub, "link", export, "--qairt", "2.50")
         assert hub.kinds() == {"compile": 13, "link": 7}
         assert sum(m.proto.producer_id == "" for m in hub.models.values()) == 7, "uploaded once each"
+
+
+def test_modules_alone_have_no_chain(tiny_model, tmp_path, capsys):
+    saved = emit(tiny_model("Baichuan2-7B"), tokens=(4, 1), context=12, graphs=["model.layers.1.mlp"])
+    folder = saved.save(tmp_path / "x")
+    with LoopbackHub() as hub:
+        assert act(hub, "infer", folder) == 0
+        assert hub.kinds() == {"compile": 2, "link": 1, "inference": 2}
+    assert read_device(folder, folder / "outputs" / "loopback-phone")
 
 
 def test_outputs_of_an_earlier_export_go(exports, tmp_path):
