@@ -176,6 +176,12 @@ def test_the_loopback_quantizes_as_a_device_does(quantized):
                 assert np.abs(codes - sure).max() < (1.5 if value.name.startswith("past") else 65.5)
 
 
+def test_the_verdict_on_the_loopback_s_phone(quantized, capsys):
+    folder, _ = quantized
+    assert main(["verify", str(folder), str(folder / "outputs" / "loopback-phone")]) == 0
+    assert capsys.readouterr().out.startswith("agrees: ")
+
+
 def test_the_grids_of_the_loopback():
     entry = {"dtype": "INT", "bw": 4, "enc_type": "PER_CHANNEL", "scale": [0.5, 1.0], "offset": [-8, -8]}
     weight = np.array([[0.25, -0.75, 9], [0.5, -0.5, -9]], np.float32)
@@ -531,6 +537,7 @@ def test_a_wrong_tensor_arrives_as_it_is(exports, tmp_path):
         [got] = named_outputs(path, loop.sources[spec.name], 1)
         golden = read_arrays(folder, spec, "output", spec.outputs)
         assert np.abs((got["logits"] - golden["logits"])[0, -spec.real :] - 1).max() < 1e-4
+    assert main(["verify", str(folder), str(folder / "outputs" / "loopback-phone")]) == 1
 
 
 @pytest.mark.parametrize(
