@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, cached_property
+from itertools import accumulate
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -62,8 +64,13 @@ class NumbaOps(NumPyOps):
             return super().matmul(probs, value)
         return self._attention(fast_attention.context, value, probs, (*probs.shape[:-1], value.shape[-1]))
 
+    def split(self, x: np.ndarray, sizes: Sequence[int]) -> list[np.ndarray]:
+        """The last axis cut into pieces of these sizes: slices, without what np.split looks into first."""
+        ends = accumulate(sizes)
+        return [x[..., end - size : end] for end, size in zip(ends, sizes, strict=True)]
+
     def _attention(self, function, kept: np.ndarray, rows: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-        layout = Layout(kept.dtype.name, portable=self.portable)
+        layout = _layout(kept.dtype.name, self.portable)
         kept, heads_apart = _evenly(kept)
         rows = np.ascontiguousarray(rows).reshape(1, -1, rows.shape[-1])
         out = np.empty(shape, np.float32)
@@ -71,6 +78,11 @@ class NumbaOps(NumPyOps):
         kernel = _attention(function, layout)
         kernel(layout, kept.view(np.uint8), _NOTHING, rows, out.reshape(-1, *shape[2:]), heads_apart, lines, vectors)
         return out
+
+
+@cache
+def _layout(codes: str, portable: bool) -> Layout:
+    return Layout(codes, portable=portable)
 
 
 def _attends(a: np.ndarray, rows: np.ndarray) -> bool:
@@ -103,8 +115,12 @@ class Matrix:
         layout, lines = self.layout, self.codes.shape[1] // LINE
         out = np.empty((len(x), len(self.codes)), np.float32)
         x, vectors = fast_linear.chunked(x, layout, lines), layout.line // LANES
-        _product(layout)(layout, self.codes, self.scales, self.zeros, x, out, lines, vectors)
-        return out if self.divisors is None else out / self.divisors
+        self._kernel(layout, self.codes, self.scales, self.zeros, x, out, lines, vectors)
+        return out if self.divisors is None else np.divide(out, self.divisors, out=out)
+
+    @cached_property
+    def _kernel(self):
+        return _product(self.layout)
 
 
 _NOTHING = np.zeros((1, 0), np.uint8)

@@ -74,13 +74,13 @@ class Layout:
         return LINE, self.line // self.block * scale, self.line // self.block * zero
 
     def arranged(self, x: np.ndarray) -> np.ndarray:
-        """x (..., lines * line) in the order in which the lanes take it."""
-        if self.codes == "q4_0":
-            words = x.reshape(*x.shape[:-1], -1, 4, 2, 4, 4)  # line, block, half, word, number
-            return np.moveaxis(words, (-3, -1), (-4, -3)).reshape(x.shape)
+        """x (T, lines * line) in the order in which the lanes take it: a view (T, lines, …)."""
+        lines = (len(x), -1)
+        if self.codes == "q4_0":  # block, half, word, number -> half, number, block, word
+            return x.reshape(*lines, 4, 2, 4, 4).transpose(0, 1, 3, 5, 2, 4)
         if BITS[self.codes] < 16:
-            return x.reshape(*x.shape[:-1], -1, LANES, self.line // LANES).swapaxes(-1, -2).reshape(x.shape)
-        return x
+            return x.reshape(*lines, LANES, self.line // LANES).transpose(0, 1, 3, 2)
+        return x.reshape(*lines, self.line)
 
     def values(self, emit: Emitter, line: ir.Value, scales: ir.Value, zeros: ir.Value) -> list[ir.Value]:
         """The vectors of a line. It lies at an address, its scales and zero points, if there are any, at others."""

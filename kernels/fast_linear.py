@@ -220,16 +220,17 @@ def chunked(x: np.ndarray, layout: Layout, lines: int) -> np.ndarray:
     One token is one chunk of all lines; of several, each chunk of 512 lies together, the last filled up with zeros.
     """
     tokens, columns = x.shape
-    if columns < lines * layout.line:
-        x = np.pad(x, ((0, 0), (0, lines * layout.line - columns)))
+    length = lines * layout.line
+    if columns < length:
+        x = np.pad(x, ((0, 0), (0, length - columns)))
     x = layout.arranged(x)
-    width = x.shape[1] if tokens == 1 or x.shape[1] < CHUNK else CHUNK
-    chunks = -(-x.shape[1] // width)
-    room = np.empty(chunks * tokens * width * 4 + LINE, np.uint8)
-    start = -room.ctypes.data % LINE
-    out = room[start : len(room) - LINE + start].view(np.float32).reshape(chunks, tokens, width)
-    whole = x.shape[1] // width
-    out[:whole] = x[:, : whole * width].reshape(tokens, whole, width).swapaxes(0, 1)
-    if whole < chunks:
-        out[whole, :, : x.shape[1] - whole * width] = x[:, whole * width :]
+    width = length if tokens == 1 or length < CHUNK else CHUNK
+    chunks, per_chunk = -(-length // width), width // layout.line
+    room = np.empty(chunks * tokens * width + LANES, np.float32)
+    start = -(room.ctypes.data // 4) % LANES
+    out = room[start : start + chunks * tokens * width].reshape(chunks, tokens, width)
+    for chunk in range(chunks):
+        part = x[:, chunk * per_chunk : (chunk + 1) * per_chunk]
+        place = out[chunk].reshape(tokens, per_chunk, *part.shape[2:])
+        place[:, : part.shape[1]] = part
     return out
