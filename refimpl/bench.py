@@ -8,6 +8,10 @@ because a machine's caches hold whole layers. Engines that are not installed are
 - `llama.cpp`: the same blocks as a GGUF file; activations are rounded to 8 bits.
 - `onnxruntime`: the same bytes in MatMulNBits nodes, one graph a layer; matrix products alone.
 - `torch`: bfloat16 matrix products alone, of as many layers as take 3.6 GB, scaled up to the model.
+
+`float32` is another model, of float32 weights (2 layers take 3.7 GB), for a prompt: `refimpl` by Numba, `numpy`, and
+`torch`, float32 matrix products alone. `attention` is one token's attention alone over caches of `--tokens` keys in
+each layer: `read`, every byte of the float16 caches, `float16`, and `float32`, which is twice as many bytes.
 """
 
 from __future__ import annotations
@@ -20,6 +24,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +38,10 @@ from refimpl.model import Model
 from refimpl.weights import QuantizedWeight, Weight, Weights, expected_shapes
 
 ENGINES = ("read", "refimpl", "llama.cpp", "onnxruntime", "torch")
+WHATS = {"decode": ENGINES, "prefill": ENGINES[1:], "float32": ("refimpl", "numpy", "torch"),
+         "attention": ("read", "float16", "float32")}  # fmt: skip
+TOKENS = {"decode": 1, "prefill": 128, "float32": 128, "attention": 4096}
+LAYERS = {"decode": 32, "prefill": 32, "float32": 2, "attention": 16}
 
 
 @dataclass
@@ -41,11 +50,13 @@ class Row:
 
     name: str
     seconds: list[float] = field(default_factory=list)
+    resident: float | None = None  # bytes of memory after the first pass, if it was measured
 
     def facts(self, tokens: int, reference: Row, nbytes: int) -> dict[str, Any]:
         """Tokens a second and, relative to `reference` round by round, how many times as fast."""
         ratios = [r / s for r, s in zip(reference.seconds, self.seconds, strict=True)]
         median = statistics.median(self.seconds)
+        memory = {} if self.resident is None else {"resident_gigabytes": self.resident / 1e9}
         return {
             "engine": self.name,
             "tokens_per_second": tokens / median,
@@ -53,47 +64,77 @@ class Row:
             "fastest": tokens / min(self.seconds),
             f"times_{reference.name}": statistics.median(ratios),
             "gigabytes_per_second": nbytes / median / 1e9,
+            **memory,
         }
 
 
-def run(what: str, layers: int, rounds: int, threads: int, engines: tuple[str, ...], tokens: int) -> list[dict]:
-    """Facts of each engine, `decode` for one token after another or `prefill` for `tokens` at once.
+def run(
+    what: str, layers: int | None, rounds: int, threads: int, engines: tuple[str, ...] | None, tokens: int | None
+) -> list[dict]:
+    """Facts of each engine: `what` is a key of WHATS; layers, engines and tokens are the usual ones if None.
 
     Raises InputError for an engine that is not known, and for no rounds.
     """
-    for name in engines:
-        if name not in ENGINES:
-            raise InputError(f"the engine is {name!r}, expected some of {','.join(ENGINES)}")
+    layers, tokens = layers or LAYERS[what], tokens or TOKENS[what]
+    for name in engines or ():
+        if name not in WHATS[what] and name not in ENGINES:
+            raise InputError(f"the engine is {name!r}, expected some of {','.join(WHATS[what])}")
     if rounds < 1 or layers < 1 or tokens < 1:
         raise InputError("rounds, layers and tokens are numbers from 1")
     import numba
 
     numba.set_num_threads(min(threads, numba.get_num_threads()))  # it starts with as many as there are  # type: ignore[attr-defined]
     tokens = 1 if what == "decode" else tokens
-    model = synthetic(layers)
-    nbytes = sum(weight.blocks.nbytes for weight in matrices(model))
-    _say(f"{layers} layers of Baichuan2-7B, {nbytes / 1e9:.2f} GB of Q4_0 blocks, {threads} threads")
-    passes: dict[str, Callable[[], Any]] = {}
+    chosen = [name for name in WHATS[what] if engines is None or name in engines]
     with tempfile.TemporaryDirectory() as folder:
-        for name in ENGINES:
-            if name in engines and not (name == "read" and what == "prefill"):
-                start = time.perf_counter()
-                try:
-                    passes[name] = _PASSES[name](model, tokens, threads, Path(folder))
-                    passes[name]()  # compile, touch, warm up
-                except ImportError as error:
-                    _say(f"{name} is left out: {error}")
-                    passes.pop(name, None)
-                else:
-                    _say(f"{name} is ready after {time.perf_counter() - start:.1f} s")
-        rows = {name: Row(name) for name in passes}
-        for _ in range(rounds):
-            for name, once in passes.items():
-                start = time.perf_counter()
-                scale = once()
-                rows[name].seconds.append((time.perf_counter() - start) * (scale or 1.0))
+        if what == "attention":
+            makers, nbytes = _attention(layers, tokens)
+            tokens = 1
+        else:
+            model = synthetic(layers) if what != "float32" else dense(layers)
+            nbytes = sum(_nbytes(weight) for weight in matrices(model))
+            passes = _DENSE if what == "float32" else _PASSES
+            makers = {name: partial(passes[name], model, tokens, threads, Path(folder)) for name in chosen}
+        _say(f"{layers} layers of Baichuan2-7B, {what}, {nbytes / 1e9:.2f} GB, {threads} threads")
+        rows = race({name: makers[name] for name in chosen}, rounds)
     reference = rows.get("refimpl") or next(iter(rows.values()))
     return [row.facts(tokens, reference, nbytes) for row in rows.values()]
+
+
+def race(makers: dict[str, Callable[[], Callable]], rounds: int) -> dict[str, Row]:
+    """Each engine made, warmed up and timed in turns; one that is not installed is left out.
+
+    A pass may return by how much its time is to be multiplied.
+    """
+    passes: dict[str, Callable[[], Any]] = {}
+    rows = {}
+    for name, make in makers.items():
+        start = time.perf_counter()
+        try:
+            once = make()
+            once()  # compile, touch, warm up
+        except ImportError as error:
+            _say(f"{name} is left out: {error}")
+            continue
+        passes[name], rows[name] = once, Row(name)
+        _say(f"{name} is ready after {time.perf_counter() - start:.1f} s")
+        if name == "refimpl":
+            rows[name].resident = resident()
+    for _ in range(rounds):
+        for name, once in passes.items():
+            start = time.perf_counter()
+            scale = once()
+            rows[name].seconds.append((time.perf_counter() - start) * (scale or 1.0))
+    return rows
+
+
+def resident() -> float | None:
+    """Bytes of physical memory that this process holds, where the system says so."""
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+    except OSError:
+        return None
+    return float(pages * os.sysconf("SC_PAGE_SIZE"))
 
 
 def show(facts: list[dict]) -> str:
@@ -104,6 +145,7 @@ def show(facts: list[dict]) -> str:
         lines.append(
             f"{row['engine']:12} {row['tokens_per_second']:8.2f} tokens/s ({row['slowest']:.2f} - {row['fastest']:.2f})"
             f"   {row[times]:6.3f} x {times.removeprefix('times_')}   {row['gigabytes_per_second']:6.1f} GB/s"
+            + (f"   {row['resident_gigabytes']:.2f} GB resident" if "resident_gigabytes" in row else "")
         )
     return "\n".join(lines)
 
@@ -128,9 +170,57 @@ def synthetic(layers: int = 32, seed: int = 0) -> Model:
     return Model(config, Weights(entries), backend="numba")
 
 
-def matrices(model: Model) -> Iterator[QuantizedWeight]:
-    """The quantized matrices of a model in the order of the forward."""
-    return (weight for weight in model.weights.values() if isinstance(weight, QuantizedWeight))
+def dense(layers: int = 2, seed: int = 0) -> Model:
+    """Baichuan2-7B with float32 weights in memory, random ones that repeat."""
+    config = Config(family="Baichuan2-7B", num_hidden_layers=layers, **FAMILIES["Baichuan2-7B"])
+    some = np.random.default_rng(seed).standard_normal(1 << 20, np.float32)
+    entries: dict[str, Any] = {}
+    for name, shape in expected_shapes(config).items():
+        values = np.ones(shape, np.float32) if len(shape) == 1 else some[: shape[1]][None] / np.sqrt(shape[1])
+        if len(shape) == 2 and name != "model.embed_tokens.weight":
+            values = np.resize(some / np.float32(np.sqrt(shape[1])), shape)
+        entries[name] = Weight(np.broadcast_to(values, shape))
+    return Model(config, Weights(entries), backend="numba")
+
+
+def matrices(model: Model) -> Iterator[Any]:
+    """The matrices of a model that are multiplied with, in the order of the forward."""
+    return (w for n, w in model.weights.items() if len(w.shape) == 2 and n != "model.embed_tokens.weight")
+
+
+def _nbytes(weight: Any) -> int:
+    return weight.blocks.nbytes if hasattr(weight, "blocks") else weight.array.nbytes
+
+
+def _attention(layers: int, tokens: int) -> tuple[dict[str, Callable[[], Callable]], int]:
+    """One token's attention over `layers` caches of `tokens` keys; and the bytes of those in float16."""
+    from kernels import fast_read
+    from kernels.fast import NumbaOps
+
+    shape = (1, 32, tokens, 128)
+    rng = np.random.default_rng(0)
+    some = rng.standard_normal(shape, np.float32)
+    query, ops = some[:, :, :1], NumbaOps()
+
+    def caches(dtype: str) -> list[np.ndarray]:
+        return [np.roll(some, n, 2).astype(dtype) for n in range(2 * layers)]
+
+    half = caches("float16")
+
+    def over(kept: list[np.ndarray]) -> Callable:
+        def once() -> None:
+            for key, value in zip(kept[::2], kept[1::2], strict=True):
+                scores = ops.matmul(query, key.transpose(0, 1, 3, 2))
+                ops.weighted_sum(ops.softmax(scores * 128**-0.5), value)
+
+        return once
+
+    makers: dict[str, Callable[[], Callable]] = {
+        "read": lambda: lambda: [fast_read.read(array) for array in half] and None,
+        "float16": lambda: over(half),
+        "float32": lambda: over(caches("float32")),
+    }
+    return makers, sum(array.nbytes for array in half)
 
 
 def _read(model: Model, tokens: int, threads: int, folder: Path) -> Callable:
@@ -251,6 +341,28 @@ def _torch(model: Model, tokens: int, threads: int, folder: Path) -> Callable:
     return once
 
 
+def _numpy(model: Model, tokens: int, threads: int, folder: Path) -> Callable:
+    plain = model.with_backend("numpy")
+    return lambda: plain(np.zeros((1, tokens), np.int64)) is None or None
+
+
+def _torch_float32(model: Model, tokens: int, threads: int, folder: Path) -> Callable:
+    torch = _engine("torch")
+    torch.set_num_threads(threads)
+    weights = [torch.from_numpy(weight.array) for weight in matrices(model)]
+    inputs = {weight.shape[1]: torch.ones(tokens, weight.shape[1]) for weight in weights}
+
+    def once() -> None:
+        with torch.inference_mode():
+            for weight in weights:
+                torch.nn.functional.linear(inputs[weight.shape[1]], weight)
+
+    return once
+
+
+_DENSE: dict[str, Callable[[Model, int, int, Path], Callable]] = {
+    "refimpl": _refimpl, "numpy": _numpy, "torch": _torch_float32,
+}  # fmt: skip
 _PASSES: dict[str, Callable[[Model, int, int, Path], Callable]] = {
     "read": _read, "refimpl": _refimpl, "llama.cpp": _llama, "onnxruntime": _onnxruntime, "torch": _torch,
 }  # fmt: skip

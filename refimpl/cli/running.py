@@ -85,15 +85,20 @@ def trace(arguments) -> int:
     "refimpl bench decode --engines read,refimpl,llama.cpp",
     option(
         "what",
-        choices=("decode", "prefill", "load", "quantize"),
-        help="one token after another, many at once; opening a quantized folder, or making one",
+        choices=("decode", "prefill", "float32", "attention", "load", "quantize"),
+        help="one token after another; many at once, with 4 bits or in float32; attention alone; opening a quantized "
+        "folder, or making one",
     ),
-    option("--layers", type=int, default=32, help="fewer than 32 fit into less memory, or into a cache"),
+    option(
+        "--layers",
+        type=int,
+        help="fewer than 32 fit into less memory, or into a cache (default: 32; float32 2, attention 16)",
+    ),
     option("--rounds", type=int, default=5, help="engines take turns so many times (default: 5)"),
     option("--threads", type=int, help="(default: all cores)"),
-    option("--tokens", type=int, default=128, help="how many at once in prefill (default: 128)"),
+    option("--tokens", type=int, help="how many at once (default: 128), or in the cache of attention (default: 4096)"),
     option("--format", default="q4_0", help="what quantize makes (default: q4_0)"),
-    option("--engines", default="read,refimpl,llama.cpp,onnxruntime,torch", help="who takes part"),
+    option("--engines", help="who takes part, such as read,refimpl,llama.cpp (default: all that are installed)"),
     JSON,
 )
 def bench(arguments) -> int:
@@ -102,11 +107,11 @@ def bench(arguments) -> int:
 
     threads = arguments.threads or bench.default_threads()
     if arguments.what in ("load", "quantize"):
-        stored = bench_storage.run(arguments.what, arguments.layers, arguments.rounds, threads, arguments.format)
+        stored = bench_storage.run(arguments.what, arguments.layers or 32, arguments.rounds, threads, arguments.format)
         print(json.dumps(stored) if arguments.json else bench_storage.show(stored))
         return 0
     facts = bench.run(arguments.what, arguments.layers, arguments.rounds, threads,
-                      tuple(arguments.engines.split(",")), arguments.tokens)  # fmt: skip
+                      tuple(arguments.engines.split(",")) if arguments.engines else None, arguments.tokens)  # fmt: skip
     print(json.dumps(facts) if arguments.json else bench.show(facts))
     return 0
 
