@@ -13,7 +13,7 @@ import refimpl
 from kernels import formats
 from kernels.fast import NumbaOps, stored
 from kernels.ops import NumPyOps
-from refimpl import InputError
+from refimpl import InputError, bench
 from refimpl.quantize import QuantizedWeight
 from refimpl.weights import NormHead, Weight
 
@@ -251,3 +251,14 @@ def test_who_computes(tiny_model, monkeypatch):
     assert refimpl.Model(model.config, model.weights).backend == "numba"
     with pytest.raises(InputError, match="the backend is 'cuda', expected one of numpy, numba"):
         model.with_backend("cuda")
+
+
+def test_the_bench_of_attention(capsys):
+    facts = bench.run("attention", 1, 2, 2, None, 64)
+    assert [row["engine"] for row in facts] == ["read", "float16", "float32"]
+    assert facts[0]["times_read"] == 1 and all(row["slowest"] <= row["fastest"] for row in facts)
+    assert "float16" in bench.show(facts) and "1 layers of Baichuan2-7B, attention" in capsys.readouterr().err
+    with pytest.raises(InputError, match="the engine is 'gpu', expected some of read,float16,float32"):
+        bench.run("attention", 1, 1, 1, ("gpu",), 64)
+    with pytest.raises(InputError, match="numbers from 1"):
+        bench.run("attention", 1, 0, 1, None, 64)
