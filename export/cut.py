@@ -42,8 +42,9 @@ class Cut:
 
 def matching_taps(config: Config, patterns: Iterable[str]) -> tuple[str, ...]:
     """The taps that some globs match, in computing order. Raises InputError for a glob that matches none."""
-    known = list(taps(config))
-    return tuple(name for name in known if name in _matched(known, patterns))
+    known = taps(config)
+    chosen = _matched(known, patterns)
+    return tuple(name for name in known if name in chosen)
 
 
 def matching_modules(config: Config, patterns: Iterable[str]) -> tuple[str, ...]:
@@ -59,10 +60,10 @@ def matching_modules(config: Config, patterns: Iterable[str]) -> tuple[str, ...]
     return tuple(name for name in known if name in chosen and not any(belongs(name, m) for m in chosen - {name}))
 
 
-def _matched(known: Iterable[str], patterns: Iterable[str]) -> set[str]:
+def _matched(known: Mapping[str, Any], patterns: Iterable[str]) -> set[str]:
     found: set[str] = set()
     for pattern in patterns:
-        chosen = {name for name in known if fnmatch.fnmatchcase(name, pattern)}
+        chosen = {pattern} if pattern in known else {name for name in known if fnmatch.fnmatchcase(name, pattern)}
         if not chosen:
             kinds = {name.rpartition(".")[2] for name in known}
             like = {f"*.{kind}" for kind in kinds if not kind.isdigit()} if pattern.startswith("*") else set(known)

@@ -33,7 +33,7 @@ import refimpl
 from export.graph import Built, Parameter
 from export.parts import GraphSpec, boundary
 from kernels.affine import LPBQ_STEPS, Encoding, from_range
-from refimpl.encodings import COS, EMBED, INPUTS, MASK, SIN, Encodings, Float16, near
+from refimpl.encodings import COS, EMBED, INPUTS, MASK, SIN, Encodings, Float16, feature_grids, near
 from refimpl.errors import InputError
 from refimpl.files import read_json
 from refimpl.model import Model
@@ -335,17 +335,18 @@ def graph_encodings(encodings: Encodings, spec: GraphSpec, built: Built) -> Enco
     floats = {info.name for info in infos if info.type.tensor_type.elem_type == TensorProto.FLOAT}
     taps_of = built.shown | {value.name: _tap_of(value.tap or value.name) for value in [*spec.inputs, *spec.outputs]}
     taps_of = {name: taps_of.get(name, name) for name in floats}
-    late = {name for name in built.shown if taps_of.get(name, "").endswith(".W_pack")}
     known = {n: encodings.activations[tap] for n, tap in taps_of.items() if tap in encodings.activations} | {
         value.name: encodings.parameters[EMBED]
         for value in spec.inputs
         if f"{value.tap}.weight" == EMBED and EMBED in encodings.parameters
     }
-    kept = {name: known.pop(name) for name in late & set(known)}
+    for name, tap in built.shown.items():
+        if tap.endswith(".W_pack") and name in floats:
+            which = int(name.removeprefix(f"{tap}.").split(".")[0])
+            if grid := feature_grids(encodings, spec.config, tap)[which][1]:
+                known[name] = grid
     scalars = {i.name: float(numpy_helper.to_array(i)) for i in graph.initializer if not i.dims and i.data_type == 1}
-    for more in ({}, kept):
-        known = more | known
-        _spread(graph, known, floats, scalars)
+    _spread(graph, known, floats, scalars)
     ordered = {name: known[name] for name in dict.fromkeys(info.name for info in infos) if name in known}
     parameters = {
         name: _rows(encodings.parameters[parameter.of], parameter)

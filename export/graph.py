@@ -257,7 +257,8 @@ class Graph:
                       for t in self.parameters.values() if t in needed]  # fmt: skip
         layout = place(parameters)
         initializers += parameters
-        inner = [info(t) for node in nodes for t in node.outputs if t not in set(outputs)]
+        last = set(outputs)
+        inner = [info(t) for node in nodes for t in node.outputs if t not in last]
         graph = helper.make_graph(protos, name, [info(t) for t in inputs], [info(t) for t in outputs], initializers,
                                   value_info=inner)  # fmt: skip
         opsets = [helper.make_opsetid(domain, 1) for domain in sorted({node.domain for node in nodes} - {""})]
