@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,14 +10,16 @@ import ml_dtypes
 import numpy as np
 import pytest
 from conftest import write_checkpoint
+from loopback_hub import LoopbackHub
 
 import refimpl
-from export import emit
+from export import emit, session
 from export.figures import Figures, Thresholds
 from export.parts import carry
 from export.references import References
 from export.verdict import judge, read_run, save_run
 from refimpl.calibrate import calibrate
+from refimpl.cli import main
 from refimpl.errors import InputError
 from refimpl.positions import rope_tables
 from refimpl.weights import Weight
@@ -481,3 +484,30 @@ def test_figures_survive_json():
     figures = Figures("g", "isolated", "lm_head", "float", tokens=(0.5, 2.0), sqnr=31.25, born="here")
     again = Figures.from_json(json.loads(json.dumps(figures.to_json())))
     assert (again.tokens, again.sqnr, again.born, again.rows) == ((0.5, 2.0), 31.25, "here", np.inf)
+
+
+def test_the_loop_and_the_verdict(tiny_model, tmp_path, monkeypatch):
+    """Through the real client to a device that quantizes, and back: right is right, and a code too high is told."""
+    pytest.importorskip("onnxruntime")
+    monkeypatch.setenv("QAIHUB_CLIENT_INI", str(tmp_path / "none.ini"))
+    monkeypatch.setattr(session, "POLL", 0.0)
+    monkeypatch.setattr(session, "PATIENCE", 0.0)
+    model, name = tiny_model("Baichuan2-7B"), "prompt_ar4_cl12_2_of_2"
+    encodings = calibrate(model, np.arange(48) % 90)
+    folder = emit(model, tokens=(4,), context=12, parts=2, profile="aihub", encodings=encodings).save(tmp_path / "x")
+    step = np.float32(encodings[VALUE.format(0)].scale)
+
+    def spoil(graph, outputs):
+        return outputs | {"past_value_0_out": outputs["past_value_0_out"] + step} if graph == name else outputs
+
+    for fault in (None, spoil):
+        with LoopbackHub(polls=0, **({"spoil": fault} if fault else {})) as hub:
+            command = ["hub", "infer", str(folder), "--device", "Loopback Phone", "--api-url", hub.url]
+            assert main(command) == 0
+        verdict = judge(folder, folder / "outputs" / "loopback-phone", model)
+        assert (not verdict) == bool(fault) and verdict.kind == "simulation", verdict
+        shutil.rmtree(folder / "outputs")
+        for ledger in folder.glob("*.jsonl"):
+            ledger.unlink()
+    assert verdict.guilty.name == f"{name}/isolated/{VALUE.format(0)}"
+    assert verdict.causes[verdict.guilty.name].name == "zero point"
