@@ -350,7 +350,7 @@ def narrowed(e: Evidence) -> Iterator[Guess]:
 
 def rope(e: Evidence) -> Iterator[Guess]:
     """Keys or queries turned by other angles, or in other pairs."""
-    if e.what not in ("key", "query") or e.config.rope_theta is None:
+    if e.what not in ("key", "query") or e.config.rope_theta is None or "position_ids_cos" not in e.inputs:
         return
     cos, sin = (e.inputs[f"position_ids_{name}"][:, :, -e.spec.real :].astype(np.float64) for name in ("cos", "sin"))
     plain = turned(e.expected, cos, -sin)  # before RoPE
@@ -481,6 +481,7 @@ def parts_exchanged(e: Evidence) -> Iterator[Guess]:
     """Another part's weights behind this part's name."""
     for other in e.references.specs.values():
         same = other.tokens == e.spec.tokens and len(other.part.layers) == len(e.spec.part.layers)
+        same &= len(other.inputs) == len(e.spec.inputs) and len(other.outputs) == len(e.spec.outputs)
         if not same or other.name == e.spec.name or other.part.heads != e.spec.part.heads or other.part.embeds:
             continue
         names = {theirs.name: ours.name for theirs, ours in zip(other.inputs, e.spec.inputs, strict=True)}

@@ -54,6 +54,7 @@ class Verdict:
 
     `kind`: what the device turned out to compute like. `causes`: name of a failing tensor -> why it may be wrong.
     `remarks`: what had to be done to read the outputs, and which graphs have none. `about`: where all of it is from.
+    `inside`: what a graph computes that is cut out of the model.
     """
 
     tensors: tuple[Figures, ...]
@@ -63,6 +64,7 @@ class Verdict:
     remarks: tuple[str, ...] = ()
     about: Mapping[str, Any] = field(default_factory=dict)
     thresholds: Thresholds = DERIVED
+    inside: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     def __bool__(self) -> bool:
         return bool(self.tensors) and not self.failures
@@ -107,7 +109,8 @@ class Verdict:
         if guilty.operation in ("self_attn.key", "self_attn.value"):
             made_of = ("input_layernorm", "W_pack", f"{guilty.operation[10]}_proj")
             between = [tap for tap in between if tap.endswith(made_of)]
-        return [*between, guilty.tap]
+        mine = self.inside.get(guilty.graph, between)
+        return [*(tap for tap in between if tap in mine), guilty.tap]
 
     @property
     def summary(self) -> str:
@@ -122,7 +125,8 @@ class Verdict:
             return f"agrees: {len(self.tensors)} tensors within {rule}; {like}; {by}"
         guilty = self.guilty
         assert guilty is not None
-        return f"differs: {len(self.failures)} of {len(self.tensors)} tensors, first {guilty.name}; {by}"
+        said = guilty.problem or f"{self.excess(guilty):.2g} times what is allowed"
+        return f"differs: {len(self.failures)} of {len(self.tensors)} tensors; the first is {guilty.name}, {said}"
 
     @property
     def story(self) -> str:
@@ -209,8 +213,9 @@ class Verdict:
             "format": FORMAT, "agrees": bool(self), "summary": self.summary, "kind": self.kind,
             "guilty": guilty.name if guilty else None, "suspects": self.suspects,
             "causes": {name: asdict(cause) for name, cause in self.causes.items()}, "remarks": self.remarks,
-            "about": self.about, "thresholds": asdict(self.thresholds), "config": asdict(self.config),
-            "failures": [t.name for t in self.failures], "tensors": [t.to_json() for t in self.tensors],
+            "about": self.about, "inside": self.inside, "thresholds": asdict(self.thresholds),
+            "config": asdict(self.config), "failures": [t.name for t in self.failures],
+            "tensors": [t.to_json() for t in self.tensors],
         }, ensure_ascii=False, allow_nan=False)  # fmt: skip
 
     def judged(self, thresholds: Thresholds) -> Verdict:
@@ -234,7 +239,8 @@ def read_run(path: str | Path) -> Verdict:
             raise ValueError("it is of another model than it says")
         remarks = tuple(str(remark) for remark in stored["remarks"])
         limits = Thresholds(**{k: None if v is None else float(v) for k, v in stored["thresholds"].items()})
-        return Verdict(tensors, stored["kind"], config, causes, remarks, dict(stored["about"]), limits)
+        inside = {str(graph): tuple(tap for tap in inner if tap in known) for graph, inner in stored["inside"].items()}
+        return Verdict(tensors, stored["kind"], config, causes, remarks, dict(stored["about"]), limits, inside)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise InputError(f"{path} is damaged: {' '.join(str(error).split())[:200]}; run verify again") from None
 
@@ -295,9 +301,10 @@ def judge(
         "refimpl": refimpl.__version__, "numpy": np.__version__, "export": str(folder), "outputs": _said(outputs),
         "model": model.config.family if model else None, "reference": TEXTS[kind],
         "encodings": len(encodings) if encodings else None, "dtype": dtype,
-        "prompt": len(answers[0].spec.config.family) and references.plan.prompt,
+        "prompt": f"{references.plan.prompt} tokens",
     }  # fmt: skip
-    return Verdict(tuple(tensors), kind, references.plan.config, causes, tuple(remarks), about, thresholds)
+    inside = {name: tuple(spec.taps) for name, spec in references.specs.items() if spec.cut}
+    return Verdict(tuple(tensors), kind, references.plan.config, causes, tuple(remarks), about, thresholds, inside)
 
 
 def _said(outputs: Any) -> str:

@@ -486,6 +486,23 @@ def test_figures_survive_json():
     assert (again.tokens, again.sqnr, again.born, again.rows) == ((0.5, 2.0), 31.25, "here", np.inf)
 
 
+def test_modules_alone_are_judged(world, tmp_path):
+    folder = emit(world.model, tokens=(16, 1), context=64, graphs=["model.layers.1.mlp", "*.0.self_attn.key"],
+                  encodings=world.encodings).save(tmp_path / "x")  # fmt: skip
+    device = References(folder, world.model)
+    outputs = {name: device.run("simulation", spec, device.inputs(spec)) for name, spec in device.specs.items()}
+    assert judge(folder, outputs, world.model) and judge(folder, outputs)
+    name = "prompt_ar16_cl64_model.layers.1.mlp"
+    outputs[name]["model.layers.1.mlp.down_proj"] = outputs[name]["model.layers.1.mlp.down_proj"] * np.float32(1.3)
+    verdict = judge(folder, outputs, world.model)
+    assert [tensor.graph for tensor in verdict.failures] == [name]
+    assert verdict.causes[verdict.guilty.name].name == "scale"
+    inner = ("gate_proj", "act_fn", "up_proj", "product", "down_proj")
+    assert verdict.suspects == [f"model.layers.1.mlp.{tap}" for tap in inner]
+    save_run(verdict, tmp_path / "run.json")
+    assert read_run(tmp_path / "run.json").suspects == verdict.suspects
+
+
 def test_the_loop_and_the_verdict(tiny_model, tmp_path, monkeypatch):
     """Through the real client to a device that quantizes, and back: right is right, and a code too high is told."""
     pytest.importorskip("onnxruntime")
