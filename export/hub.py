@@ -176,7 +176,7 @@ class Loop:
             if key := sent(spec, self._golden(spec)):
                 self._fetch(key, spec.name, "isolated")
         self._chain(sent)
-        self._sweep()
+        self._known()
 
     def binaries(self) -> None:
         """The linked binaries, which a phone takes, to outputs/{device}/binaries."""
@@ -185,6 +185,15 @@ class Loop:
             self.keys.append(key)
             if self._done(key):
                 self.session.fetch_model(key, self.session.outputs / "binaries" / f"{part}.bin")
+        self._known()
+
+    def _known(self) -> None:
+        """Raises InputError if nothing of what was asked for was ever sent."""
+        if not any(self.session.ledger.get(key) for key in self.keys):
+            raise InputError(
+                f"nothing was sent to {self.session.url} for {self.session.device} with these options; "
+                "give those with which it was sent, which refimpl hub status shows"
+            )
 
     def _sweep(self) -> None:
         """Removes outputs that are of an earlier export: nobody shall judge this one by them."""
@@ -225,8 +234,11 @@ class Loop:
         return read_arrays(self.session.folder, spec, "input", spec.inputs)
 
     def planned(self, verb: str) -> list[dict[str, Any]]:
-        """What a verb would send: kind, label, bytes as they are and about as they travel, options, and whether the
-        ledger has it already. Nothing is sent, no token is needed."""
+        """What a verb would send at most: kind, label, bytes as they are and about as they travel, options, and whether
+        the ledger has it. Chained inputs may turn out to be the golden ones, and are not sent again then.
+
+        Nothing is sent, no token is needed.
+        """
         session, rows = self.session, list[dict[str, Any]]()
 
         def add(kind: str, label: str, key: str, size: int = 0, zipped: int = 0, options: str = "") -> None:
@@ -254,11 +266,13 @@ class Loop:
                 and (spec.past or any(v.tap for v in spec.inputs))
             )
             for way in WAYS if fed else WAYS[:1]:  # what takes nothing from before is the same both ways
-                if way == "chained":  # what its inputs are is known when it is their turn
-                    key = data = f"{spec.name}/chained"
-                    entries = [e for e in session.ledger.entries.values() if e.get("label") == key]
-                    sent = {str(e["kind"]): e for e in entries if e.get("device") == session.device}
-                    key, data = (sent.get(kind, {}).get("key", "") for kind in ("inference", "dataset"))
+                if way == "chained":  # what its inputs are is known when it is their turn: its label finds it
+                    sent = {
+                        str(entry["kind"]): known
+                        for known, entry in session.ledger.entries.items()
+                        if (entry.get("label"), entry.get("device")) == (f"{spec.name}/chained", session.device)
+                    }
+                    key, data = sent.get("inference", ""), sent.get("dataset", "")
                 add("dataset", f"{spec.name}/{way}", data, size, zipped)
                 add("inference", f"{spec.name}/{way}", key, options=options)
         return rows

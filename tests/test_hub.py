@@ -506,6 +506,18 @@ def test_a_changed_graph_is_sent_and_the_rest_is_not(export):
         assert sum(m.proto.producer_id == "" for m in hub.models.values()) == 7, "uploaded once each"
 
 
+def test_fetch_takes_what_was_sent(exports, tmp_path, capsys):
+    folder = shutil.copytree(exports["one"], tmp_path / "x")
+    with LoopbackHub() as hub:
+        assert act(hub, "infer", folder, "--qairt", "2.50") == 0
+        assert act(hub, "fetch", folder) == 2
+        assert "nothing was sent to http" in capsys.readouterr().err
+        assert len(list(folder.rglob("*.h5"))) == 2
+        shutil.rmtree(folder / "outputs")
+        assert act(hub, "fetch", folder, "--qairt", "2.50") == 0
+        assert len(list(folder.rglob("*.h5"))) == 2
+
+
 def test_modules_alone_have_no_chain(tiny_model, tmp_path, capsys):
     saved = emit(tiny_model("Baichuan2-7B"), tokens=(4, 1), context=12, graphs=["model.layers.1.mlp"])
     folder = saved.save(tmp_path / "x")
@@ -657,7 +669,7 @@ def test_a_dry_run_sends_nothing(export, capsys):
         assert 0.1 < rows[0]["zipped"] / rows[0]["bytes"] < 1.01
 
 
-def test_nothing_is_left_in_the_temporary_folder(export, tmp_path, monkeypatch):
+def test_nothing_is_left_in_the_temporary_folder(exports, tmp_path, monkeypatch):
     """The client leaves the zip of each upload behind, which has gigabytes."""
     import tempfile
 
@@ -666,7 +678,7 @@ def test_nothing_is_left_in_the_temporary_folder(export, tmp_path, monkeypatch):
     with LoopbackHub() as hub:
         hub.scratch, mine = tmp_path / "hub", hub.scratch
         shutil.rmtree(mine)
-        assert act(hub, "infer", export) == 0
+        assert act(hub, "infer", shutil.copytree(exports["one"], tmp_path / "x")) == 0
     assert not list((tmp_path / "tmp").iterdir())
 
 
