@@ -43,6 +43,7 @@ from refimpl.trace import feeding
 
 FORMAT = "refimpl export 1"
 PROMPT = "登鹳雀楼->王之涣\n夜雨寄北->"  # from the model card of Baichuan2-7B-Base
+KEPT = ("hub.jsonl", "outputs")  # the loop's record and what it fetched (`export/hub.py`), beside the export
 TEST_DATA = "test_data/{}/test_data_set_0"  # beside the graphs' folders: AI Hub takes nothing else in those
 ONNX_TYPES = {"float32": TensorProto.FLOAT, "int32": TensorProto.INT32}
 
@@ -182,7 +183,8 @@ class Parts:
         Each graph of a part has its own copy of the weights: an upload takes one folder, and ONNX refuses links.
         Memory holds a tile of weights at a time. Every graph passes `onnx.checker` with full_check.
 
-        `overwrite` replaces an earlier export, and nothing else. Without `golden` there is no test data: a compiler
+        `overwrite` replaces an earlier export, and nothing else: what was sent to AI Hub, and what came back, stays on
+        record, so that a graph whose bytes are the same is not sent again. Without `golden` there is no test data: a compiler
         needs none, and the whole model need not be computed. Raises InputError for a folder that is something
         else, or that cannot be written.
         """
@@ -196,6 +198,9 @@ class Parts:
             if folder.exists():
                 folder.rename(replaced)
             partial.rename(folder)
+            for name in KEPT:
+                if (replaced / name).exists():
+                    (replaced / name).rename(folder / name)
             shutil.rmtree(replaced, ignore_errors=True)
         except OSError as error:
             raise InputError(f"cannot write {folder}: {error.strerror}; choose another place") from None
@@ -374,6 +379,6 @@ def check_free(folder: Path, overwrite: bool) -> None:
         raise InputError(f"{folder} is not empty, and no export; choose another place")
     if not overwrite:
         raise InputError(f"{folder} holds an export; choose another place, or overwrite it (--force)")
-    ours = {"manifest.json"} | {str(name).split("/")[0] for name in manifest.get("files", ())}
+    ours = {"manifest.json", *KEPT} | {str(name).split("/")[0] for name in manifest.get("files", ())}
     if others := sorted(there - ours):
         raise InputError(f"{folder} also holds {at_most(others)}, which no export does; move that away first")

@@ -237,6 +237,11 @@ def test_a_folder_is_whole_or_not_there(tiny_model, tmp_path, monkeypatch):
             parts.save(tmp_path / "x", overwrite=True)
     assert digests(tmp_path / "x") == before and [path.name for path in tmp_path.iterdir()] == ["x"]
 
+    (tmp_path / "x" / "hub.jsonl").write_text("sent")
+    parts.save(tmp_path / "x", overwrite=True)
+    assert (tmp_path / "x" / "hub.jsonl").read_text() == "sent"
+    (tmp_path / "x" / "hub.jsonl").unlink()
+
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "thesis.tex").write_text("years of work")
     (tmp_path / "file").write_text("")
