@@ -184,9 +184,10 @@ class Parts:
         Memory holds a tile of weights at a time. Every graph passes `onnx.checker` with full_check.
 
         `overwrite` replaces an earlier export, and nothing else: what was sent to AI Hub, and what came back, stays on
-        record, so that a graph whose bytes are the same is not sent again. Without `golden` there is no test data: a compiler
-        needs none, and the whole model need not be computed. Raises InputError for a folder that is something
-        else, or that cannot be written.
+        record, so that a graph whose bytes are the same is not sent again. Without `golden` there is no test data: a
+        compiler needs none, and the whole model need not be computed.
+
+        Raises InputError for a folder that is something else, or that cannot be written.
         """
         folder = Path(folder).resolve()
         check_free(folder, overwrite)
