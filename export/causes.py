@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from export.device import Answer
     from export.references import Kind, References
 
+ROWS_TO_FIT = 8  # tokens, for a factor each of whose channels is fitted to them
 GAIN, ENOUGH, EQUAL = 6.0, 10.0, 3.0  # dB: nearer than the right tensor; near at all; no nearer than another
 THETAS = (1e4, 1e5, 5e5, 1e6)  # that a Baichuan, a Llama or a Qwen has
 SHIFTS = (1, -1, 2, -2)
@@ -295,6 +296,28 @@ def scale(e: Evidence) -> Iterator[Guess]:
         yield Guess("all values have the opposite sign", -e.expected)
 
 
+def scale_of_parts(e: Evidence) -> Iterator[Guess]:
+    """A factor for each head, or for each channel of all tokens."""
+    if e.head_axis is not None and e.expected.shape[e.head_axis] > 1:
+        axes = tuple(axis for axis in range(e.expected.ndim) if axis != e.head_axis)
+        factors = _fits(e.device, e.expected, axes)
+        off = np.flatnonzero(np.abs(factors.reshape(-1) - 1) > 1e-3)
+        said = at_most([f"head {i} by {factors.flat[i]:.3g}" for i in off], 4)
+        yield Guess(f"heads have scales of their own that are off: {said}", factors * e.expected)
+    if e.spec.real >= ROWS_TO_FIT:
+        factors = _fits(e.device, e.expected, tuple(range(e.expected.ndim - 1)))
+        if e.head_axis is not None:
+            factors = _fits(e.device, e.expected, (e.token_axis,))
+        ends = f"{factors.min():.3g} to {factors.max():.3g}"
+        yield Guess(f"each channel is off by its own factor, {ends}: the scales of a weight's rows are others, or in "
+                    "another order", factors * e.expected)  # fmt: skip
+
+
+def _fits(a: np.ndarray, b: np.ndarray, axes: tuple[int, ...]) -> np.ndarray:
+    """The factors by which b comes nearest to a, one for each index that `axes` do not sum over."""
+    return (a * b).sum(axes, keepdims=True) / np.maximum(np.square(b).sum(axes, keepdims=True), 1e-300)
+
+
 def zero_point(e: Evidence) -> Iterator[Guess]:
     """One constant for all, a multiple of the step where there is a grid."""
     shift = float(np.median(e.device - e.expected))
@@ -329,6 +352,12 @@ def wrapped(e: Evidence) -> Iterator[Guess]:
 
 def narrowed(e: Evidence) -> Iterator[Guess]:
     """Every value is one of a narrower format."""
+    if e.grid is not None and e.grid.bits > 8:
+        fine = 2 ** (e.grid.bits - 8)
+        codes = np.rint(e.device / float(e.grid.scale)) - float(e.grid.offset)
+        right = quantize(e.expected.astype(np.float32), e.grid)
+        if len(np.unique(codes % fine)) == 1 < len(np.unique(right % fine)):
+            yield Guess(f"only 8 of the {e.grid.bits} bits of its codes are used", e.expected, certain=True)
     if e.kind != "float":
         return
     for name, dtype in (("bfloat16", ml_dtypes.bfloat16), ("float16", np.float16)):
@@ -582,6 +611,7 @@ CAUSES: dict[str, Callable[[Evidence], Iterator[Guess]]] = {
     "NormHead missing": norm_head,
     "scale": scale,
     "zero point": zero_point,
+    "scales": scale_of_parts,
     "signedness": wrapped,
     "saturation": saturated,
     "parts exchanged": parts_exchanged,

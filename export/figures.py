@@ -48,6 +48,11 @@ class Thresholds:
     max_lsb: float | None = None
     max_over: float | None = None
 
+    def __post_init__(self) -> None:
+        for name, value in asdict(self).items():
+            if value is not None and not (math.isfinite(value) and (value >= 0 or name == "min_sqnr")):
+                raise InputError(f"{name} is {value:g}, expected a number{'' if name == 'min_sqnr' else ' from 0 on'}")
+
     def excess(self, figures: Figures) -> float:
         """What a tensor needs over what is allowed: above 1 fails."""
         if figures.problem:

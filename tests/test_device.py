@@ -3,6 +3,7 @@
 import io
 import re
 import shutil
+import tracemalloc
 import zipfile
 import zlib
 
@@ -321,7 +322,11 @@ def test_hostile_hdf5(parts, tmp_path):
         (huge, r"shape \(1000000, 1000000\), but logits"), (filtered, "filters .32000."), (objects, "holds object"),
         (bomb, "not the 3072 bytes"), (garbage, "damaged"), (unwritten, "lacks its chunk"),
     ]:  # fmt: skip
-        refused(parts, change(replaced(make)), match, graph=LAST)
+        spoilt = change(replaced(make))
+        tracemalloc.start()
+        refused(parts, spoilt, match, graph=LAST)
+        assert tracemalloc.get_traced_memory()[1] < 2 << 20, make.__name__
+        tracemalloc.stop()
     refused(parts, change(lambda file: file["data/0"].attrs.pop("name")), "no name", graph=LAST)
     refused(parts, change(lambda file: file["data/0"].attrs.__setitem__("name", 3)), "no text", graph=LAST)
     refused(parts, change(lambda file: file["data/0"].attrs.__setitem__("batch_count", 2)), "2 samples", graph=LAST)

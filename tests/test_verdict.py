@@ -14,6 +14,9 @@ from loopback_hub import LoopbackHub
 
 import refimpl
 from export import emit, session
+from export.causes import CAUSES, Evidence, likely_causes
+from export.device import fit
+from export.entries import of_mapping
 from export.figures import Figures, Thresholds
 from export.parts import carry
 from export.references import References
@@ -177,6 +180,12 @@ def grid(world, tap):
 fault("scale of values x1.1", (P.format(3), VALUE.format(1)), "scale")(at(3, "past_value_1_out", lambda x, s: x * 1.1))
 fault("scale of logits x2", (P.format(4), "lm_head"), "scale")(at(4, "logits", lambda x, s: x * 2))
 fault("sign", (P.format(2), KEY.format(0)), "scale")(at(2, "past_key_0_out", lambda x, s: -x))
+fault("scale of one head", (P.format(3), VALUE.format(1)), "scales")(
+    at(3, "past_value_1_out", lambda x, s: x * np.array([1, 1, 1.5, 1])[:, None, None, None])
+)
+fault("scales of channels", (P.format(3), VALUE.format(1)), "scales")(
+    at(3, "past_value_1_out", lambda x, s: x * np.random.default_rng(0).uniform(0.5, 2, (4, 1, 1, x.shape[3])))
+)
 fault("zeros", (P.format(3), KEY.format(1)), "never written")(at(3, "past_key_1_out", lambda x, s: x * 0))
 fault("NaN", (P.format(3), "model.layers.1"), "not finite")(
     at(3, "model.layers.1", lambda x, s: np.where(np.arange(x.shape[-1]) == 3, np.nan, x))
@@ -224,6 +233,13 @@ def _(world, kind, way):
     step = float(grid(world, VALUE.format(0)).scale)
     wrapped = lambda x, s: ((np.rint(x / step) + 128 + 128) % 256 - 128) * step
     return at(2, "past_value_0_out", wrapped)(world, kind, way)
+
+
+@fault("8 of 16 bits", (P.format(4), "lm_head"), "dtype", kinds=["simulation"])
+def _(world, kind, way):
+    step = 256 * float(grid(world, "lm_head").scale)
+    offset = float(grid(world, "lm_head").offset) / 256
+    return at(4, "logits", lambda x, s: (np.rint(x / step - offset) + offset) * step)(world, kind, way)
 
 
 @fault("keys and values exchanged", (P.format(3), KEY.format(1)), "names swapped")
@@ -486,6 +502,27 @@ def test_figures_survive_json():
     assert (again.tokens, again.sqnr, again.born, again.rows) == ((0.5, 2.0), 31.25, "here", np.inf)
 
 
+def test_what_no_pattern_explains_has_no_cause(world):
+    noise = np.random.default_rng(0)
+    disturbed = at(3, "past_value_1_out", lambda x, s: x + noise.standard_normal(x.shape) * x.std())
+    verdict = world.judged(disturbed(world, "float", "isolated"))
+    assert verdict.guilty.tap == VALUE.format(1) and not verdict.causes
+    assert "No known pattern explains it." in verdict.story
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_cause_fires_on_a_healthy_tensor(world, kind):
+    """Not even on one that rounds elsewhere than its reference."""
+    device = {"float": "float", "simulation": "even"}[kind]
+    for graph, taps in ((P.format(3), (KEY.format(1), "model.layers.1")), (T.format(4), ("lm_head",))):
+        spec = world.references.specs[graph]
+        answer = fit(spec, "isolated", list(of_mapping(world.healthy(device, "isolated")["isolated"][graph])), {})
+        for tap in taps:
+            value = next(value for value in spec.outputs if value.tap == tap)
+            evidence = Evidence(world.references, kind, answer, value, world.references.inputs(spec))
+            assert likely_causes(evidence, CAUSES) is None, (graph, tap)
+
+
 def test_modules_alone_are_judged(world, tmp_path):
     folder = emit(world.model, tokens=(16, 1), context=64, graphs=["model.layers.1.mlp", "*.0.self_attn.key"],
                   encodings=world.encodings).save(tmp_path / "x")  # fmt: skip
@@ -528,3 +565,36 @@ def test_the_loop_and_the_verdict(tiny_model, tmp_path, monkeypatch):
             ledger.unlink()
     assert verdict.guilty.name == f"{name}/isolated/{VALUE.format(0)}"
     assert verdict.causes[verdict.guilty.name].name == "zero point"
+
+
+def test_the_command(world, faulty, tmp_path, capsys):
+    """Exit codes 0, 1 and 2, and every file that a verdict may be written to."""
+    good, bad, parts, source = (str(tmp_path / name) for name in ("good.npz", "bad.npz", "parts", "model"))
+    write_checkpoint(tmp_path / "model", "Baichuan2-7B", num_hidden_layers=3, hidden_size=128)
+    shutil.copytree(world.folder, parts)
+    outputs, name = world.healthy("float", "isolated")["isolated"][P.format(3)], P.format(3)
+    np.savez(good, **outputs)
+    np.savez(bad, **{**outputs, "past_key_1_out": -outputs["past_key_1_out"]})
+    assert main(["verify", parts, good, "--graph", name]) == 0
+    assert "agrees: 3 tensors" in capsys.readouterr().out
+    files = {kind: tmp_path / kind for kind in ("html", "junit", "model-explorer", "save")}
+    options = [part for kind, path in files.items() for part in (f"--{kind}", str(path))]
+    assert main(["verify", parts, bad, "--graph", name, "--model", source, "--json", *options]) == 1
+    stored = json.loads(capsys.readouterr().out)
+    assert stored == json.loads(files["save"].read_text()) and stored["guilty"].endswith(KEY.format(1))
+    assert "opposite sign" in files["html"].read_text() and "opposite sign" in files["junit"].read_text()
+    assert list(json.loads(files["model-explorer"].read_text())) == [name]
+    run = str(files["save"])
+    assert main(["verify", run]) == 1 and main(["verify", run, "--min-sqnr", "-20"]) == 0
+    capsys.readouterr()
+    for arguments, said in [
+        (["verify", parts, "--html", "x"], "--html belongs to a device's outputs"),
+        (["verify", parts, str(tmp_path / "none")], "neither a file nor a folder"),
+        (["verify", parts, good, "--model", str(tmp_path / "none")], "is not a folder"),
+        (["verify", parts, good, "--graph", name, "--html", str(tmp_path / "no" / "x")], "cannot write"),
+        (["verify", good], "is not JSON"),
+        (["verify", run, "--min-sqnr", "nan"], "min_sqnr is nan"),
+    ]:
+        assert main(arguments) == 2, arguments
+        error = capsys.readouterr().err
+        assert said in error and error.count("\n") == 1, error
