@@ -22,6 +22,7 @@ import numpy as np
 from tqdm import tqdm
 
 from export.emit import Arrays
+from export.figures import unused_bits
 from export.parts import GraphSpec, Value
 from export.verify import unpadded
 from kernels.affine import Encoding, quantize
@@ -352,12 +353,8 @@ def wrapped(e: Evidence) -> Iterator[Guess]:
 
 def narrowed(e: Evidence) -> Iterator[Guess]:
     """Every value is one of a narrower format."""
-    if e.grid is not None and e.grid.bits > 8:
-        fine = 2 ** (e.grid.bits - 8)
-        codes = np.rint(e.device / float(e.grid.scale)) - float(e.grid.offset)
-        right = quantize(e.expected.astype(np.float32), e.grid)
-        if len(np.unique(codes % fine)) == 1 < len(np.unique(right % fine)):
-            yield Guess(f"only 8 of the {e.grid.bits} bits of its codes are used", e.expected, certain=True)
+    if e.grid is not None and (lost := unused_bits(e.device, e.expected, e.grid)):
+        yield Guess(lost, e.expected, certain=True)
     if e.kind != "float":
         return
     for name, dtype in (("bfloat16", ml_dtypes.bfloat16), ("float16", np.float16)):

@@ -183,6 +183,8 @@ def measure(
     if own.problem:
         return replace(figures, problem=own.problem, shape=device.shape, index=own.index, value=own.value,
                        reference=own.reference)  # fmt: skip
+    if figures.kind != "float" and grid is not None and (lost := unused_bits(device, reference, grid)):
+        return replace(figures, problem=lost, shape=device.shape)
     a, b, c = (x.astype(np.float64) for x in (device, reference, oracle))
     cost, total = _difference(reference, oracle, limit), _difference(device, oracle, limit)
     step = float(grid.scale) if grid is not None else None
@@ -215,6 +217,15 @@ def measure(
         lsb_over=float((lsb > 1).mean()) if lsb is not None else None,
         **(_of_logits(a, b, c) if figures.tap == "lm_head" else {}),
     )  # fmt: skip
+
+
+def unused_bits(device: np.ndarray, reference: np.ndarray, grid: Encoding) -> str:
+    """That the device's codes are those of 8 bits, where they are; the noise of rounding may be larger than that."""
+    if grid.bits <= 8 or grid.scale.ndim:
+        return ""
+    fine = 2 ** (grid.bits - 8)
+    a, b = (len(np.unique((np.rint(x / float(grid.scale)) - float(grid.offset)) % fine)) for x in (device, reference))
+    return f"only 8 of the {grid.bits} bits of its codes are used" if a == 1 and b > 8 else ""
 
 
 def _difference(a: np.ndarray, b: np.ndarray, limit: Tolerance) -> Difference:
