@@ -78,7 +78,8 @@ class Figures:
     - `sqnr` (dB), `cosine`, `max_abs`: device against reference; `index`, `value`, `reference`: where it is worst
     - `cost_sqnr`, `cost_cosine`: reference against the float oracle, what quantization costs;
       `total_sqnr`, `total_cosine`: device against the oracle
-    - `token_sqnr`, `head_sqnr`: device against reference
+    - `token_sqnr`, `head_sqnr`, `token_cosine`, `head_cosine`, `token_lsb`, `head_lsb` (the largest): device against
+      reference; `token_kl`: of logits, device against oracle
     - `bits` and `step` of the grid, `lsb_max`: the largest distance in codes, `lsb_over`: the share of values more
       than one code off; None without a grid
     - `kl`, `top1`: of logits, device against oracle, mean over tokens in nats and share; `cost_kl`, `cost_top1`:
@@ -112,6 +113,11 @@ class Figures:
     total_cosine: float = math.nan
     token_sqnr: tuple[float, ...] = ()
     head_sqnr: tuple[float, ...] = ()
+    token_cosine: tuple[float, ...] = ()
+    head_cosine: tuple[float, ...] = ()
+    token_lsb: tuple[float, ...] = ()
+    head_lsb: tuple[float, ...] = ()
+    token_kl: tuple[float, ...] = ()
     bits: int | None = None
     step: float | None = None
     lsb_max: float | None = None
@@ -212,6 +218,9 @@ def measure(
         value=own.value, reference=own.reference, cost_sqnr=cost.sqnr, cost_cosine=cost.cosine,
         total_sqnr=total.sqnr, total_cosine=total.cosine,
         token_sqnr=_sqnrs(b, a - b, tap, "T"), head_sqnr=_sqnrs(b, a - b, tap, "HK"),
+        token_cosine=_cosines(a, b, tap, "T"), head_cosine=_cosines(a, b, tap, "HK"),
+        token_lsb=_along(lsb, tap, "T", np.max) if lsb is not None else (),
+        head_lsb=_along(lsb, tap, "HK", np.max) if lsb is not None else (),
         bits=grid.bits if grid is not None else None, step=step,
         lsb_max=float(lsb.max()) if lsb is not None else None,
         lsb_over=float((lsb > 1).mean()) if lsb is not None else None,
@@ -260,11 +269,21 @@ def _sqnrs(signal: np.ndarray, error: np.ndarray, tap: Tap | None, letters: str)
                  for s, e in zip(*powers, strict=True))  # fmt: skip
 
 
+def _cosines(a: np.ndarray, b: np.ndarray, tap: Tap | None, letters: str) -> tuple[float, ...]:
+    sums = (_along(x, tap, letters, np.sum) for x in (a * b, np.square(a), np.square(b)))
+    return tuple(
+        ab / math.sqrt(aa) / math.sqrt(bb) if aa and bb else math.inf for ab, aa, bb in zip(*sums, strict=True)
+    )
+
+
 def _of_logits(device: np.ndarray, reference: np.ndarray, oracle: np.ndarray) -> dict[str, Any]:
     """KL(oracle || other) in nats, the mean over tokens, and how often both find the same token likeliest."""
     found: dict[str, Any] = {}
     for name, other in (("", device), ("cost_", reference)):
         logp, logq = log_softmax(oracle), log_softmax(other)
-        found[f"{name}kl"] = float((np.exp(logp) * (logp - logq)).sum(-1).mean())
+        divergence = (np.exp(logp) * (logp - logq)).sum(-1)
+        found[f"{name}kl"] = float(divergence.mean())
+        if not name:
+            found["token_kl"] = tuple(divergence.reshape(-1).tolist())
         found[f"{name}top1"] = float((oracle.argmax(-1) == other.argmax(-1)).mean())
     return found

@@ -396,6 +396,9 @@ def test_token_and_head_are_named(world):
 
     verdict = world.judged(at(3, "past_key_1_out", one)(world, "simulation", "isolated"))
     assert len(verdict.failures) == 1
+    (wrong,) = verdict.failures
+    worst = [np.argmin(wrong.token_sqnr), np.argmin(wrong.token_cosine), np.argmax(wrong.token_lsb)]
+    assert worst == [5, 5, 5] and np.argmin(wrong.head_cosine) == np.argmax(wrong.head_lsb) == 2
     assert f"Wrong in token 5 of {world.references.plan.prompt}, head 2 of 4" in verdict.story
     assert verdict.suspects == [f"model.layers.1.{name}" for name in
                                 ("input_layernorm", "self_attn.W_pack", "self_attn.key")]  # fmt: skip
@@ -462,6 +465,7 @@ def test_the_kind_is_not_taken_for_a_fault(world):
     assert min(t.sqnr for t in verdict.tensors) > 100
     logits = [t for t in verdict.tensors if t.kl is not None]
     assert all(t.kl == pytest.approx(t.cost_kl) and t.kl > 0 for t in logits)
+    assert all(t.kl == pytest.approx(np.mean(t.token_kl)) and len(t.token_kl) == t.shape[1] for t in logits)
 
 
 @pytest.fixture(scope="module")
