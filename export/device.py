@@ -236,8 +236,13 @@ def _matched(spec: GraphSpec, entries: list[Entry]) -> dict[str, tuple[Entry, Va
 
 
 def grids_of(encodings: Encodings, config: Config) -> dict[str, Any]:
-    """Tap -> the grid that its values stand on; the embedding's are those of its table."""
+    """Tap -> the grid that its values stand on; the embedding's are those of its table.
+
+    What has none, and only moves on to be a value, is on that one's from the start.
+    """
     grids = {name: grid_of(encodings, config, name) for name in taps(config)}
+    for name in [name for name in grids if name.endswith("v_proj")]:
+        grids[name] = grids[name] or grids[name.replace("v_proj", "value")]
     grids["model.embed_tokens"] = encodings.parameters.get(EMBED)
     return {name: grid for name, grid in grids.items() if grid is not None}
 

@@ -1,0 +1,34 @@
+"""The catalogue of faults: each is found and localised; no healthy device is suspected. More: measure_faults.py."""
+
+import pytest
+from faults import FAULTS, SETTINGS, World, tried
+
+pytest.importorskip("onnxruntime")
+
+
+@pytest.fixture(scope="module")
+def worlds(tmp_path_factory):
+    """setting -> its world, made once."""
+    made = {}
+
+    def world(setting):
+        if setting not in made:
+            made[setting] = World(tmp_path_factory.mktemp("faults"), setting)
+        return made[setting]
+
+    return world
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_healthy_devices_are_not_suspected(worlds, setting):
+    world = worlds(setting)
+    for probes in (True, False):
+        verdict = world.judged(world.healthy, probes)
+        assert verdict and not verdict.causes, verdict
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name)
+def test_a_fault_is_found_and_localised(worlds, fault):
+    outcome = tried(worlds(fault.setting), fault)
+    assert outcome.detected
+    assert outcome.localised, outcome.verdict
