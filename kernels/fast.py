@@ -23,7 +23,7 @@ import numpy as np
 from numba import types
 from numba.core import event
 
-from kernels import dynamic8, fast_attention, fast_linear, formats
+from kernels import dynamic8, fast_attention, fast_integer, fast_linear, formats
 from kernels.fast_layout import LINE, Layout, LayoutType
 from kernels.formats import Blocks
 from kernels.ops import NumPyOps, Readable
@@ -31,10 +31,15 @@ from kernels.vector import LANES
 
 
 class NumbaOps(NumPyOps):
-    """Float32 operations whose matrix products read blocks of 4 and 8 bits, bfloat16, float16 and float32 in place."""
+    """Float32 operations whose matrix products read blocks of 4 and 8 bits, bfloat16, float16 and float32 in place.
 
-    def __init__(self, portable: bool | None = None):
+    `activations`: "float32" keeps them exact. "int16" and "int8" round them, block by block, where they meet 4-bit
+    codes (see fast_integer.py), which is faster for many tokens; weights of other formats see them as they are.
+    """
+
+    def __init__(self, portable: bool | None = None, activations: str = "float32"):
         super().__init__(np.float32)
+        self.activation_bytes = {"float32": None, "int16": 2, "int8": 1}[activations]
         self.portable = os.environ.get("REFIMPL_PORTABLE", "") not in ("", "0") if portable is None else portable
 
     def linear(self, x: np.ndarray, weight: Readable, bias: Readable | None = None) -> np.ndarray:
@@ -42,7 +47,11 @@ class NumbaOps(NumPyOps):
         matrix = stored(weight, self.portable)
         if matrix is None or x.dtype != np.float32 or not x.size:
             return super().linear(x, weight, bias)
-        out = matrix.product(x.reshape(-1, x.shape[-1]))
+        rows = x.reshape(-1, x.shape[-1])
+        if self.activation_bytes and matrix.layout.codes in fast_integer.ORDER:
+            out = matrix.rounded_product(rows, self.activation_bytes)
+        else:
+            out = matrix.product(rows)
         if bias is not None:
             out += bias.read(self.dtype)
         return out.reshape(*x.shape[:-1], -1)
@@ -118,6 +127,17 @@ class Matrix:
         self._kernel(layout, self.codes, self.scales, self.zeros, x, out, lines, vectors)
         return out if self.divisors is None else np.divide(out, self.divisors, out=out)
 
+    def rounded_product(self, x: np.ndarray, size: int) -> np.ndarray:
+        """The same with activations rounded to integers of `size` bytes."""
+        layout, lines = self.layout, self.codes.shape[1] // LINE
+        blocks = lines * fast_integer.LINE_BLOCKS
+        numbers = np.empty((blocks, len(x), size, fast_integer.BLOCK), np.int8)
+        facts, out = np.empty((blocks, len(x), 2), np.float32), np.empty((len(x), len(self.codes)), np.float32)
+        largest = np.float32(fast_integer.LARGEST[size])
+        _fill()(np.ascontiguousarray(x), fast_integer.ORDER[layout.codes], largest, numbers, facts)
+        _rounded_product(layout)(layout, self.codes, self.scales, self.zeros, numbers, facts, out, lines)
+        return out
+
     @cached_property
     def _kernel(self):
         return _product(self.layout)
@@ -191,6 +211,21 @@ def _product(layout: Layout):
     matrix, out = types.Array(types.uint8, 2, "C", readonly=True, aligned=False), types.Array(types.float32, 2, "C")
     x = types.Array(types.float32, 3, "C", readonly=True)
     return compiled(fast_linear.product, types.void(LayoutType(layout), *[matrix] * 3, x, out, types.intp, types.intp))
+
+
+@cache
+def _fill():
+    x, order = types.Array(types.float32, 2, "C", readonly=True), types.Array(types.int64, 1, "C")
+    numbers, facts = types.Array(types.int8, 4, "C"), types.Array(types.float32, 3, "C")
+    return compiled(fast_integer.fill, types.void(x, order, types.float32, numbers, facts))
+
+
+@cache
+def _rounded_product(layout: Layout):
+    matrix, out = types.Array(types.uint8, 2, "C", readonly=True, aligned=False), types.Array(types.float32, 2, "C")
+    x, facts = types.Array(types.int8, 4, "C"), types.Array(types.float32, 3, "C")
+    kinds = (LayoutType(layout), *[matrix] * 3, x, facts, out, types.intp)
+    return compiled(fast_integer.product, types.void(*kinds))
 
 
 @cache

@@ -21,11 +21,12 @@ from numba.core import cgutils, types
 LANES = 16
 I8, I16, I32, I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
 F16, F32 = ir.HalfType(), ir.FloatType()
-# Lanes of two vectors, 0 … 15 and 16 … 31, that are added to the lanes beside them: see `Emitter.totals`.
+# Pairs of ways to make a vector of lanes of two vectors, counted 0 … 15 and 16 … 31: see `totals` and `transposed`.
 _HALVES = [[n + 16 * v + side for v in (0, 1) for n in range(8)] for side in (0, 8)]
 _QUARTERS = [[n + 16 * v + q + side for v in (0, 1) for q in (0, 8) for n in range(4)] for side in (0, 4)]
 _PAIRS = [[n + 16 * v + q + side for q in (0, 4, 8, 12) for v in (0, 1) for n in (0, 1)] for side in (0, 2)]
 _SINGLES = [[n + 16 * v + q + side for q in (0, 4, 8, 12) for v in (0, 1) for n in (0, 2)] for side in (0, 1)]
+_NEIGHBOURS = [[n + 16 * v + q + side for q in (0, 4, 8, 12) for n in (0, 1) for v in (0, 1)] for side in (0, 2)]
 INTS, FLOATS = ir.VectorType(I32, LANES), ir.VectorType(F32, LANES)
 
 
@@ -37,6 +38,7 @@ class Emitter:
         # What Numba compiles for, which NUMBA_CPU_NAME may set to less than this machine has.
         features = context.codegen().magic_tuple()[2].split(",")
         self.avx512 = not portable and "+avx512f" in features
+        self.vnni = self.avx512 and "+avx512vnni" in features
 
     def address(self, array_type: types.Array, array: ir.Value, element: ir.Value) -> ir.Value:
         """Where an element of a C-contiguous array lies, counted as if it were flat."""
@@ -121,8 +123,45 @@ class Emitter:
 
     def _folded(self, a: ir.Value, b: ir.Value, masks: Sequence[Sequence[int]]) -> ir.Value:
         """Some lanes of two vectors plus the others."""
-        one, other = (self.builder.shuffle_vector(a, b, ir.Constant(INTS, list(mask))) for mask in masks)
+        one, other = (self.shuffle(a, b, mask) for mask in masks)
         return self.builder.fadd(one, other)
+
+    def shuffle(self, a: ir.Value, b: ir.Value, mask: Sequence[int]) -> ir.Value:
+        """Some lanes of two vectors, counted through both."""
+        return self.builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(I32, len(mask)), list(mask)))
+
+    def transposed(self, rows: Sequence[ir.Value]) -> list[ir.Value]:
+        """16 vectors, of which lane r of vector c is lane c of `rows[r]`: 64 shuffles of two vectors each."""
+        fours = []
+        for a, b, c, d in (rows[first : first + 4] for first in range(0, LANES, 4)):
+            ab, cd = ([self.shuffle(*pair, mask) for mask in _NEIGHBOURS] for pair in ((a, b), (c, d)))
+            fours.append([self.shuffle(*pair, mask) for pair in zip(ab, cd, strict=True) for mask in _PAIRS])
+        # Quarter q of fours[g][c] now has column 4 q + c of the rows 4 g … 4 g + 3.
+        columns = [self.quarters([four[c] for four in fours]) for c in range(4)]
+        return [columns[c][q] for q in range(4) for c in range(4)]
+
+    def quarters(self, vectors: Sequence[ir.Value]) -> list[ir.Value]:
+        """4 vectors, of which quarter g of vector q is quarter q of `vectors[g]`."""
+        a, b, c, d = vectors
+        halves = [(self.shuffle(a, b, mask), self.shuffle(c, d, mask)) for mask in _HALVES]
+        return [self.shuffle(*pair, mask) for pair in halves for mask in _QUARTERS]
+
+    def joined(self, vectors: Sequence[ir.Value]) -> ir.Value:
+        """Vectors of one length, one after the other; their number is a power of two."""
+        while len(vectors) > 1:
+            size = range(2 * vectors[0].type.count)
+            vectors = [self.shuffle(a, b, size) for a, b in zip(vectors[::2], vectors[1::2], strict=True)]
+        return vectors[0]
+
+    def dot4(self, total: ir.Value, codes: ir.Value, numbers: ir.Value) -> ir.Value:
+        """total + the sum of four products, in integers, in each lane: bytes 0 … 255 by bytes -128 … 127."""
+        if self.vnni:
+            return self._call("llvm.x86.avx512.vpdpbusd.512", INTS, total, codes, numbers)
+        for n in range(4):
+            code = self.builder.and_(self.builder.lshr(codes, self.ints(8 * n)), self.ints(255))
+            number = self.builder.ashr(self.builder.shl(numbers, self.ints(24 - 8 * n)), self.ints(24))
+            total = self.builder.add(total, self.builder.mul(code, number))
+        return total
 
     def nibble(self, words: ir.Value, bit: int, values: Sequence[float]) -> ir.Value:
         """`values[n]` as float32 in each lane, where n is the number in its four bits from `bit` on."""

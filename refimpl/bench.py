@@ -5,6 +5,7 @@ because a machine's caches hold whole layers. Engines that are not installed are
 
 - `read`: every byte of those weights, read once by all threads. No engine can decode a token faster.
 - `refimpl`: this package; activations stay float32.
+- `refimpl-int16`, `refimpl-int8`: this package with activations rounded to 16 or to 8 bits.
 - `llama.cpp`: the same blocks as a GGUF file; activations are rounded to 8 bits.
 - `onnxruntime`: the same bytes in MatMulNBits nodes, one graph a layer; matrix products alone.
 - `torch`: bfloat16 matrix products alone, of as many layers as take 3.6 GB, scaled up to the model.
@@ -37,7 +38,7 @@ from refimpl.errors import InputError
 from refimpl.model import Model
 from refimpl.weights import QuantizedWeight, Weight, Weights, expected_shapes
 
-ENGINES = ("read", "refimpl", "llama.cpp", "onnxruntime", "torch")
+ENGINES = ("read", "refimpl", "refimpl-int16", "refimpl-int8", "llama.cpp", "onnxruntime", "torch")
 WHATS = {"decode": ENGINES, "prefill": ENGINES[1:], "float32": ("refimpl", "numpy", "torch"),
          "attention": ("read", "float16", "float32")}  # fmt: skip
 TOKENS = {"decode": 1, "prefill": 128, "float32": 128, "attention": 4096}
@@ -143,7 +144,7 @@ def show(facts: list[dict]) -> str:
     for row in facts:
         times = next(key for key in row if key.startswith("times_"))
         lines.append(
-            f"{row['engine']:12} {row['tokens_per_second']:8.2f} tokens/s ({row['slowest']:.2f} - {row['fastest']:.2f})"
+            f"{row['engine']:13} {row['tokens_per_second']:8.2f} tokens/s ({row['slowest']:.2f} - {row['fastest']:.2f})"
             f"   {row[times]:6.3f} x {times.removeprefix('times_')}   {row['gigabytes_per_second']:6.1f} GB/s"
             + (f"   {row['resident_gigabytes']:.2f} GB resident" if "resident_gigabytes" in row else "")
         )
@@ -360,11 +361,16 @@ def _torch_float32(model: Model, tokens: int, threads: int, folder: Path) -> Cal
     return once
 
 
+def _rounding(backend: str) -> Callable:
+    return lambda model, *others: _refimpl(model.with_backend(backend), *others)
+
+
 _DENSE: dict[str, Callable[[Model, int, int, Path], Callable]] = {
     "refimpl": _refimpl, "numpy": _numpy, "torch": _torch_float32,
 }  # fmt: skip
 _PASSES: dict[str, Callable[[Model, int, int, Path], Callable]] = {
-    "read": _read, "refimpl": _refimpl, "llama.cpp": _llama, "onnxruntime": _onnxruntime, "torch": _torch,
+    "read": _read, "refimpl": _refimpl, "refimpl-int16": _rounding("numba-int16"),
+    "refimpl-int8": _rounding("numba-int8"), "llama.cpp": _llama, "onnxruntime": _onnxruntime, "torch": _torch,
 }  # fmt: skip
 
 

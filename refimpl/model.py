@@ -184,6 +184,8 @@ class Model:
     def with_backend(self, backend: str) -> Model:
         """This model computed by "numpy" or by "numba", which is faster where weights are large (float32 only).
 
+        "numba-int16" and "numba-int8" round activations, too: see `refimpl.backends`.
+
         Without this, REFIMPL_BACKEND says which; without that, Numba computes where it helps: see `refimpl.backends`.
         """
         return Model(self.config, self.weights, self.folder, backend, self.made_then("with_backend", backend))

@@ -10,7 +10,7 @@ import pytest
 from conftest import write_checkpoint
 
 import refimpl
-from kernels import formats
+from kernels import fast_integer, formats
 from kernels.fast import NumbaOps, stored
 from kernels.ops import NumPyOps
 from refimpl import InputError, bench
@@ -107,6 +107,50 @@ def test_every_number_of_every_format_is_read_exactly():
         assert np.array_equal(NumbaOps(portable).linear(np.eye(128, dtype=np.float32), weight).T, codes)
 
 
+INTEGER_KINDS = ["q4_0", "int4 asymmetric 64", "matmulnbits asymmetric"]
+
+
+@pytest.mark.parametrize("kind", INTEGER_KINDS)
+@pytest.mark.parametrize("activations_", ["int8", "int16"])
+def test_products_with_rounded_activations_keep_their_bound(kind, activations_):
+    size = {"int8": 1, "int16": 2}[activations_]
+    for columns in (64, 96, 128, 416, 1056):
+        if columns % 64 and kind == "int4 asymmetric 64":
+            continue
+        for rows in ROWS:
+            weight = matrix(kind, rows, columns)
+            exact = weight.read(np.dtype(np.float32)).astype(np.float64)
+            for tokens in (1, 2, 7, 13):
+                x = activations(tokens, columns)
+                x[0, :32] = 0
+                found = NumbaOps(activations=activations_).linear(x, weight)
+                twin = fast_integer.rounded(x, size)
+                # A scale for each block: two float32 factors for x, and one rounding in the twin's w = code * scale.
+                n = columns / 32 + 2 + 4
+                bound = n * UNIT / (1 - n * UNIT) * (np.abs(twin) @ np.abs(exact).T)
+                assert (np.abs(found - twin @ exact.T) <= bound).all(), (rows, columns, tokens)
+    step = np.abs(x).max() / fast_integer.LARGEST[size]
+    assert 0 < np.abs(twin - x).max() <= step * (0.5 + 2**-8), "nothing was rounded, or more than half a unit"
+
+
+@pytest.mark.parametrize("kind", INTEGER_KINDS)
+def test_rounded_activations_give_the_same_bits_everywhere(kind):
+    weight, x = matrix(kind, 33, 704 if kind == "q4_0" else 640), activations(13, 704 if kind == "q4_0" else 640)
+    for name in ("int8", "int16"):
+        whole = NumbaOps(activations=name).linear(x, weight)
+        assert np.array_equal(NumbaOps(portable=True, activations=name).linear(x, weight), whole)
+        for start, stop in ((0, 1), (3, 5), (5, 12)):
+            assert np.array_equal(NumbaOps(activations=name).linear(x[start:stop], weight), whole[start:stop])
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, 1e-38])
+def test_rounding_takes_any_activation(value):
+    weight, x = matrix("q4_0", 5, 128), np.ones((2, 128), np.float32)
+    x[0, 32:64] = value
+    found = NumbaOps(activations="int8").linear(x, weight)
+    assert np.isnan(found[0]).all() == (not np.isfinite(value)) and np.isfinite(found[1]).all()
+
+
 def attention(keys: np.ndarray, queries: np.ndarray, probs: np.ndarray, **options) -> tuple[np.ndarray, np.ndarray]:
     ops = NumbaOps(**options)
     return ops.matmul(queries, keys.transpose(0, 1, 3, 2)), ops.weighted_sum(probs, keys)
@@ -159,7 +203,8 @@ digest = hashlib.sha256()
 for kind in KINDS:
     weight = matrix(kind, 129, 384)
     for tokens in (1, 13):
-        digest.update(NumbaOps().linear(activations(tokens, 384), weight).tobytes())
+        for name in ("float32", "int8", "int16"):
+            digest.update(NumbaOps(activations=name).linear(activations(tokens, 384), weight).tobytes())
         keys = activations(2 * 5 * 300, 64).reshape(2, 5, 300, 64)
         for out in attention(keys, keys[:, :, :tokens], activations(10 * tokens, 300).reshape(2, 5, tokens, 300)):
             digest.update(out.tobytes())
@@ -249,7 +294,9 @@ def test_who_computes(tiny_model, monkeypatch):
     assert model.with_backend("numpy").quantize().backend == "numpy"
     monkeypatch.setenv("REFIMPL_BACKEND", "numba")
     assert refimpl.Model(model.config, model.weights).backend == "numba"
-    with pytest.raises(InputError, match="the backend is 'cuda', expected one of numpy, numba"):
+    with pytest.raises(
+        InputError, match="the backend is 'cuda', expected one of numpy, numba, numba-int16, numba-int8"
+    ):
         model.with_backend("cuda")
 
 

@@ -1,0 +1,203 @@
+"""Products of 4-bit blocks with activations that are rounded to integers: what other engines do for speed.
+
+An oracle does not round its inputs: this is an option. Each 32 activations get a scale of their own:
+
+    scale = max|x| / Q        q = round(x * (Q / max|x|)), ties to even        Q = 127 (int8) or 32512 (int16)
+
+A block's products are then summed in integers, exactly, and only blocks are added in float32, one after the other:
+
+    sum = sum over a block of (code - zero point) * q        below 2^24, so that float32 holds it
+    out = fma(sum, weight's scale * x's scale, out)          block after block, from 0
+
+The result does not depend on threads, machines, or on how a prompt is cut, as in fast_linear.py. Its error: half a unit
+of q times |w|, summed up, and n = I/32 + 2 roundings of what is added.
+
+One instruction multiplies four bytes in each of 16 lanes and adds them up, where a lane is a row. So the codes of 16
+rows and a line, 128 numbers, are transposed in registers, and kept in the first cache for all tokens (2 KiB):
+
+    16 rows, 64 bytes each  →  16 words of all rows  →  32 vectors, lane r: 4 codes of row r, a byte each
+
+int8 is one byte of x, int16 two: q = 256 high + low, with low in -128 … 127, and so twice as many instructions.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from llvmlite import ir
+from numba import prange, types
+from numba.extending import intrinsic
+
+from kernels.fast_layout import LINE, load_floats
+from kernels.fast_linear import Rows, aligned, numbers
+from kernels.vector import F32, FLOATS, I32, I64, INTS, LANES, Emitter
+
+BLOCK = 32  # activations that share a scale
+LARGEST = {1: 127, 2: 32512}  # by bytes of an activation; 32512 is 127 * 256
+ROWS = 2 * LANES  # rows that go together
+COLUMNS, HALF = 8, 4  # tokens that go together, of one byte or two
+LINE_BLOCKS = 4
+# Which numbers of a block the vectors of `_unpack` have, four each.
+ORDER = {
+    "q4_0": np.arange(BLOCK),
+    "int4": np.arange(BLOCK).reshape(4, 4, 2).transpose(2, 0, 1).reshape(-1),
+}
+ORDER["matmulnbits"] = ORDER["int4"]
+
+
+@intrinsic
+def _unpack(typingctx, layout, weights, scales, zeros, row, last, lines, line, tile, at):
+    """A line of 16 rows into the tile, from float `at` on: for each block 8 vectors of codes, its scales, its zeros."""
+    form = layout.layout
+
+    def generate(context, builder, signature, arguments):
+        emit = Emitter(context, builder, form.portable)
+        _, *arrays, row, last, lines, line, tile, at = arguments
+        rows = Rows(emit, form, signature.args[1:4], arrays, lines, numbers(emit, row, last, LANES))
+        ahead = Rows(emit, form, signature.args[1:4], arrays, lines, [builder.add(row, ir.Constant(I64, LANES))])
+        ahead.prefetch(line, LANES)
+        tile = emit.address(signature.args[8], tile, at)
+        codes, scale_rows, zero_rows = rows.starts
+
+        def of_blocks(dtype, starts, size):
+            """A vector of all rows for each block of the line; a row may have fewer scales, each for several blocks."""
+            count, fours = LINE_BLOCKS * BLOCK // form.block, []
+            for first in range(0, LANES, 4):
+                places = [emit.forward(start, emit.times(line, size)) for start in starts[first : first + 4]]
+                values = [load_floats(emit, dtype, count, place) for place in places]
+                four = emit.joined([emit.shuffle(v, v, [n * count // 4 for n in range(4)]) for v in values])
+                fours.append(emit.shuffle(four, four, [4 * r + c for c in range(4) for r in range(4)]))
+            return emit.quarters(fours)
+
+        words = [emit.load(INTS, start, emit.times(line, LINE)) for start in codes]
+        flip = emit.ints(0x88888888 if form.codes == "int4" else 0)
+        words = [builder.xor(word, flip) for word in emit.transposed(words)]
+        low = [builder.and_(word, emit.ints(0x0F0F0F0F)) for word in words]
+        high = [builder.and_(builder.lshr(word, emit.ints(4)), emit.ints(0x0F0F0F0F)) for word in words]
+        block_scales = of_blocks(form.scales, scale_rows, form.sizes[1])
+        centres = [emit.floats(8.0)] * LINE_BLOCKS
+        if form.zeros:
+            centres = [builder.fadd(zero, emit.floats(8.0)) for zero in of_blocks(form.zeros, zero_rows, form.sizes[2])]
+        for b in range(LINE_BLOCKS):
+            four = slice(4 * b, 4 * b + 4)
+            for n, vector in enumerate([*low[four], *high[four], block_scales[b], centres[b]]):
+                emit.store(vector, tile, LINE * (10 * b + n))
+        return context.get_dummy_value()
+
+    return types.void(layout, weights, scales, zeros, *[types.intp] * 4, tile, types.intp), generate
+
+
+@intrinsic(prefer_literal=True)
+def _multiply(typingctx, layout, tile, x, facts, block, token, last, tokens, count, size, sums, at):
+    """Adds a line's 4 blocks, from `block` on, to sums[at …] (count, 32 rows).
+
+    x (blocks, tokens, size, 32) int8, and facts (blocks, tokens, 2) float32: scale, and minus the sum of q. `count`
+    tokens from `token` on, and `size` bytes of each, are literals; tokens beyond `last` are computed as that.
+    """
+    form = layout.layout
+    if not (isinstance(count, types.Literal) and isinstance(size, types.Literal)):
+        return None
+    many, planes = count.literal_value, size.literal_value
+
+    def generate(context, builder, signature, arguments):
+        emit = Emitter(context, builder, form.portable)
+        _, tile, x, facts, block, token, last, tokens, _, _, sums, at = arguments
+        zero, kinds = ir.Constant(I64, 0), signature.args
+        tile, x, facts = (emit.address(kinds[n], v, zero) for n, v in ((1, tile), (2, x), (3, facts)))
+        sums = emit.address(kinds[10], sums, at)
+        columns = numbers(emit, token, last, many)
+        group = LINE * 10 * LINE_BLOCKS
+        with emit.loop(ir.Constant(I64, LINE_BLOCKS)) as b:
+            here = emit.forward(tile, emit.times(b, LINE * 10))
+            first = builder.mul(builder.add(block, b), tokens)
+            places = [builder.add(first, column) for column in columns]
+            numbers_of = [emit.forward(x, emit.times(place, planes * BLOCK)) for place in places]
+            facts_of = [emit.forward(facts, emit.times(place, 8)) for place in places]
+            totals = [[[emit.variable(emit.ints(0)) for _ in range(planes)] for _ in columns] for _ in range(2)]
+            with emit.loop(ir.Constant(I64, 8)) as n:
+                codes = [emit.load(INTS, emit.forward(here, emit.times(n, LINE)), group * r) for r in range(2)]
+                for t, start in enumerate(numbers_of):
+                    for p in range(planes):
+                        four = emit.spread(emit.load(I32, emit.forward(start, emit.times(n, 4)), BLOCK * p))
+                        for r in range(2):
+                            total = totals[r][t][p]
+                            total.set(emit.dot4(total.get(), codes[r], four))
+            for r in range(2):
+                scale = emit.load(FLOATS, here, group * r + LINE * 8)
+                centre = emit.load(FLOATS, here, group * r + LINE * 9)
+                for t, fact in enumerate(facts_of):
+                    low, *high = (total.get() for total in totals[r][t])
+                    if high:
+                        low = builder.add(low, builder.shl(high[0], emit.ints(8)))
+                    value = emit.fma(centre, emit.spread(emit.load(F32, fact, 4)), builder.sitofp(low, FLOATS))
+                    both = builder.fmul(scale, emit.spread(emit.load(F32, fact)))
+                    place = LINE * (2 * t + r)
+                    emit.store(emit.fma(value, both, emit.load(FLOATS, sums, place)), sums, place)
+        return context.get_dummy_value()
+
+    kinds = (tile, x, facts, *[types.intp] * 4, count, size, sums, types.intp)
+    return types.void(layout, *kinds), generate
+
+
+def product(layout, weights, scales, zeros, x, facts, out, lines):
+    """out (T, O) = rounded activations (see `rounded`) by the transposed matrix. For Numba."""
+    tokens, features = out.shape
+    size = x.shape[2]
+    for task in prange((features + ROWS - 1) // ROWS):
+        row = task * ROWS
+        tile = aligned(2 * 10 * LINE_BLOCKS * LANES)
+        sums = aligned((tokens + COLUMNS) * ROWS)
+        sums[:] = 0
+        for line in range(lines):
+            for r in range(2):
+                at = r * 10 * LINE_BLOCKS * LANES
+                _unpack(layout, weights, scales, zeros, row + r * LANES, features - 1, lines, line, tile, at)
+            block, last = line * LINE_BLOCKS, tokens - 1
+            if tokens == 1:
+                if size == 1:
+                    _multiply(layout, tile, x, facts, block, 0, last, tokens, 1, 1, sums, 0)
+                else:
+                    _multiply(layout, tile, x, facts, block, 0, last, tokens, 1, 2, sums, 0)
+            elif size == 1:
+                for t in range(0, tokens, COLUMNS):
+                    _multiply(layout, tile, x, facts, block, t, last, tokens, COLUMNS, 1, sums, t * ROWS)
+            else:
+                for t in range(0, tokens, HALF):
+                    _multiply(layout, tile, x, facts, block, t, last, tokens, HALF, 2, sums, t * ROWS)
+        for t in range(tokens):
+            for r in range(min(ROWS, features - row)):
+                out[t, row + r] = sums[t * ROWS + r]
+
+
+def fill(x, order, largest, numbers, facts):
+    """Rounds x (T, I): fills `numbers` (blocks, T, size, 32) int8 and `facts` (blocks, T, 2). For Numba."""
+    blocks, tokens, size, _ = numbers.shape
+    for t in prange(tokens):
+        for b in range(blocks):
+            start = b * BLOCK
+            top = np.float32(0)
+            for i in range(start, min(start + BLOCK, x.shape[1])):
+                top = max(top, abs(x[t, i])) if x[t, i] == x[t, i] else np.float32(np.inf)
+            usable = np.float32(1e-30) < top < np.float32(np.inf)
+            inverse = largest / top if usable else np.float32(0)
+            total = 0
+            for n in range(BLOCK):
+                i = start + order[n]
+                number = 0
+                if usable and i < x.shape[1]:
+                    number = int(np.rint(x[t, i] * inverse))
+                total += number
+                low = ((number + 128) & 255) - 128
+                numbers[b, t, 0, n] = low
+                if size == 2:
+                    numbers[b, t, 1, n] = (number - low) >> 8
+            facts[b, t, 0] = top / largest if top < np.float32(np.inf) else np.float32(np.nan)
+            facts[b, t, 1] = -total
+
+
+def rounded(x: np.ndarray, size: int) -> np.ndarray:
+    """The activations (T, I) that a product with `size` bytes computes with, float64: what `fill` means, in NumPy."""
+    blocks = np.pad(x, ((0, 0), (0, -x.shape[1] % BLOCK))).reshape(len(x), -1, BLOCK)
+    top, largest = np.abs(blocks).max(-1, keepdims=True), np.float32(LARGEST[size])
+    inverse = np.divide(largest, top, out=np.zeros_like(top), where=top > np.float32(1e-30))
+    values = np.rint(blocks * inverse).astype(np.float64) * (top / largest)
+    return values.reshape(len(x), -1)[:, : x.shape[1]]
