@@ -3,7 +3,7 @@
 from export.device import read_device
 from export.emit import Parts, emit
 from export.probe import probed
-from export.verdict import judge
+from export.trial import judge
 from export.verify import verify
 
 __all__ = ["Parts", "emit", "judge", "probed", "read_device", "verify"]

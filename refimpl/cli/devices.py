@@ -190,7 +190,8 @@ def verify(arguments) -> int:
         return report(arguments, verify(path, engine=arguments.engine))
     from export import report as files
     from export.figures import Thresholds
-    from export.verdict import Verdict, judge, read_run, write_whole
+    from export.trial import judge
+    from export.verdict import Verdict, read_run, write_whole
     from refimpl.model import load
 
     limits = Thresholds(arguments.min_sqnr, arguments.max_lsb, arguments.max_over)
