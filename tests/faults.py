@@ -24,7 +24,8 @@ from safetensors.numpy import load_file, save_file
 import refimpl
 from export import emit
 from export.references import References
-from export.verdict import Verdict, judge
+from export.trial import judge
+from export.verdict import Verdict
 from refimpl.calibrate import calibrate
 from refimpl.encodings import Recipe
 from refimpl.positions import rope_tables
