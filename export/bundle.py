@@ -17,9 +17,7 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
-import shutil
 from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
@@ -31,7 +29,7 @@ from export.skeleton import ValueInfo
 from export.tokenizer_json import tokenizer_json
 from refimpl.config import Config, read_config
 from refimpl.errors import InputError, at_most
-from refimpl.files import read_json
+from refimpl.files import read_json, whole_folder
 
 # Snapdragon -> QNN's number of the SoC, and the architecture of its NPU.
 SOCS = {"8-gen-2": (43, "v73"), "8-gen-3": (57, "v75"), "8-elite": (69, "v79"), "x-elite": (60, "v73"),
@@ -322,16 +320,9 @@ def write_folder(folder: Path, files: Mapping[str, str]) -> None:
     folder = folder.resolve()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(f"{folder} is not empty; choose another place")
-    partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
-    try:
-        partial.mkdir(parents=True)
+    with whole_folder(folder) as partial:
         for name, text in files.items():
             (partial / name).write_text(text, encoding="utf-8")
-        partial.rename(folder)
-    except OSError as error:
-        raise InputError(f"cannot write {folder}: {error.strerror}; choose another place") from None
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _json(content: Any) -> str:

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -35,7 +34,7 @@ from export.parts import GraphSpec, boundary
 from kernels.affine import LPBQ_STEPS, Encoding, from_range
 from refimpl.encodings import COS, EMBED, INPUTS, MASK, SIN, Encodings, Float16, feature_grids, near
 from refimpl.errors import InputError
-from refimpl.files import read_json
+from refimpl.files import read_json, write_whole
 from refimpl.model import Model
 from refimpl.names import taps
 from refimpl.simulate import Grid, SimulatedModel, on_grid
@@ -53,15 +52,7 @@ def write_encodings(encodings: Encodings, path: str | Path, version: str = "1.0.
 
     Raises InputError for a version that is not known or lacks words for blocks, and if the file cannot be written.
     """
-    text = json.dumps(as_json(encodings, version), allow_nan=False)
-    path = Path(path)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(path)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise InputError(f"cannot write {path}: {error.strerror}; choose another place") from None
+    write_whole(path, json.dumps(as_json(encodings, version), allow_nan=False))
 
 
 def as_json(encodings: Encodings, version: str = "1.0.0") -> dict[str, Any]:

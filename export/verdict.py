@@ -10,7 +10,6 @@ the device did, and has to be explained by rounding (`export/figures.py`), or th
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
@@ -24,7 +23,7 @@ from export.references import TEXTS
 from golden.compare import Difference, Report
 from refimpl.config import Config
 from refimpl.errors import InputError, at_most
-from refimpl.files import read_json
+from refimpl.files import read_json, write_whole
 from refimpl.names import taps
 
 FORMAT = "refimpl verdict 1"
@@ -232,15 +231,3 @@ def read_run(path: str | Path) -> Verdict:
 def save_run(verdict: Verdict, path: str | Path) -> None:
     """Writes a run, whole or not at all."""
     write_whole(path, verdict.to_json())
-
-
-def write_whole(path: str | Path, text: str) -> None:
-    """Writes a file, whole or not at all. Raises InputError where that cannot be done."""
-    path = Path(path)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(path)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise InputError(f"cannot write {path}: {error.strerror}; choose another place") from None

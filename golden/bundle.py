@@ -13,9 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
-import shutil
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
@@ -29,7 +27,7 @@ from safetensors.numpy import save_file
 from golden.tolerance import ROUNDINGS, Tolerance
 from refimpl.config import Config
 from refimpl.errors import InputError, at_most
-from refimpl.files import read_json, sha256
+from refimpl.files import read_json, sha256, whole_folder
 from refimpl.trace import Trace, prompt_of
 from refimpl.weights import map_safetensors
 
@@ -238,18 +236,14 @@ def _write(folder: Path, kind: str, manifest: Mapping, tensors: Mapping[str, Any
         }
         for key, array in arrays.items()
     }
-    partial = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
-    try:
-        partial.mkdir(parents=True)
-        save_file(arrays, partial / "tensors.safetensors")
+    with whole_folder(folder) as partial:
+        try:
+            save_file(arrays, partial / "tensors.safetensors")
+        except SafetensorError as error:
+            raise InputError(f"cannot write {folder}: {error}") from None
         content = {"format": kind, **manifest, "tensors": entries, "sha256": sha256(partial / "tensors.safetensors")}
         text = json.dumps(content, ensure_ascii=False, allow_nan=False, indent=1)
         (partial / "manifest.json").write_text(text + "\n", encoding="utf-8")
-        partial.rename(folder)
-    except (OSError, SafetensorError) as error:
-        raise InputError(f"cannot write {folder}: {getattr(error, 'strerror', None) or error}") from None
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _read(folder: Path, kind: str, verify: bool) -> tuple[dict[str, Any], dict[str, np.ndarray]]:

@@ -1,9 +1,13 @@
-"""The files of a folder that somebody else has made: small ones, links and pipes, and their digests."""
+"""Files that somebody else has made (small ones, links, pipes, digests), and files that are written whole."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -55,3 +59,37 @@ def sha256(path: str | Path) -> str:
         while piece := file.read(1 << 20):
             digest.update(piece)
     return digest.hexdigest()
+
+
+def write_whole(path: str | Path, text: str) -> None:
+    """Writes a file, whole or not at all. Raises InputError where that cannot be done."""
+    path = Path(path)
+    partial = _beside(path)
+    try:
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(path)
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error.strerror}; choose another place") from None
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """A folder to be filled, which has its name only when it is full: with `whole_folder(out) as partial`.
+
+    Raises InputError where it cannot be made or filled, and leaves nothing then.
+    """
+    partial = _beside(folder.resolve())
+    try:
+        partial.mkdir(parents=True)
+        yield partial
+        partial.rename(folder)
+    except OSError as error:
+        raise InputError(f"cannot write {folder}: {error.strerror}; choose another place") from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _beside(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{os.getpid()}.partial")

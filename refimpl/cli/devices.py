@@ -191,7 +191,8 @@ def verify(arguments) -> int:
     from export import report as files
     from export.figures import Thresholds
     from export.trial import judge
-    from export.verdict import Verdict, read_run, write_whole
+    from export.verdict import Verdict, read_run
+    from refimpl.files import write_whole
     from refimpl.model import load
 
     limits = Thresholds(arguments.min_sqnr, arguments.max_lsb, arguments.max_over)
