@@ -22,7 +22,6 @@ from typing import IO, Any
 
 from refimpl.errors import InputError
 
-FORMAT = "refimpl hub ledger 1"
 FILE = "hub.jsonl"
 LARGEST = 64 << 20  # bytes; a session of hundreds of jobs has some hundred thousand
 FIELDS: dict[str, type] = {
@@ -38,8 +37,9 @@ Entry = dict[str, Any]
 class Ledger:
     """A folder's ledger; as a context it is locked, for one process writes at a time, and may be written."""
 
-    def __init__(self, folder: str | Path):
-        self.path = Path(folder) / FILE
+    def __init__(self, folder: str | Path, file: str = FILE):
+        self.path = Path(folder) / file
+        self.format = f"refimpl {self.path.stem} ledger 1"
         self.entries: dict[str, Entry] = {}
         self._file: IO[bytes] | None = None
         self._whole = self._read()
@@ -59,7 +59,7 @@ class Ledger:
         for number, line in enumerate(data[:whole].splitlines(), 1):
             try:
                 fact = json.loads(line)
-                good = fact == {"format": FORMAT} if number == 1 else sound(fact)
+                good = fact == {"format": self.format} if number == 1 else sound(fact)
                 if good and number > 1:
                     self.entries.setdefault(fact["key"], {}).update(fact)
                     good = {"kind", "label"} <= self.entries[fact["key"]].keys()
@@ -107,7 +107,7 @@ class Ledger:
             self._whole = self._read()
             self._file.truncate(self._whole)
             if not self._whole:
-                self._append({"format": FORMAT})
+                self._append({"format": self.format})
         except BlockingIOError:
             self.__exit__()
             raise InputError(f"another process works on {self.path.parent}; wait until it is done") from None

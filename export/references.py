@@ -20,14 +20,17 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import SimpleNamespace
 from typing import Any, Literal, cast
 
 import numpy as np
 
+from export.dataflow import Dataflow
 from export.device import grids_of
 from export.emit import Arrays
 from export.encodings import read_encodings, simulate_graph
+from export.executor import Engine
 from export.parts import GraphSpec
 from export.verify import as_trace, engine_called, read_arrays, read_manifest, run_graph
 from golden.compare import compare
@@ -39,7 +42,7 @@ from refimpl.errors import InputError
 from refimpl.files import read_json
 from refimpl.model import Model
 from refimpl.simulate import SimulatedModel, on_grid
-from refimpl.trace import feeding, silent
+from refimpl.trace import Tap, feeding, silent
 from refimpl.weights import expected_shapes
 
 Kind = Literal["float", "ends", "simulation", "even", "weights"]
@@ -153,21 +156,34 @@ class References:
         else:
             if kind == "ends":
                 inputs = {v.name: self._on_grid(v.tap or v.source or v.name, inputs[v.name]) for v in spec.inputs}
-            outputs = self._computed(spec, inputs, tap)
+            outputs = self._computed(spec, inputs, tap, wanted)
         for name in record & shown.keys():  # what was computed, and not what it was replaced by
             axes = shown[name].tap_axes
             outputs[shown[name].name] = seen.pop(name).transpose(np.argsort(axes)) if axes else seen.pop(name)
         if kind == "ends":
-            outputs = {v.name: self._on_grid(v.tap or v.name, outputs[v.name]) for v in spec.outputs}
+            outputs |= {v.name: self._on_grid(v.tap or v.name, outputs[v.name]) for v in spec.outputs}
         return {name: np.ascontiguousarray(x, np.float32) for name, x in {**outputs, **seen}.items()}
 
-    def _computed(self, spec: GraphSpec, inputs: Mapping[str, np.ndarray], tap=silent) -> Arrays:
+    def _computed(
+        self, spec: GraphSpec, inputs: Mapping[str, np.ndarray], tap: Tap = silent, wanted: Collection[str] = ()
+    ) -> Arrays:
         """The graph's arithmetic in floats: by the model, or by the graph itself."""
         if self.model is None:
+            inside = set(wanted) - {value.tap for value in spec.outputs}
+            if inside:
+                return self._shown(spec, inputs, inside)
             (outputs,) = run_graph(self._engine, self.folder, spec, [dict(inputs)])
             return outputs
         wide = NumPyOps("float64")
         return spec.computed(self.model.weights, wide, spec.filled(inputs), feeding(inputs, then=tap))
+
+    def _shown(self, spec: GraphSpec, inputs: Mapping[str, np.ndarray], wanted: Collection[str]) -> Arrays:
+        """What the graph itself computes, with taps that are no outputs of it."""
+        flow = Dataflow(self.folder / spec.name, spec)
+        with TemporaryDirectory(prefix=".shown-", dir=self.folder) as folder:
+            (given,) = Engine(self.engine).run(flow.save(Path(folder), wanted), [dict(inputs)])
+        shown = {name: flow.places[name].array(given) for name in wanted if name in flow.places}
+        return {v.name: given[v.name] for v in spec.outputs} | {n: x for n, x in shown.items() if x is not None}
 
     def _on_grid(self, name: str, x: np.ndarray) -> np.ndarray:
         grid = self._ends.get(name)

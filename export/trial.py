@@ -64,7 +64,7 @@ def judge(
         found[kind] = list(trial.measured(kind))
         if not any(thresholds.excess(figures) > 1 for figures in found[kind]):
             break
-    kind = min(found, key=lambda kind: _misfit(found[kind], thresholds))
+    kind = min(found, key=lambda kind: misfit(found[kind], thresholds))
     tensors = trial.with_birth(kind, found[kind], thresholds)
     causes = trial.causes(kind, tensors, thresholds)
     absent = [name for name in references.specs if name not in {answer.spec.name for answer in answers}]
@@ -84,7 +84,7 @@ def _said(outputs: Any) -> str:
     return str(outputs) if isinstance(outputs, str | Path) else f"a mapping of {at_most(outputs, 3)}"
 
 
-def _misfit(found: list[Figures], thresholds: Thresholds) -> tuple[bool, float]:
+def misfit(found: list[Figures], thresholds: Thresholds) -> tuple[bool, float]:
     """How badly a run fits a reference: whether a tensor fails, then how far it is away, on average in dB.
 
     What a fault has changed is far from all references alike, and all else is near to the right one.
@@ -167,10 +167,11 @@ class Trial:
                 raise InputError(f"{tap} of {spec.name} is no output of the graph; give the model that computes it")
             device, right, oracle = (unpadded(value, x[name], spec) for x in (answer.arrays, reference, golden))
             base = unpadded(value, rounding[name], spec) if rounding else None
-            limit, grid = self._limit(tap, spec, answer.way), self.references.grids.get(tap)
+            limit, grid = self.limit(tap, spec, answer.way), self.references.grids.get(tap)
             yield measure(about, device, right, oracle, limit, grid, base, spec.config)
 
-    def _limit(self, tap: str, spec: GraphSpec, way: str) -> Tolerance:
+    def limit(self, tap: str, spec: GraphSpec, way: str) -> Tolerance:
+        """The tolerance of a tap in floats."""
         if self.dtype == "float32" and tap in self.references.limits:
             return self.references.limits[tap]
         key = (spec.part.number, way)

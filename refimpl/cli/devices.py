@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib.util import find_spec
 from pathlib import Path
 
 from refimpl.cli.verbs import DTYPE, JSON, MODEL, SWEEP, TEXT, integers, load_model, model_folder, option, report, verb
@@ -214,6 +215,59 @@ def verify(arguments) -> int:
         if target := getattr(arguments, name):
             write_whole(target, text(verdict))
     return report(arguments, verdict)
+
+
+@verb(
+    "refimpl bisect build/b2-7b --model weights/Baichuan2-7B-Chat --executor hub --device 'Samsung Galaxy S25'",
+    option("folder", metavar="DIR", help="an export"),
+    option("outputs", metavar="OUTPUTS", nargs="?", help="what the device returned already, which saves a run"),
+    option("--model", metavar="MODEL", nargs="?", const="", help="what was exported (default: the graph as it is)"),
+    option("--graph", metavar="NAME", help="only this one (default: the first whose outputs are wrong)"),
+    option("--executor", choices=("auto", "onnxruntime", "reference", "hub"), default="auto",
+           help="what runs the graphs: an engine here, or a device of AI Hub"),
+    option("--device", metavar="NAME", help="of hub, such as 'Samsung Galaxy S25'"),
+    option("--api-url", metavar="URL", help="of hub: another server than that of client.ini"),
+    option("--compile-options", default="", metavar="TEXT", help="of hub: added to those of compile jobs"),
+    option("--until", action="store_true", help="cut graphs off at what they show, where more outputs change them"),
+    option("--probes-per-run", type=int, default=1, metavar="N", help="tensors that a run may show (default: 1)"),
+    option("--dtype", choices=("float32", "float16"), default="float32", help="of a device that is not quantized"),
+    option("--min-sqnr", type=float, metavar="DB", help="what every tensor must have, in place of derived limits"),
+    JSON,
+)  # fmt: skip
+def bisect(arguments) -> int:
+    """Find the operation that goes wrong, with the fewest runs that tell it from all others."""
+    from contextlib import ExitStack
+
+    from export.bisect import bisect
+    from export.executor import Engine, Executor
+    from export.figures import Thresholds
+    from export.jobs import Options
+    from export.session import Session
+    from refimpl.model import load
+
+    hub = arguments.executor == "hub"
+    if hub != bool(arguments.device):
+        raise InputError("--executor hub and --device NAME belong together; give both, or none")
+    model = None if arguments.model is None else load(arguments.model or None)
+    options = Options(compile=arguments.compile_options)
+    with ExitStack() as stack:
+        device: Executor = Engine(arguments.executor)
+        if hub:
+            device = stack.enter_context(Session(arguments.folder, arguments.device, arguments.api_url, options))
+        return report(arguments, bisect(
+            Path(arguments.folder), device, model, arguments.graph, arguments.outputs, arguments.until,
+            arguments.probes_per_run, arguments.dtype, Thresholds(arguments.min_sqnr),
+            label=None if hub else engine_version(arguments.executor),
+        ))  # fmt: skip
+
+
+def engine_version(name: str) -> str:
+    """An engine by name and version, for what it computed is only that of this version."""
+    from importlib import metadata
+
+    installed = find_spec("onnxruntime") is not None and name != "reference"
+    package = "onnxruntime" if installed else "onnx"
+    return f"{package} {metadata.version(package)}"
 
 
 def device_encodings(path: str, folder: Path, model):

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from refimpl.errors import InputError
 
 if TYPE_CHECKING:
+    from export.bisect import Finding
     from export.preflight import Preflight
     from export.verdict import Verdict
     from golden.compare import Report
@@ -154,7 +155,7 @@ def typed_text(argument: str) -> str:
         raise InputError("the text is not UTF-8; type it in a UTF-8 terminal, or give token ids") from None
 
 
-def report(arguments, report: Report | Preflight | Verdict) -> int:
+def report(arguments, report: Report | Preflight | Verdict | Finding) -> int:
     """Prints the verdict; its exit code holds however much of the report is read."""
     try:
         print(report.to_json() if arguments.json else report, flush=True)
