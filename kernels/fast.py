@@ -134,7 +134,8 @@ class Matrix:
         numbers = np.empty((blocks, len(x), size, fast_integer.BLOCK), np.int8)
         facts, out = np.empty((blocks, len(x), 2), np.float32), np.empty((len(x), len(self.codes)), np.float32)
         largest = np.float32(fast_integer.LARGEST[size])
-        _fill()(np.ascontiguousarray(x), fast_integer.ORDER[layout.codes], largest, numbers, facts)
+        fill, order = _fill(many=len(x) > 1), fast_integer.ORDER[layout.codes]
+        fill(np.ascontiguousarray(x), order, largest, numbers, facts)
         _rounded_product(layout)(layout, self.codes, self.scales, self.zeros, numbers, facts, out, lines)
         return out
 
@@ -214,10 +215,11 @@ def _product(layout: Layout):
 
 
 @cache
-def _fill():
+def _fill(many: bool):
     x, order = types.Array(types.float32, 2, "C", readonly=True), types.Array(types.int64, 1, "C")
     numbers, facts = types.Array(types.int8, 4, "C"), types.Array(types.float32, 3, "C")
-    return compiled(fast_integer.fill, types.void(x, order, types.float32, numbers, facts))
+    function = fast_integer.fill if many else fast_integer.fill_one
+    return compiled(function, types.void(x, order, types.float32, numbers, facts), parallel=many)
 
 
 @cache
@@ -239,11 +241,11 @@ def _attention(function, layout: Layout):
 
 
 @cache
-def compiled(function, signature):
+def compiled(function, signature, parallel: bool = True):
     """`function` compiled for one signature, from the disk if it was before."""
     announce = Announcement(f"compiling {function.__module__}.{function.__name__} for {signature.args[0]}, once")
     with event.install_listener("numba:compile", announce):
-        return numba.njit([signature], parallel=True, cache=True)(function)
+        return numba.njit([signature], parallel=parallel, cache=True)(function)
 
 
 class Announcement(event.Listener):

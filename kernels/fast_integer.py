@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import numpy as np
 from llvmlite import ir
-from numba import prange, types
+from numba import njit, prange, types
 from numba.extending import intrinsic
 
 from kernels.fast_layout import LINE, load_floats
@@ -168,30 +168,39 @@ def product(layout, weights, scales, zeros, x, facts, out, lines):
                 out[t, row + r] = sums[t * ROWS + r]
 
 
+@njit(inline="never")
+def _round(x, t, order, largest, numbers, facts):
+    for b in range(len(numbers)):
+        start = b * BLOCK
+        top = np.float32(0)
+        for i in range(start, min(start + BLOCK, x.shape[1])):
+            top = max(top, abs(x[t, i])) if x[t, i] == x[t, i] else np.float32(np.inf)
+        usable = np.float32(1e-30) < top < np.float32(np.inf)
+        inverse = largest / top if usable else np.float32(0)
+        total = 0
+        for n in range(BLOCK):
+            i = start + order[n]
+            number = 0
+            if usable and i < x.shape[1]:
+                number = int(np.rint(x[t, i] * inverse))
+            total += number
+            low = ((number + 128) & 255) - 128
+            numbers[b, t, 0, n] = low
+            if numbers.shape[2] == 2:
+                numbers[b, t, 1, n] = (number - low) >> 8
+        facts[b, t, 0] = top / largest if top < np.float32(np.inf) else np.float32(np.nan)
+        facts[b, t, 1] = -total
+
+
 def fill(x, order, largest, numbers, facts):
     """Rounds x (T, I): fills `numbers` (blocks, T, size, 32) int8 and `facts` (blocks, T, 2). For Numba."""
-    blocks, tokens, size, _ = numbers.shape
-    for t in prange(tokens):
-        for b in range(blocks):
-            start = b * BLOCK
-            top = np.float32(0)
-            for i in range(start, min(start + BLOCK, x.shape[1])):
-                top = max(top, abs(x[t, i])) if x[t, i] == x[t, i] else np.float32(np.inf)
-            usable = np.float32(1e-30) < top < np.float32(np.inf)
-            inverse = largest / top if usable else np.float32(0)
-            total = 0
-            for n in range(BLOCK):
-                i = start + order[n]
-                number = 0
-                if usable and i < x.shape[1]:
-                    number = int(np.rint(x[t, i] * inverse))
-                total += number
-                low = ((number + 128) & 255) - 128
-                numbers[b, t, 0, n] = low
-                if size == 2:
-                    numbers[b, t, 1, n] = (number - low) >> 8
-            facts[b, t, 0] = top / largest if top < np.float32(np.inf) else np.float32(np.nan)
-            facts[b, t, 1] = -total
+    for t in prange(len(x)):
+        _round(x, t, order, largest, numbers, facts)
+
+
+def fill_one(x, order, largest, numbers, facts):
+    """The same for one token, without waking other threads. For Numba."""
+    _round(x, 0, order, largest, numbers, facts)
 
 
 def rounded(x: np.ndarray, size: int) -> np.ndarray:
