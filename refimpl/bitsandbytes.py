@@ -29,6 +29,7 @@ STATE, DATA, LIST = ".quant_state.bitsandbytes__", ".data", ".quant_state"
 PARTS = {"absmax": "scales", "quant_map": "code", "nested_absmax": "nested_scales", "nested_quant_map": "nested_code"}
 DTYPES = {"float16": np.float16, "bfloat16": ml_dtypes.bfloat16, "float32": np.float32}
 TABLES: dict[str, tuple] = {"code": (16,), "nested_code": (256,), "offset": ()}  # float32, whatever the matrix
+IN_ORDER = np.array(0, np.uint8)  # the weight_format of rows that lie as they are
 STATE_LIMIT = 4096  # bytes of JSON; bitsandbytes writes about 200
 
 
@@ -39,19 +40,27 @@ def split(tensors: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, tuple[f
     """
     rest, found = dict(tensors), {}
     for name in tensors:
-        key = name.removesuffix(".weight")
+        if name not in rest:  # a part of a matrix that is found already
+            continue
+        key, module = name, name.removesuffix(".weight")
         try:
-            if name.endswith(DATA) and f"{name.removesuffix(DATA)}{LIST}" in tensors:
+            if name.endswith(DATA) and f"{name.removesuffix(DATA)}{LIST}" in rest:
                 key = name.removesuffix(DATA)
-                found[key] = _official(rest.pop(name), rest.pop(f"{key}{LIST}"))
+                matrix = _official(rest.pop(name), rest.pop(f"{key}{LIST}"))
             elif STATE in name:
                 key, _, kind = name.partition(STATE)
                 parts = {PARTS[part]: rest.pop(f"{key}.{part}") for part in PARTS if f"{key}.{part}" in rest}
-                found[key] = _four_bits(kind, rest.pop(name), rest.pop(key, None), parts)
-            elif f"{key}.SCB" in tensors and name != key:
-                found[name] = _eight_bits(rest.pop(name), rest.pop(f"{key}.SCB"), rest.pop(f"{key}.weight_format", 0))
+                matrix = _four_bits(kind, rest.pop(name), rest.pop(key, None), parts)
+            elif f"{module}.SCB" in rest and name != module:
+                order = rest.pop(f"{module}.weight_format", IN_ORDER)
+                matrix = _eight_bits(rest.pop(name), rest.pop(f"{module}.SCB"), order)
+            else:
+                continue
+            if key in found or key in rest:
+                raise ValueError("it is stored twice")
         except ValueError as error:
             raise InputError(f"the quantized {key} is not what bitsandbytes writes: {error}") from None
+        found[key] = matrix
     return rest, found
 
 
@@ -94,8 +103,8 @@ def _four_bits(kind: str, state: Any, packed: Any, parts: dict[str, Any]) -> tup
 
 
 def _eight_bits(codes: Any, scales: Any, order: Any) -> tuple[formats.Blocks, np.dtype]:
-    match codes, scales:
-        case np.ndarray(dtype=np.int8, ndim=2), np.ndarray(dtype=np.float32, ndim=1) if not np.any(order):
+    match codes, scales, order:
+        case np.ndarray(dtype=np.int8, ndim=2), np.ndarray(dtype=np.float32, ndim=1), np.ndarray(size=1) if not order:
             header = {"format": "int8", "shape": codes.shape, "block_size": codes.shape[1], "axis": 1}
             return formats.from_arrays(header, {"packed": codes, "scales": scales[:, None]}), np.dtype(np.float16)
     raise ValueError("it is no int8 matrix with a float32 scale for each row, the rows in their order")
@@ -113,7 +122,9 @@ def _blocks(kind: Any, shape: tuple, size: Any, packed: Any, parts: dict[str, An
             raise ValueError(f"its {part} is {array.dtype} {array.shape}, expected {TABLES[part]} of float32")
     if packed.nbytes != -(-shape[0] * shape[1] // 2):
         raise ValueError(f"its packed codes have {packed.nbytes} bytes, too few or too many for shape {shape}")
-    flat = np.ascontiguousarray(packed).reshape(-1).view(np.uint8)  # bnb_4bit_quant_storage may be another format
+    if not packed.flags.c_contiguous:  # such as few bytes that are expanded to many
+        raise ValueError("its packed codes do not lie one after the other")
+    flat = packed.reshape(-1).view(np.uint8)  # bnb_4bit_quant_storage may be another format
     arrays = {part: array.reshape(TABLES.get(part, array.shape)) for part, array in parts.items()}
     header = {"format": kind, "shape": shape, "block_size": size, "axis": None}
     return formats.from_arrays(header, {"packed": flat, **arrays})

@@ -72,8 +72,8 @@ def broken_promise(config: Config, tensors: Mapping[str, Any]) -> str | None:
 
 
 def remarks(config: Config, tensors: Mapping[str, Any]) -> list[str]:
-    """What to know about weights that load: a head that is normalised although its config does not say so, and saved
-    frequencies that are not RoPE's."""
+    """What to know about weights that load: a head that is normalised although its config does not say so, one that
+    is not read, and saved frequencies that are not RoPE's."""
     found = []
     lengths = _head_lengths(config, tensors)
     if lengths is not None and config.norm_head and _near_one(lengths):
@@ -81,7 +81,7 @@ def remarks(config: Config, tensors: Mapping[str, Any]) -> list[str]:
             f"{_measured(lengths)}: the head was normalised before, for Baichuan 1 or by a forward before saving; "
             "NormHead normalises it once more, which changes roundings only"
         )
-    return found + _frequencies(config, tensors)
+    return found + _unused_head(config, tensors) + _frequencies(config, tensors)
 
 
 def _head_lengths(config: Config, tensors: Mapping[str, Any]) -> np.ndarray | None:
@@ -89,9 +89,13 @@ def _head_lengths(config: Config, tensors: Mapping[str, Any]) -> np.ndarray | No
     head = tensors.get("lm_head.weight")
     if not config.family.startswith("Baichuan2") or config.tie_word_embeddings or not isinstance(head, np.ndarray):
         return None
-    rows = head[np.unique(np.linspace(0, len(head) - 1, SAMPLE).astype(int))].astype(np.float64)
-    lengths = np.linalg.norm(rows, axis=-1)
+    lengths = np.linalg.norm(_sample(head), axis=-1)
     return lengths[lengths > 0] if lengths.any() else None
+
+
+def _sample(matrix: np.ndarray) -> np.ndarray:
+    """Some of its rows, in float64."""
+    return matrix[np.unique(np.linspace(0, len(matrix) - 1, SAMPLE).astype(int))].astype(np.float64)
 
 
 def _near_one(lengths: np.ndarray) -> bool:
@@ -102,13 +106,25 @@ def _measured(lengths: np.ndarray) -> str:
     return f"the rows of lm_head have lengths from {lengths.min():.4g} to {lengths.max():.4g}"
 
 
+def frequencies(config: Config) -> list[str]:
+    """The names under which Baichuan 1 saved RoPE's frequencies (D/2,) of each layer; none with ALiBi."""
+    layers = 0 if config.alibi else config.num_hidden_layers
+    return [f"model.layers.{i}.self_attn.rotary_emb.inv_freq" for i in range(layers)]
+
+
 def _frequencies(config: Config, tensors: Mapping[str, Any]) -> list[str]:
     half = config.head_dim // 2
-    expected = config.rope_theta ** (-np.arange(half) / half) if config.rope_theta else np.zeros(0)
-    for name, array in tensors.items():
-        if not name.endswith(".rotary_emb.inv_freq"):
-            continue
-        fits = isinstance(array, np.ndarray) and array.shape == expected.shape
-        if not fits or not np.allclose(array.astype(np.float64), expected, rtol=2**-7):
+    for name in frequencies(config):
+        expected = (config.rope_theta or 0.0) ** (-np.arange(half) / half)
+        if name in tensors and not np.allclose(tensors[name].astype(np.float64), expected, rtol=2**-7):
             return [f"{name} is not RoPE's at theta {config.rope_theta}; it is not read, as the official code does not"]
     return []
+
+
+def _unused_head(config: Config, tensors: Mapping[str, Any]) -> list[str]:
+    head, embedding = tensors.get("lm_head.weight"), tensors.get("model.embed_tokens.weight")
+    if not config.tie_word_embeddings or not isinstance(head, np.ndarray) or not isinstance(embedding, np.ndarray):
+        return []
+    if np.array_equal(_sample(head), _sample(embedding)):
+        return []
+    return ["lm_head.weight is not the embedding, but config.json says tie_word_embeddings; it is not read"]

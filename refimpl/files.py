@@ -42,12 +42,13 @@ def read_json(path: Path, limit: int = SMALL) -> dict[str, Any]:
 
 
 def inside(folder: Path, name: str) -> Path:
-    """A folder's file, links followed: inside the folder and into the cache that Hugging Face keeps beside it.
+    """A folder's file, links followed: inside the folder and into the `blobs` of the Hugging Face cache it lies in.
 
     Raises InputError for what is no file, or leads elsewhere: a folder that was downloaded says nothing of your disk.
     """
     path, home = (folder / name).resolve(), folder.resolve()
-    if path.parent not in (home, home.parent.parent / "blobs") or not path.is_file():
+    caches = [above / "blobs" for above in home.parents if above.name.startswith("models--")]
+    if path.parent not in (home, *caches) or not path.is_file():
         raise InputError(f"{folder / name} is not a file of this folder, but leads to {path}; put the file there")
     return path
 

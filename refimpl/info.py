@@ -57,7 +57,8 @@ def examine(folder: str | Path) -> dict[str, Any]:
     """The facts of a checkpoint's folder; `remarks` and `problems`, lists of lines, come last.
 
     With a problem, the checkpoint does not load; what could be told without its weights is there. A folder that
-    holds one checkpoint in each subfolder, such as the intermediate ones, gives `checkpoints`, a list of these.
+    holds one checkpoint in each subfolder, such as the intermediate ones, or a model's folder in Hugging Face's cache,
+    gives `checkpoints`, a list of these.
 
     Raises InputError for a folder without a config, or with one that is not understood.
     """
@@ -65,9 +66,9 @@ def examine(folder: str | Path) -> dict[str, Any]:
     if not folder.is_dir():
         raise InputError(f"{folder} is not a folder; expected one with config.json and weights")
     if not (folder / "config.json").exists():
-        steps = sorted(path.parent for path in folder.glob("*/config.json"))
-        if steps:
-            return {"checkpoints": [examine(step) for step in steps]}
+        depths = ("*", "snapshots/*", "snapshots/*/*")
+        if steps := sorted(path.parent for depth in depths for path in folder.glob(f"{depth}/config.json")):
+            return {"checkpoints": [_examine_step(step) for step in steps]}
     config = read_config(folder)
     facts = {"revision": _revision(folder), **_facts(config)}
     problems = []
@@ -96,6 +97,14 @@ def examine(folder: str | Path) -> dict[str, Any]:
     except InputError as error:
         problems.append(str(error))
     return {**facts, "remarks": facts.pop("remarks", []), "problems": problems}
+
+
+def _examine_step(folder: Path) -> dict[str, Any]:
+    """What `examine` finds of one checkpoint of several; that it cannot be told is a problem like another."""
+    try:
+        return examine(folder)
+    except InputError as error:
+        return {"revision": _revision(folder), "remarks": [], "problems": [str(error)]}
 
 
 def table(facts: dict[str, Any]) -> str:

@@ -86,6 +86,8 @@ class _Machine:
 
     def take(self, count: int) -> bytes:
         if count > len(self.data) - self.at:
+            if len(self.data) >= PICKLE_LIMIT:  # a reader passes no more, of a file that may have it
+                raise InputError(f"the pickle has more than {PICKLE_LIMIT} bytes, expected a state dict's")
             raise InputError("the pickle ends in the middle; download the file again")
         self.at += count
         return self.data[self.at - count : self.at]

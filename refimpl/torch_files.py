@@ -5,11 +5,13 @@ pickle as data; this module says which names it may hold (`NAMES`), what their a
 storages lie. Two layouts are known:
 
     zip     = a stored archive (see `refimpl.zips`) of ROOT/data.pkl, ROOT/data/KEY for each storage, and optionally
-              ROOT/byteorder ("little"), ROOT/version and ROOT/.NAME, PyTorch's notes about the file
+              ROOT/byteorder ("little") and PyTorch's other notes about the file (`NOTES`), which are not read
     legacy  = five pickles (a magic number, 1001, a dict about the machine, the dict of tensors, a list of keys), then
               for each key the number of elements in 8 bytes and the elements    (before PyTorch 1.6)
 
-    file    = {name: tensor | list}                       the list: a quant_state of bitsandbytes, tensors inside
+    file    = {name: tensor | list}
+    list    = [item, ...], to 16 of them, 3 deep          a quant_state of bitsandbytes
+    item    = tensor | list | tuple of items | torch.Size | torch.DTYPE | string | number | True | False | None
     tensor  = _rebuild_tensor_v2(storage, offset, size, stride, requires_grad, {})
             | _rebuild_tensor_v3(storage, offset, size, stride, requires_grad, {}, dtype)
             | _rebuild_parameter(tensor, requires_grad, {})
@@ -43,6 +45,8 @@ LARGEST = 1 << 48  # of a tensor's numbers, so that what NumPy counts in bytes c
 REPEATED = 4 << 30  # bytes that a tensor with more elements than its storage may stand for
 DIMENSIONS = 8  # at most
 LIST_LIMIT, LIST_DEPTH = 16, 3  # a quant_state has 7 items, the longest list in it 8
+NOTES = {"byteorder", "version", ".format_version", ".storage_alignment", ".data/serialization_id"}
+NOTE_LIMIT = 64  # bytes; the longest is a number of 40 digits
 
 
 @dataclass(frozen=True)
@@ -158,8 +162,8 @@ NAMES: dict[tuple[str, str], Any] = {
 def map_torch(path: Path) -> dict[str, Any]:
     """Name -> tensor of a `.bin` file, as read-only arrays mapped from disk; opening reads its headers alone.
 
-    An entry that is a list (the `quant_state` of the official 4-bit checkpoint) comes as a list, with arrays, tuples
-    and `np.dtype`s in it.
+    An entry that is a list (the `quant_state` of the official 4-bit checkpoint) comes as a list; in it may be arrays,
+    lists, tuples, `np.dtype`s, strings, numbers, flags and None.
 
     Raises InputError for whatever the module's grammar does not describe, and says what was found.
     """
@@ -200,13 +204,15 @@ def _entry(name: str, value: Any, storages: Mapping[str, np.ndarray]) -> Any:
 
 
 def _arrays(value: Any, storages: Mapping[str, np.ndarray], depth: int) -> Any:
-    """The array of a tensor, or a list's copy with arrays for the tensors in it."""
+    """The array of a tensor, or a list's copy with arrays for the tensors in it; of other values the plain ones."""
     if isinstance(value, TensorView):
         return value.array(storages[value.storage.key])
     if isinstance(value, list | tuple):
         if depth == 0 or len(value) > LIST_LIMIT:
             raise InputError(f"a list is longer than {LIST_LIMIT} or deeper than {LIST_DEPTH}; refused")
         return type(value)(_arrays(item, storages, depth - 1) for item in value)
+    if not isinstance(value, str | int | float | np.dtype | None):
+        raise InputError(f"a list holds a {type(value).__name__}, which no quant_state does; refused")
     return value
 
 
@@ -232,10 +238,9 @@ def _read_zip(data: np.ndarray, ahead: Callable[[int], None]) -> tuple[Any, dict
     root = next(iter(roots), "")
     if len(roots) != 1 or f"{root}/data.pkl" not in members:
         raise InputError(f"it holds {at_most(map(ascii, members), 3)}, expected the members of one torch.save")
-    inside = [name.removeprefix(f"{root}/") for name in members]
-    strange = [n for n in inside if n not in ("data.pkl", "byteorder", "version") and not n.startswith((".", "data/"))]
-    if strange:
-        raise InputError(f"the archive holds {at_most(map(ascii, strange), 3)}; torch.save writes no such member")
+    notes = {f"{root}/{name}" for name in NOTES} & members.keys()
+    if long := [name for name in notes if members[name].stop - members[name].start > NOTE_LIMIT]:
+        raise InputError(f"{at_most(map(ascii, long), 3)} has more than {NOTE_LIMIT} bytes; torch.save writes fewer")
     order = members.get(f"{root}/byteorder")
     if order and data[order.start : order.stop].tobytes() != b"little":
         raise InputError("the numbers are not in little-endian byte order; save it again on another machine")
@@ -256,6 +261,9 @@ def _read_zip(data: np.ndarray, ahead: Callable[[int], None]) -> tuple[Any, dict
             has = "no" if member is None else f"{member.stop - member.start}"
             raise InputError(f"storage {key!a:.40} has {has} bytes in the archive, expected {storage.nbytes}")
         storages[key] = data[member.start : member.stop]
+    known = {f"{root}/data.pkl", *notes, *(f"{root}/data/{key}" for key in storages)}
+    if strange := sorted(members.keys() - known):
+        raise InputError(f"the archive holds {at_most(map(ascii, strange), 3)}; torch.save writes no such member")
     return value, storages
 
 

@@ -20,7 +20,7 @@ import numpy as np
 from kernels import formats, int8
 from refimpl.bitsandbytes import split
 from refimpl.config import Config
-from refimpl.doctor import broken_promise, mismatch
+from refimpl.doctor import broken_promise, frequencies, mismatch
 from refimpl.errors import InputError, at_most
 from refimpl.files import inside, read_json
 from refimpl.quantized_files import MANIFEST, collect
@@ -206,33 +206,39 @@ def expected_shapes(config: Config) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
+def _unread(config: Config, tensors: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Name and shape of those of the tensors that a checkpoint may hold, and that the official code does not use.
+
+    v1 saved RoPE's frequencies, which are read back into a buffer that was computed just the same; and where the head
+    is the embedding, a file may have a head all the same.
+    """
+    shapes: dict[str, tuple[int, ...]] = {name: (config.head_dim // 2,) for name in frequencies(config)}
+    if config.tie_word_embeddings:
+        shapes["lm_head.weight"] = (config.vocab_size, config.hidden_size)
+    return {name: shape for name, shape in shapes.items() if name in tensors}
+
+
 def resolve(config: Config, tensors: Mapping[str, Any]) -> Weights:
     """What the decoder reads, from a checkpoint's tensors; matrices that are quantized stay so.
 
     Raises InputError for missing, unknown and wrongly shaped tensors, and for formats that are not floating point.
     """
-    # v1 saved RoPE's frequencies; the official code reads them back into a buffer that it computed just the same.
-    tensors = {name: array for name, array in tensors.items() if not name.endswith(".rotary_emb.inv_freq")}
     entries: dict[str, Any] = {n: weight for n, weight in tensors.items() if isinstance(weight, QuantizedWeight)}
     tensors = {name: array for name, array in tensors.items() if name not in entries}
     ours = set(entries)
-    if config.tie_word_embeddings:
-        tensors.pop("lm_head.weight", None)
     tensors, quantized = split(tensors)
     entries |= {name: quantized_weight(blocks, dtype) for name, (blocks, dtype) in quantized.items()}
-    shapes = expected_shapes(config)
+    shapes = {**expected_shapes(config), **_unread(config, {**tensors, **entries})}
     if lists := [name for name in shapes if isinstance(tensors.get(name), list)]:
         raise InputError(f"{lists[0]} is a list, expected a tensor of shape {shapes[lists[0]]}")
     known = {name: getattr(value, "shape", ()) for name, value in {**tensors, **entries}.items()}
     if strange := mismatch(config, known):
         raise InputError(f"config.json describes a {config.family}, but {strange}")
-    missing = [name for name in shapes if name not in known]
-    unknown = sorted(set(tensors) - set(shapes)) + sorted(ours - set(shapes) - {"lm_head.weight"})
+    missing, unknown = [name for name in shapes if name not in known], sorted(known.keys() - shapes.keys())
     if missing or unknown:
         said = [f"lacks {at_most(missing, 3)}"] * bool(missing) + [f"has unknown {at_most(unknown, 3)}"] * bool(unknown)
         raise InputError(f"the checkpoint {' and '.join(said)}; config.json describes a {config.family}")
-    own_head = {"lm_head.weight": shapes["model.embed_tokens.weight"]} if "lm_head.weight" in ours else {}
-    for name, shape in {**shapes, **own_head}.items():
+    for name, shape in shapes.items():
         found: Any = tensors.get(name, entries.get(name))
         if found.shape != shape:
             raise InputError(f"{name} has shape {found.shape}, config.json ({config.family}) says {shape}")
@@ -246,6 +252,8 @@ def resolve(config: Config, tensors: Mapping[str, Any]) -> Weights:
         raise InputError("config.json has a quantization_config, but no matrix is quantized; remove it, or quantize()")
     if broken := broken_promise(config, tensors):
         raise InputError(broken)
+    for name in _unread(config, tensors):
+        del entries[name]
     head = entries.get("lm_head.weight") or entries["model.embed_tokens.weight"]
     if config.norm_head and isinstance(head, Weight):  # blocks are of the head as it is used
         head = NormHead(head.array)

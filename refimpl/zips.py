@@ -6,6 +6,7 @@ both copies must agree, and every byte of the file must belong to exactly one re
 
     archive  = member* entry* end
     member   = local-header name extra data [descriptor]       one after the other from byte 0, no gaps, no overlaps
+    extra    = [zip64] [padding]                               the member's sizes and place; "FB", a length, Z, Z, ...
     end      = [end64 locator64] end-of-directory              the last bytes of the file, without a comment
 
 Members are stored (method 0), neither compressed nor encrypted, on one disk, and no two share a name.
@@ -148,6 +149,8 @@ def _local_member(data: np.ndarray, name: str, flags: int, crc: int, size: int, 
     same = local_flags == flags and method == 0 and numbers in allowed
     if not same or _name(data, offset + 30, name_length) != name:
         raise InputError(f"the two headers of the zip member {name!a:.80} disagree; it is damaged or made to mislead")
+    if not _understood(data[start - extra_length : start].tobytes(), size, offset, wide=numbers[1] == FULL32):
+        raise InputError(f"the zip member {name!a:.80} has other extra records than its sizes and padding; refused")
     stop = start + size
     if stop > len(data):
         raise InputError(f"the zip member {name!a:.80} ends at byte {stop} of {len(data)}; download the file again")
@@ -159,3 +162,18 @@ def _local_member(data: np.ndarray, name: str, flags: int, crc: int, size: int, 
                 return start, stop + len(record)
         raise InputError(f"the descriptor after the zip member {name!a:.80} disagrees with its header")
     return start, stop
+
+
+def _understood(extra: bytes, size: int, offset: int, wide: bool) -> bool:
+    """Whether a local header's extra field is what PyTorch writes: zip64's record, then padding; `wide` needs sizes.
+
+    miniz has not counted the packed bytes yet when it writes the record before a descriptor, and says 0.
+    """
+    for sizes in [(size, size)] if wide else [(), (size, size), (size, 0)]:
+        for numbers in (sizes, (*sizes, offset)):
+            record = struct.pack(f"<HH{len(numbers)}Q", 1, 8 * len(numbers), *numbers) if numbers else b""
+            rest = extra.removeprefix(record)
+            padding = struct.pack("<2sH", b"FB", max(0, len(rest) - 4)) + b"Z" * (len(rest) - 4)
+            if extra.startswith(record) and rest in (b"", padding):
+                return True
+    return False

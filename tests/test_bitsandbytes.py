@@ -1,6 +1,7 @@
 """Checkpoints that bitsandbytes has quantized, and quantizing as it does, against what it recorded."""
 
 import json
+import tracemalloc
 from dataclasses import replace
 
 import ml_dtypes
@@ -16,6 +17,7 @@ from kernels.int8 import outlier_columns
 from kernels.ops import NumPyOps
 from refimpl import InputError
 from refimpl.bitsandbytes import split
+from refimpl.torch_files import map_torch
 from refimpl.weights import Int8Weight, QuantizedWeight, map_safetensors, resolve
 
 FLOAT16, FLOAT32, FLOAT64 = np.dtype(np.float16), np.dtype(np.float32), np.dtype(np.float64)
@@ -361,15 +363,17 @@ STATES = {  # of a matrix of 2 x 2
 }  # fmt: skip
 
 
+SMALL = refimpl.config.config_from_keys({
+    "model_type": "baichuan", "vocab_size": 4, "hidden_size": 2, "intermediate_size": 2, "num_hidden_layers": 1,
+    "num_attention_heads": 1, "max_position_embeddings": 4,
+})  # fmt: skip
+
+
 @pytest.mark.parametrize("state", STATES)
 def test_lists_that_are_no_quant_state(state):
-    config = refimpl.config.config_from_keys({
-        "model_type": "baichuan", "vocab_size": 4, "hidden_size": 2, "intermediate_size": 2, "num_hidden_layers": 1,
-        "num_attention_heads": 1, "max_position_embeddings": 4,
-    })  # fmt: skip
     key = "model.layers.0.mlp.up_proj.weight"
     with pytest.raises(InputError, match="lacks" if state == "right" else "is not what bitsandbytes writes"):
-        resolve(config, {f"{key}.data": np.zeros((2, 1), np.uint8), f"{key}.quant_state": STATES[state]})
+        resolve(SMALL, {f"{key}.data": np.zeros((2, 1), np.uint8), f"{key}.quant_state": STATES[state]})
 
 
 @pytest.mark.parametrize(
@@ -386,6 +390,47 @@ def test_damaged_8_bits(parts):
     assert split(right)[1].keys() == {f"{key}.weight"}
     with pytest.raises(InputError, match="is not what bitsandbytes writes"):
         split(right | {f"{key}{part or '.weight'}": value for part, value in parts.items()})
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("m.quant_state.bitsandbytes__nf4.data", "m.quant_state.bitsandbytes__nf4.quant_state"),
+        ("m.SCB.data", "m.SCB.quant_state", "m.weight"),
+        ("m.data", "m.quant_state", "m"),
+        ("m.data", "m.quant_state", "m.data.data", "m.data.quant_state"),
+    ],
+)
+def test_names_that_claim_each_other(names):
+    """A name can be a part of two matrices; whichever takes it, there is no traceback."""
+    values = {".data": np.zeros((2, 1), np.uint8), ".quant_state": STATES["right"]}
+    for order in (names, names[::-1]):
+        tensors = {name: values.get(name[name.rfind(".") :], np.zeros(2, np.float32)) for name in order}
+        with pytest.raises(InputError):
+            resolve(SMALL, tensors)
+
+
+def test_a_few_bytes_that_stand_for_gigabytes(tmp_path):
+    """Expanded codes are refused before they are written out."""
+    size = tb.call(tb.name("torch", "Size"), (2**15, 2**16))
+    state = [tb.tensor(), size, tb.name("torch", "float16"), 64, None, "nf4", tb.tensor()]
+    codes = tb.tensor(tb.storage("1", "uint8", 1), 0, (2**30, 1), (0, 0))
+    content = tb.saved(tb.pickled({"m.data": codes, "m.quant_state": state}), {"0": bytes(16), "1": b"x"})
+    (tmp_path / "x.bin").write_bytes(content)
+    tensors = map_torch(tmp_path / "x.bin")
+    wide = {"m.weight": np.broadcast_to(np.int8(1), (2, 2)), "m.SCB": np.ones(2, np.float32)}
+    wide["m.weight_format"] = np.broadcast_to(np.uint8(0), (2**30,))
+    tracemalloc.start()
+    with pytest.raises(InputError, match="its code"):
+        split(tensors)
+    tensors["m.quant_state"][6] = TABLE
+    with pytest.raises(InputError, match="its packed codes do not lie one after the other"):
+        split(tensors)
+    with pytest.raises(InputError, match="is no int8 matrix"):
+        split(wide)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 1 << 20
 
 
 def test_a_list_in_the_place_of_a_tensor(tmp_path):

@@ -87,25 +87,39 @@ def test_buffers_stay_exact(tmp_path):
     folder = write_checkpoint(tmp_path / "source", "Baichuan-7B")
     tensors = load_file(folder / "model.safetensors")
     buffer = "model.layers.0.self_attn.rotary_emb.inv_freq"
-    save_file(tensors | {buffer: np.array([1, 1 / 3], np.float32)}, folder / "model.safetensors")
+    exact = (10000.0 ** (-np.arange(8) / 8)).astype(np.float32)
+    save_file(tensors | {buffer: exact}, folder / "model.safetensors")
     convert(folder, tmp_path / "out", dtype="bfloat16")
     written = load_file(tmp_path / "out" / "model.safetensors")
-    assert written[buffer].dtype == np.float32 and written[buffer][1] == np.float32(1 / 3)
+    assert written[buffer].dtype == np.float32 and np.array_equal(written[buffer], exact)
 
 
-@pytest.mark.parametrize("buffer", [[1, 2], np.float32(1), np.zeros(2, ml_dtypes.float8_e4m3fn), np.zeros(2, np.int8)])
-def test_buffers_of_odd_kinds(tmp_path, buffer, monkeypatch):
-    """They are not read, and cannot be converted; neither ends in a traceback."""
-    folder = write_checkpoint(tmp_path / "source", "Baichuan-7B")
-    name = "model.layers.0.self_attn.rotary_emb.inv_freq"
-    tensors = {**load_file(folder / "model.safetensors"), name: np.asarray(buffer) if np.ndim(buffer) == 0 else buffer}
+BUFFER = "model.layers.0.self_attn.rotary_emb.inv_freq"
+
+
+@pytest.mark.parametrize(
+    ("name", "buffer", "message"),
+    [
+        (BUFFER, [1, 2], "is a list, expected a tensor"),
+        (BUFFER, np.ones((), np.float32), r"has shape \(\), config.json .* says \(8,\)"),
+        (BUFFER, np.zeros(8, np.int8), "is int8, expected float32"),
+        (BUFFER, np.zeros(8, ml_dtypes.float8_e4m3fn), "is float8_e4m3fn, expected float32"),
+        (BUFFER, np.broadcast_to(np.float16(1), (1, 2**30)), r"has shape \(1, 1073741824\)"),
+        ("x0.rotary_emb.inv_freq", np.ones(8, np.float32), r"unknown x0\.rotary_emb\.inv_freq"),
+        (BUFFER.replace("0", "2"), np.ones(8, np.float32), "num_hidden_layers 3"),
+        ("lm_head.weight", np.broadcast_to(np.float16(1), (1, 2**30)), r"has shape \(1, 1073741824\)"),
+    ],
+)
+def test_buffers_that_are_none(tmp_path, name, buffer, message, monkeypatch):
+    """Of what is not read, the name and shape are checked all the same: it would be converted."""
+    folder = write_checkpoint(tmp_path / "source", "Baichuan-7B", tie_word_embeddings=True)
+    tensors = {**load_file(folder / "model.safetensors"), name: buffer}
     for reader in (sys.modules["refimpl.convert"], sys.modules["refimpl.model"], sys.modules["refimpl.info"]):
         monkeypatch.setattr(reader, "read_checkpoint", lambda path: tensors)
-    with pytest.warns(UserWarning, match="inv_freq is not RoPE's"):
-        refimpl.load(folder)(IDS)
-    assert "is not RoPE's" in examine(folder)["remarks"][0]
-    with pytest.raises(InputError, match=f"{name} is .*, expected floats"):
-        convert(folder, tmp_path / "out")
+    for read in (refimpl.load, lambda folder: convert(folder, tmp_path / "out")):
+        with pytest.raises(InputError, match=message):
+            read(folder)
+    assert len(examine(folder)["problems"]) == 1
 
 
 def test_shards(tmp_path, folder):

@@ -9,6 +9,7 @@ import pickletools
 import struct
 import sys
 import time
+import tracemalloc
 
 import ml_dtypes
 import numpy as np
@@ -37,8 +38,9 @@ from torch_bytes import (
 
 import refimpl
 from refimpl import InputError
+from refimpl.cli import main
 from refimpl.pickles import ACTIONS, PICKLE_LIMIT
-from refimpl.torch_files import DTYPES, STORAGE_TYPES, map_torch
+from refimpl.torch_files import DTYPES, STORAGE_TYPES, map_torch, read_torch
 from refimpl.weights import map_safetensors, read_checkpoint
 
 
@@ -58,7 +60,7 @@ def test_recorded_files_equal_their_safetensors(shared):
     assert len(files) == 6
     for path in files:
         tensors = map_torch(path)
-        if not (path.parent / "model.safetensors").exists():  # the 4-bit one, which test_quantized_files reads
+        if not (path.parent / "model.safetensors").exists():  # the 4-bit one, which test_bitsandbytes reads
             continue
         expected = map_safetensors(path.parent / "model.safetensors")
         assert tensors.keys() == expected.keys()
@@ -126,7 +128,7 @@ def test_the_legacy_layout(mapped):
 def test_a_misaligned_member(mapped):
     """PyTorch aligns storages; who packs an archive again may not."""
     for pad in range(8):
-        members = {"m/data.pkl": pickled({"a": tensor()}), f"m/.{'x' * (pad + 1)}": b"", "m/data/0": bytes(range(16))}
+        members = {"m/data.pkl": pickled({"a": tensor()}), "m/version": bytes(pad), "m/data/0": bytes(range(16))}
         assert mapped(archive(members))["a"].tobytes() == bytes(range(16))
 
 
@@ -146,6 +148,24 @@ def test_a_bin_loads_as_its_safetensors(tmp_path, family):
         (folder / shard).write_bytes(state_dict({k: a for k, a in tensors.items() if places[k] == shard}))
     (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
     assert np.array_equal(refimpl.load(folder)([5, 17, 9]), expected)
+
+
+def test_a_step_s_folder_in_the_cache(tmp_path, capsys):
+    """The intermediate checkpoints lie one level deeper in Hugging Face's cache, and link to the same blobs."""
+    cache = tmp_path / "models--baichuan-inc--Baichuan2-7B-Intermediate-Checkpoints"
+    step = write_checkpoint(cache / "snapshots" / "abc" / "train_00220B", "Baichuan2-7B")
+    (cache / "blobs").mkdir()
+    (step / "model.safetensors").rename(cache / "blobs" / "1")
+    (step / "model.safetensors").symlink_to("../../../blobs/1")
+    refimpl.load(step)
+    for folder in (cache, cache / "snapshots" / "abc"):
+        assert main(["info", str(folder)]) == 0
+        assert "train_00220B: after 220 billion tokens" in capsys.readouterr().out
+    (step / "model.safetensors").unlink()
+    (step / "model.safetensors").symlink_to(tmp_path / "blobs" / "1")
+    (cache / "blobs").rename(tmp_path / "blobs")
+    with pytest.raises(InputError, match="is not a file of this folder"):
+        refimpl.load(step)
 
 
 def test_links_stay_inside(tmp_path):
@@ -287,11 +307,15 @@ IN = {
     "an empty stack": (b"a", "from an empty stack"),
     "deep tuples": (b")" + b"\x85" * 1000000, "more than two tuples"),
     "deep tuples between others": (b"(" * 9 + b"Nt" * 9, "more than two tuples"),
-    "deep lists": (b"]" * 10 + b"a" * 9, "deeper than 3"),
-    "many opcodes": (b"]" + b"Na" * 500000, "longer than 16"),
+    "deep lists": ([tensor(), b"]" * 10 + b"a" * 9], "deeper than 3"),
+    "many opcodes": (b"]" + tensor() + b"a" + b"Na" * 500000, "longer than 16"),
     "deep marks": (MARK * 100000, "more than 65536 values"),
     "deep stack": (b"N" * 100000, "more than 65536 values"),
-    "wide lists": ([[0] * 17], "longer than 16"),
+    "wide lists": ([tensor(), [0] * 17], "longer than 16"),
+    "a constructor in a list": ([tensor(), tb.REBUILD], "a list holds a Constructor"),
+    "a storage in a list": ([1, storage()], "a list holds a Storage,"),
+    "a storage's type in a tuple": ([tensor(), (name("torch", "FloatStorage"),)], "a list holds a StorageType"),
+    "a dict in a list": ([{"b": tensor()}], "a list holds a dict"),
     "protocol 4": (b"\x80\4", "opcode PROTO"),
 }  # fmt: skip
 
@@ -336,12 +360,14 @@ def test_every_other_opcode_is_refused(mapped):
         (saved(PROTO + STOP), "stops with 0 values"),
         (saved(b"}."), "protocol 2"),
         (saved(PROTO + b"}"), "ends in the middle"),
-        (saved(pickled([1])), "it holds a list"),
+        (saved(pickled([tensor()])), "it holds a list"),
         (saved(pickled({"model": {"a": tensor()}})), "'model' is a dict"),
         (saved(b" " * (PICKLE_LIMIT + 1)), "expected at most"),
         (saved(pickled({"a": tensor()}), method=8), "is compressed"),
         (saved(pickled({"a": tensor()}), flags=1), "encrypted"),
         (saved(pickled({"a": tensor()}), flags=0x20), "flags 0x20"),
+        (saved(PROTO + b"}" + b"K\1" * PICKLE_LIMIT), "expected at most"),
+        (tb.saved_legacy(PROTO + b"]" + b"K\1a" * PICKLE_LIMIT), "the pickle has more than 1048576"),
         (saved(pickled({"a": tensor()}), local_name=b"m/other.pkl"), "two headers"),
         (saved(pickled({"a": tensor()}), local_size=3), "two headers"),
         (saved(pickled({"a": tensor()}), local_crc=3), "two headers"),
@@ -368,6 +394,9 @@ def test_every_other_opcode_is_refused(mapped):
         (archive({"m/data.pkl": pickled({}), "n/data.pkl": pickled({})}), "expected the members of one torch.save"),
         (archive({"m/data.pkl": pickled({}), "m/code/x.py": b""}), "torch.save writes no such member"),
         (archive({"m/data.pkl": pickled({}), "m/byteorder": b"big"}), "little-endian"),
+        (archive({"m/data.pkl": pickled({}), "m/version": b"3" * 65}), "'m/version' has more than 64 bytes"),
+        (archive({"m/data.pkl": pickled({}), "m/.hidden": b""}), "'m/.hidden'; torch.save writes no such member"),
+        (saved(pickled({}), {"7": archive({"x": b"y"})}), "'m/data/7'; torch.save writes no such member"),
         (archive({"m/x": b""}), "expected the members of one torch.save"),
         (b"7z\xbc\xaf\x27\x1c" + bytes(40), "begins with b'7z"),
         (b"\x1f\x8b" + bytes(40), "expected a zip archive or a pickle"),
@@ -388,6 +417,55 @@ def test_what_a_file_may_not_be(mapped, content, message):
     with pytest.raises(InputError, match=message) as error:
         mapped(content)
     assert str(error.value).isprintable()
+
+
+@pytest.mark.parametrize("padding", [b"", b"FB\0\0", b"FB\5\0ZZZZZ"])
+@pytest.mark.parametrize(
+    ("record", "changed"),
+    [
+        (b"", {}),
+        (lambda n: (1, 16, n, n), dict(local_size=2**32 - 1, local_packed=2**32 - 1)),
+        (lambda n: (1, 16, n, n), {}),
+        (lambda n: (1, 16, n, 0), dict(flags=8, local_crc=0, local_size=0, local_packed=0)),
+        (lambda n: (1, 8, 0), {}),
+        (lambda n: (1, 24, n, n, 0), dict(local_size=2**32 - 1, local_packed=2**32 - 1)),
+    ],
+)
+def test_what_a_local_header_may_say_besides(mapped, record, changed, padding):
+    pickle = pickled({})
+    extra = record and struct.pack(f"<HH{len(record(0)) - 2}Q", *record(len(pickle)))
+    assert mapped(archive({"m/data.pkl": pickle}, local_extra=extra + padding, **changed)) == {}
+
+
+@pytest.mark.parametrize(
+    ("extra", "changed"),
+    [
+        (b"", dict(local_size=2**32 - 1, local_packed=2**32 - 1)),  # zip64 without its record
+        (struct.pack("<HHQQ", 1, 16, 4, 5), dict(local_size=2**32 - 1, local_packed=2**32 - 1)),
+        (struct.pack("<HHQQ", 1, 16, 9, 9), {}),
+        (struct.pack("<HHQ", 1, 8, 7), {}),  # another place
+        (struct.pack("<HHBI", 0x7075, 9, 1, 0) + b"evil", {}),  # another name, in Unicode
+        (b"FB\4\0evil", {}),
+        (b"FB\5\0ZZZZ", {}),
+        (b"FB\3\0ZZZZ", {}),
+        (b"FB", {}),
+        (struct.pack("<2sH", b"FB", len(saved(PROTO + b"}."))) + saved(PROTO + b"}."), {}),  # an archive
+    ],
+)
+def test_what_a_local_header_may_not_say_besides(mapped, extra, changed):
+    with pytest.raises(InputError, match="other extra records than its sizes and padding"):
+        mapped(archive({"m/data.pkl": pickled({})}, local_extra=extra, **changed))
+
+
+def test_notes_are_not_read_before_their_size_is(mapped):
+    content = archive({"m/data.pkl": pickled({}), "m/byteorder": b"little" + bytes(64 << 20)})
+    data = np.frombuffer(content, np.uint8)
+    tracemalloc.start()
+    with pytest.raises(InputError, match="'m/byteorder' has more than 64 bytes"):
+        read_torch(data)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 1 << 20
 
 
 def test_the_archive_can_be_read_in_one_way_only(mapped):

@@ -64,11 +64,13 @@ def archive(members: dict[str, bytes], flags=0, method=0, **changed) -> bytes:
     out, entries = b"", []
     for path, content in members.items():
         fields = dict(crc=zlib.crc32(content), packed=len(content), size=len(content), name=path.encode())
+        fields |= dict(extra=b"")
         local = fields | {k.removeprefix("local_"): v for k, v in changed.items() if k.startswith("local_")}
-        entry = dict(offset=len(out), extra=b"", mode=0, comment=0) | fields
+        entry = dict(offset=len(out), mode=0, comment=0) | fields
         entry |= {k.removeprefix("entry_"): v for k, v in changed.items() if k.startswith("entry_")}
         out += struct.pack("<4sHHHHHIIIHH", b"PK\3\4", 0, flags, method, 0, 0, local["crc"], local["packed"],
-                           local["size"], len(local["name"]), 0) + local["name"] + content  # fmt: skip
+                           local["size"], len(local["name"]), len(local["extra"]))  # fmt: skip
+        out += local["name"] + local["extra"] + content
         if flags & 8:
             out += struct.pack("<4sIII", b"PK\7\10", fields["crc"], len(content), len(content))
         entries.append(struct.pack("<4sHHHHHHIIIHHHHHII", b"PK\1\2", 0, 0, flags, method, 0, 0, entry["crc"],
