@@ -32,7 +32,7 @@ from export.causes import CAUSES, Evidence, likely_causes
 from export.dataflow import Dataflow, Place
 from export.device import Answer
 from export.emit import Arrays
-from export.executor import Engine, Executor
+from export.executor import Engine, Executor, ends
 from export.figures import Figures, Thresholds, measure
 from export.jobs import arrays_digest, digest
 from export.ledger import Ledger
@@ -472,10 +472,11 @@ class Bisection:
         return _Written(self.flow, showed, self.until) if showed else nullcontext(self.flow.folder)
 
     def _execute(self, graph: Path) -> Arrays:
-        from export.executor import ends
-
         inputs, outputs = ends(graph)
         (given,) = self.executor.run(graph, [{name: self.judge.inputs[name] for name in inputs}])
+        for name, shape in outputs.items():
+            if name in given and given[name].shape != shape:
+                raise InputError(f"{name} of {graph.name} came as {given[name].shape}, the graph says {shape}")
         return {name: np.asarray(given[name], np.float32) for name in outputs if name in given}
 
     def _key(self, graph: Path) -> str:

@@ -68,8 +68,8 @@ class Place:
 
 
 def _as_linear(x: np.ndarray) -> np.ndarray:
-    """What a 1x1 convolution gives, (1, F, 1, T), as a linear gives it, (1, T, F)."""
-    return x[:, :, 0].swapaxes(1, 2) if x.ndim == 4 else x
+    """What a Gemm gives, (T, F), or a 1x1 convolution, (1, F, 1, T), as a linear gives it: (1, T, F)."""
+    return x[:, :, 0].swapaxes(1, 2) if x.ndim == 4 else x.reshape(1, *x.shape[-2:])
 
 
 @dataclass(frozen=True, eq=False)
