@@ -31,6 +31,7 @@ import numpy as np
 from refimpl import shards
 from refimpl.bench import Row, synthetic
 from refimpl.config import config_from_keys
+from refimpl.doctor import HEADS, KEYS, OFFICIAL
 from refimpl.errors import InputError
 from refimpl.model import Model, load
 from refimpl.quantize import plan, quantizing
@@ -38,11 +39,6 @@ from refimpl.save import quantize_checkpoint, save
 from refimpl.weights import expected_shapes
 
 BLOCK_BYTES = 64 << 20  # random numbers that are repeated
-KEYS = {
-    "model_type": "baichuan", "tokenizer_class": "BaichuanTokenizer", "vocab_size": 125696, "hidden_size": 4096,
-    "intermediate_size": 11008, "num_attention_heads": 32, "rms_norm_eps": 1e-6, "hidden_act": "silu",
-    "max_position_embeddings": 4096, "torch_dtype": "bfloat16",
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -164,7 +160,7 @@ def _quantize(place: Path, layers: int, rounds: int, threads: int, format: str, 
 def _load(place: Path, layers: int, rounds: int) -> dict:
     folder = place / "model"
     folder.mkdir()
-    (folder / "config.json").write_text(json.dumps({**KEYS, "num_hidden_layers": layers}))
+    (folder / "config.json").write_text(json.dumps({**official_keys("Baichuan2-7B"), "num_hidden_layers": layers}))
     made = synthetic(layers)
     save(Model(made.config, made.weights, folder), place / "quantized")
     del made
@@ -191,11 +187,29 @@ def _read(path: Path) -> int:
     return int(np.add.reduce(np.memmap(path, np.uint8, "r")[: path.stat().st_size // 8 * 8].view(np.uint64)))
 
 
+def official_keys(family: str) -> dict[str, Any]:
+    """The `config.json` of a checkpoint as published, as far as this package reads it."""
+    keys: dict[str, Any] = {"model_type": "baichuan", "rms_norm_eps": 1e-6, "hidden_act": "silu"}
+    keys |= dict(zip(KEYS, OFFICIAL[family], strict=True), torch_dtype="bfloat16")
+    keys["num_attention_heads"], for_keys = HEADS[family]
+    if family == "Qwen2-7B":
+        keys |= dict(model_type="qwen2", num_key_value_heads=for_keys, rope_theta=1e6)
+    if family.startswith("Baichuan2"):
+        keys["tokenizer_class"] = "BaichuanTokenizer"
+    return {**keys, "model_max_length" if family.endswith("13B") else "max_position_embeddings": 4096}
+
+
+def random_block(rng: np.random.Generator) -> np.ndarray:
+    """The bytes of bfloat16 numbers of a weight's size, which a checkpoint may repeat."""
+    block = rng.standard_normal(BLOCK_BYTES // 2, dtype=np.float32) * 0.02
+    return block.astype(ml_dtypes.bfloat16).view(np.uint8)
+
+
 def write_checkpoint(folder: Path, layers: int, seed: int = 0) -> Path:
     """A checkpoint of Baichuan2-7B's shapes with seeded bfloat16 numbers, in safetensors files."""
     rng = np.random.default_rng(seed)
-    block = (rng.standard_normal(BLOCK_BYTES // 2, dtype=np.float32) * 0.02).astype(ml_dtypes.bfloat16).view(np.uint8)
-    keys = {**KEYS, "num_hidden_layers": layers}
+    block = random_block(rng)
+    keys = {**official_keys("Baichuan2-7B"), "num_hidden_layers": layers}
     shapes = expected_shapes(config_from_keys(keys))
     starts = rng.integers(0, 4096, len(shapes)) * 4096
     entries = {

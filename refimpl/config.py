@@ -187,10 +187,10 @@ def config_from_keys(keys: Mapping[str, Any]) -> Config:
             raise InputError(f"{key} is {value!r:.60}, expected {allowed[0]!r}; this would change the numbers")
     quantized = _quantized(keys.pop("quantization_config", None))
     facts = dict(FAMILIES[family])
-    if (
-        keys.pop("lm_head_normalized", False) is not False
-    ):  # `refimpl convert --normalize-head` says so; checked at load
-        facts["norm_head"] = False
+    normalized = keys.pop("lm_head_normalized", None)  # `refimpl convert --normalize-head` says so; checked at load
+    if normalized not in (None, False, True):
+        raise InputError(f"lm_head_normalized is {normalized!r:.40}, expected true or false")
+    facts["norm_head"] = facts["norm_head"] and not normalized
     keys.pop("sliding_window", None)  # without use_sliding_window it does nothing
     kinds = keys.pop("layer_types", None) or []
     if not isinstance(kinds, list) or any(kind != "full_attention" for kind in kinds):

@@ -25,10 +25,10 @@ from refimpl.config import Config, read_config
 from refimpl.errors import InputError
 from refimpl.files import read_json, sha256
 from refimpl.lora import adapter_files, merge
-from refimpl.weights import FLOATS, NormHead, Weight, expected_shapes, read_checkpoint, resolve
+from refimpl.weights import FLOATS, NormHead, Weight, expected_shapes, read_ahead, read_checkpoint, resolve
 
 SHARD_BYTES = 5_000_000_000
-TILE_BYTES = 8 << 20
+AHEAD = 4  # tiles that the disk is asked for at a time
 REPORT = "conversion.json"
 
 
@@ -44,10 +44,11 @@ class Converted:
         return self.weight.shape
 
     def tiles(self) -> Iterator[np.ndarray]:
-        """Its bytes in order, a few MiB at a time."""
+        """Its bytes in order, a few MiB at a time, the next ones fetched meanwhile."""
         rows = self.weight.shape[0]
-        step = max(1, TILE_BYTES * rows // max(1, shards.size_of(self)))
+        step = max(1, shards.TILE_BYTES * rows // max(1, shards.size_of(self)))
         for start in range(0, rows, step):
+            read_ahead(self.weight.array[start : start + AHEAD * step])
             block = self.weight.read(self.dtype, slice(start, start + step))
             yield np.ascontiguousarray(block).reshape(-1).view(np.uint8)
 
@@ -58,8 +59,8 @@ def convert(
 ) -> dict[str, Any]:  # fmt: skip
     """Writes the checkpoint in `source` as safetensors into the new folder `out`; gives what `conversion.json` says.
 
-    `dtype`: "float32", "bfloat16" or "float16" for all parameters; as they are if not given. `shard_size`: bytes in
-    a file at most, unless one tensor has more, such as 5_000_000_000 or "5GB". `lora`: the folder of a peft adapter
+    `dtype`: "float32", "bfloat16" or "float16" for all parameters; as they are if not given. `shard_size`: bytes of
+    tensors in a file at most, unless one has more, such as 5_000_000_000 or "5GB". `lora`: the folder of a peft adapter
     to merge (`refimpl.lora`). The folder's other files are copied: not its subfolders, and of links those alone that
     stay in it or lead into Hugging Face's cache. `sha256sum -c SHA256SUMS` checks all that was written.
 
@@ -143,7 +144,7 @@ class Checked(Weight):
 
 def _row_lengths(entry: Converted) -> list[float]:
     """The shortest and the longest row of the head as written, rows of zeros left out."""
-    step = max(1, TILE_BYTES // entry.weight.shape[1])
+    step = max(1, shards.TILE_BYTES // entry.weight.shape[1])
     lengths = np.concatenate([
         np.linalg.norm(entry.weight.read(entry.dtype, slice(start, start + step)).astype(np.float64), axis=-1)
         for start in range(0, entry.weight.shape[0], step)

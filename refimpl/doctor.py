@@ -15,7 +15,7 @@ import numpy as np
 
 from refimpl.config import Config
 
-# The sizes of the official checkpoints: vocabulary, hidden, intermediate, layers.
+# The official checkpoints: vocabulary, hidden, intermediate, layers; and heads, for queries and for keys and values.
 OFFICIAL = {
     "Baichuan-7B": (64000, 4096, 11008, 32),
     "Baichuan-13B": (64000, 5120, 13696, 40),
@@ -23,10 +23,28 @@ OFFICIAL = {
     "Baichuan2-13B": (125696, 5120, 13696, 40),
     "Qwen2-7B": (152064, 3584, 18944, 28),
 }
+HEADS = {
+    "Baichuan-7B": (32, 32),
+    "Baichuan-13B": (40, 40),
+    "Baichuan2-7B": (32, 32),
+    "Baichuan2-13B": (40, 40),
+    "Qwen2-7B": (28, 4),
+}
 KEYS = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")
+HEAD_KEYS = ("num_attention_heads", "num_key_value_heads")
 SAMPLE = 16  # rows of the head that are looked at
 # Rounding a row's length and its elements to bfloat16 leaves the length within 2^-8 of 1; rows as trained are far off.
 NEAR_ONE = 0.01
+
+
+def official_sizes(config: Config) -> bool:
+    """Whether a config has the sizes of its family's official checkpoint, but for its heads."""
+    return OFFICIAL.get(config.family) == tuple(getattr(config, key) for key in KEYS)
+
+
+def official_heads(config: Config) -> bool:
+    """Whether it has the official numbers of heads, which the shapes of a Baichuan's tensors do not tell."""
+    return HEADS.get(config.family) == tuple(getattr(config, key) for key in HEAD_KEYS)
 
 
 def mismatch(config: Config, shapes: Mapping[str, tuple[int, ...]]) -> str | None:
@@ -72,9 +90,15 @@ def broken_promise(config: Config, tensors: Mapping[str, Any]) -> str | None:
 
 
 def remarks(config: Config, tensors: Mapping[str, Any]) -> list[str]:
-    """What to know about weights that load: a head that is normalised although its config does not say so, one that
-    is not read, and saved frequencies that are not RoPE's."""
+    """What to know about weights that load: other numbers of heads than the official ones, a head that is normalised
+    although its config does not say so, one that is not read, and saved frequencies that are not RoPE's."""
     found = []
+    if official_sizes(config) and not official_heads(config):
+        said, right = (", ".join(map(str, n)) for n in ([getattr(config, k) for k in HEAD_KEYS], HEADS[config.family]))
+        found.append(
+            f"{' and '.join(HEAD_KEYS)} are {said}, but the {config.family} of these sizes has {right}; take the "
+            "config.json that came with it"
+        )
     lengths = _head_lengths(config, tensors)
     if lengths is not None and config.norm_head and _near_one(lengths):
         found.append(

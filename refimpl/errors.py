@@ -15,6 +15,10 @@ class InputError(ValueError):
         super().__init__(one_line(message))
 
 
+class Remark(UserWarning):
+    """What was given can be used, but is not what it seems: a line that the command line prints as it stands."""
+
+
 def one_line(text: str) -> str:
     """The text with escapes for what a terminal would obey or break a line at: names come from files, too."""
     return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)

@@ -35,7 +35,8 @@ def describe(model: Model) -> dict[str, Any]:
 
 def _facts(config: Config) -> dict[str, Any]:
     c = config
-    official = doctor.OFFICIAL.get(c.family) == tuple(getattr(c, key) for key in doctor.KEYS)
+    official = doctor.official_sizes(c) and doctor.official_heads(c)
+    head = "NormHead" if c.norm_head else "plain"
     facts: dict[str, Any] = {
         "family": c.family,
         "sizes": "the official ones" if official else "its own",
@@ -46,7 +47,7 @@ def _facts(config: Config) -> dict[str, Any]:
         "vocabulary": c.vocab_size,
         "context": c.max_position_embeddings,
         "positions": "ALiBi" if c.alibi else f"RoPE, theta {c.rope_theta:g}",
-        "head": "tied to the embedding" if c.tie_word_embeddings else "NormHead" if c.norm_head else "plain",
+        "head": f"{head}, tied to the embedding" if c.tie_word_embeddings else head,
         "parameters": sum(math.prod(shape) for shape in expected_shapes(c).values()),
         "memory GiB": memory(config),
     }

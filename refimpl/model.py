@@ -17,10 +17,11 @@ from refimpl.cache import KVCache, no_cache
 from refimpl.config import Config, read_config
 from refimpl.decoder import Decoder
 from refimpl.doctor import remarks
-from refimpl.errors import InputError, at_most
+from refimpl.errors import InputError, Remark, at_most
 from refimpl.files import read_json
 from refimpl.positions import attention_bias, rope_tables, token_positions
 from refimpl.quantized_files import provenance
+from refimpl.tokenizer import Tokenizer, load_tokenizer
 from refimpl.trace import Tap, Trace, expect_same_prompt, feeding, prompt_of, recording, silent
 from refimpl.weights import Weights, read_checkpoint, resolve
 
@@ -29,7 +30,6 @@ if TYPE_CHECKING:
     from refimpl.encodings import Encodings
     from refimpl.importance import Importance
     from refimpl.quantize import Recipe
-    from refimpl.tokenizer import Tokenizer
 
 EMBEDDED = Path(__file__).parent / "embedded"
 
@@ -40,8 +40,8 @@ def load(path: str | Path | None = None, backend: str | None = None) -> Model:
     `backend`: see `Model.with_backend`.
 
     Weights are mapped, not read: a 15 GB checkpoint opens at once and takes the memory of what is used.
-    Raises InputError, in one line, for whatever is missing, damaged or not understood; warns of weights that are not
-    what their config makes one expect (`refimpl.doctor`).
+    Raises InputError, in one line, for whatever is missing, damaged or not understood; warns (`refimpl.errors.Remark`)
+    of weights that are not what their config makes one expect (`refimpl.doctor`), and of another model's tokenizer.
     """
     folder = EMBEDDED if path is None else Path(path)
     if not folder.is_dir():
@@ -51,8 +51,13 @@ def load(path: str | Path | None = None, backend: str | None = None) -> Model:
     made = (("load", None if path is None else str(folder.resolve()), backend),)
     weights = resolve(config, tensors).replace({}, provenance(folder))
     model = Model(config, weights, folder, backend, made)
-    for remark in remarks(config, tensors):
-        warnings.warn(f"{folder}: {remark}", stacklevel=2)
+    said = [f"{folder}: {remark}" for remark in remarks(config, tensors)]
+    try:
+        load_tokenizer(folder, config)
+    except InputError as error:
+        said.append(str(error))
+    for remark in said:
+        warnings.warn(remark, Remark, stacklevel=2)
     return model
 
 
@@ -291,8 +296,6 @@ class Model:
     @cached_property
     def tokenizer(self) -> Tokenizer:
         """The folder's tokenizer. Raises InputError if it has none."""
-        from refimpl.tokenizer import load_tokenizer
-
         tokenizer = load_tokenizer(self.folder, self.config) if self.folder else None
         if tokenizer is None:
             raise InputError(f"{self.folder} has no tokenizer; pass token ids instead of text")

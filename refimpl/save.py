@@ -28,7 +28,6 @@ from refimpl.quantized_files import MANIFEST, VERSION, describe_matrix
 from refimpl.weights import QuantizedWeight, expected_shapes, read_ahead, rounded_by
 
 SHARD_BYTES = 500_000_000  # what an interrupted run does again at most
-TILE_BYTES = 8 << 20
 
 
 @dataclass(frozen=True)
@@ -48,7 +47,7 @@ class Stored:
     def tiles(self) -> Iterator[np.ndarray]:
         """Its bytes in order, a few MiB at a time."""
         rows = np.atleast_1d(self.array)
-        step = max(1, TILE_BYTES * len(rows) // max(1, rows.nbytes))
+        step = max(1, shards.TILE_BYTES * len(rows) // max(1, rows.nbytes))
         for start in range(0, len(rows), step):
             read_ahead(rows[start : start + 2 * step])
             yield np.ascontiguousarray(rows[start : start + step]).reshape(-1).view(np.uint8)

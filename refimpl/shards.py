@@ -12,8 +12,9 @@ import math
 import os
 import re
 import shutil
+from collections import deque
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
@@ -25,8 +26,10 @@ from refimpl.errors import InputError
 from refimpl.files import inside, read_json, sha256
 from refimpl.weights import SAFETENSORS_DTYPES
 
-SUMS, JOURNAL, LOCK, INDEX = "SHA256SUMS", "journal.json", "lock", "model.safetensors.index.json"
-OURS = {SUMS, JOURNAL, LOCK, "config.json", "conversion.json", "quantization.json"}  # made anew, never copied
+SUMS, JOURNAL, LOCK, INDEX = "SHA256SUMS", "journal.json", "refimpl.lock", "model.safetensors.index.json"
+MADE = {SUMS, JOURNAL, LOCK, "config.json", "conversion.json", "quantization.json"}  # made anew, never copied
+TILE_BYTES = 8 << 20  # that are read, converted, hashed and written at a time
+WAITING = 8  # tiles that may wait for their hash
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
 # Weights of any kind: they are what is replaced. All other files of a checkpoint go along as they are.
 WEIGHT_FILES = (".bin", ".safetensors", ".index.json", ".pt", ".pth", ".h5", ".msgpack", ".gguf", ".onnx", ".part")
@@ -63,7 +66,7 @@ def byte_count(size: int | str) -> int:
 
 
 def cut(entries: Mapping[str, Entry], limit: int) -> dict[str, dict[str, Entry]]:
-    """The entries under the names of the files that hold them, cut in order."""
+    """The entries under the names of the files that hold them, cut in order: `limit` bytes of tensors in each."""
     shards: list[dict[str, Entry]] = [{}]
     for name, entry in entries.items():
         if shards[-1] and sum(map(size_of, shards[-1].values())) + size_of(entry) > limit:
@@ -123,19 +126,24 @@ def workplace(out: Path, shards: Shards, about: Mapping[str, Any], resumable: bo
     headers = {name: hashlib.sha256(_header(shard)).hexdigest() for name, shard in shards.items()}
     plan = json.loads(json.dumps({**about, "headers": headers}))
     total = sum(map(_file_size, shards.values()))
-    work = out.with_name(out.name + ".part")
     try:
-        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        if not out.name or (out.exists() and (not out.is_dir() or any(out.iterdir()))):
             raise InputError(f"{out} exists already; choose another place or remove it")
-        left = total - sum(file.stat().st_size for file in work.glob("*.safetensors"))
+        work = out.with_name(out.name + ".part")
+        # What is written over, half a file too, makes room again.
+        left = total - sum(file.stat().st_size for end in ("", ".part") for file in work.glob(f"*.safetensors{end}"))
         disk = next(folder for folder in (work, *work.parents) if folder.exists())
-        if shutil.disk_usage(disk).free < left:
-            raise InputError(f"{left / 1e9:.1f} GB are to be written, but the disk of {out} has less; free some")
+        if (free := shutil.disk_usage(disk).free) < left:
+            sizes = f"{left / 1e9:.3g} GB are to be written, but the disk of {out} has {free / 1e9:.3g}"
+            raise InputError(f"{sizes}; free some")
         work.mkdir(parents=True, exist_ok=True)
+        found = {path.name for path in work.iterdir()}
+        if found - {LOCK} and JOURNAL not in found:
+            raise InputError(f"{work} is no conversion's, and is needed for this one; move it, or choose another place")
         with _alone(work):
-            if not any(path.name != LOCK for path in work.iterdir()):
+            if not (work / JOURNAL).exists():
                 write_json(work / JOURNAL, {"plan": plan, "done": {}})
-            elif not (work / JOURNAL).exists() or read_json(work / JOURNAL).get("plan") != plan:
+            elif read_json(work / JOURNAL).get("plan") != plan:
                 raise InputError(f"{work} was left by another conversion; remove it, or repeat that one")
             try:
                 yield work
@@ -154,7 +162,7 @@ def workplace(out: Path, shards: Shards, about: Mapping[str, Any], resumable: bo
 @contextmanager
 def _alone(work: Path) -> Iterator[None]:
     """Holds a folder against another conversion to it, until the block or the process ends."""
-    with open(work / LOCK, "w") as file:
+    with open(work / LOCK, "a") as file:
         try:
             import fcntl  # not on Windows
 
@@ -170,7 +178,7 @@ def _alone(work: Path) -> Iterator[None]:
 
 
 def write_shards(work: Path, shards: Shards, verb: str) -> dict[str, str]:
-    """Writes the shards that the journal does not have yet, and an index of several; gives the sha256 of each.
+    """Writes the shards that are not there as the journal has them, and an index of several; gives each one's sha256.
 
     `verb` is said beside the progress.
     """
@@ -179,11 +187,11 @@ def write_shards(work: Path, shards: Shards, verb: str) -> dict[str, str]:
     total = sum(map(_file_size, shards.values()))
     with tqdm(total=total, unit="B", unit_scale=True, desc=verb, disable=None) as progress:
         for file, shard in shards.items():
-            if file not in done or not (work / file).exists():
+            if (work / file).exists() and sha256(work / file) == done.get(file):
+                progress.update(_file_size(shard))
+            else:
                 done[file] = _write_shard(work / file, shard, progress)
                 write_json(work / JOURNAL, journal)
-            else:
-                progress.update(_file_size(shard))
     if len(shards) > 1:
         places = {name: file for file, shard in shards.items() for name in shard}
         held = sum(size_of(entry) for shard in shards.values() for entry in shard.values())
@@ -195,17 +203,17 @@ def _write_shard(path: Path, shard: Mapping[str, Entry], progress: tqdm) -> str:
     """Writes one file under a temporary name, and gives its sha256, which another thread computes meanwhile."""
     digest, part = hashlib.sha256(), path.with_name(path.name + ".part")
     with ThreadPoolExecutor(1) as hashing, open(part, "wb", buffering=0) as file:
-        pending = None
+        pending: deque[Future] = deque()
         for tile in _tiles(shard):
-            if pending is not None:
-                pending.result()  # no more than one tile waits
-            pending = hashing.submit(digest.update, tile.data)
+            if len(pending) == WAITING:
+                pending.popleft().result()
+            pending.append(hashing.submit(digest.update, tile.data))
             view = tile.data
             while view:
                 view = view[file.write(view) :]
             progress.update(len(tile))
-        if pending is not None:
-            pending.result()
+        for hashed in pending:
+            hashed.result()
         os.fsync(file.fileno())
     os.replace(part, path)
     return digest.hexdigest()
@@ -223,7 +231,7 @@ def _tiles(shard: Mapping[str, Entry]) -> Iterator[np.ndarray]:
 def copy_others(source: Path, work: Path) -> None:
     """Copies a checkpoint's other files: not its subfolders, and of links those alone that stay in it or its cache."""
     for name in (path.name for path in files_of(source)):
-        if not name.endswith(WEIGHT_FILES) and name not in OURS and name[0] != ".":
+        if not name.endswith(WEIGHT_FILES) and name not in MADE and name[0] != ".":
             shutil.copyfile(inside(source, name), work / name)
 
 

@@ -140,6 +140,9 @@ class Tokenizer:
         return re.compile("|".join(f"(?<={re.escape(text[:1])})(?={re.escape(text[1:])})" for text in self.markers))
 
 
+_FILES = ("tokenizer.model", "tokenizer.json")  # of Baichuan, and of Qwen2
+
+
 def load_tokenizer(folder: str | Path, config: Config | None = None) -> Tokenizer | None:
     """The tokenizer of a checkpoint folder, or None if it has none.
 
@@ -154,8 +157,10 @@ def load_tokenizer(folder: str | Path, config: Config | None = None) -> Tokenize
         raise InputError(f"{folder} is not a folder; expected one with config.json and a tokenizer")
     config = config or read_config(folder)
     qwen = config.family == "Qwen2-7B"
-    path = folder / ("tokenizer.json" if qwen else "tokenizer.model")
+    path, theirs = (folder / name for name in (_FILES[::-1] if qwen else _FILES))
     if not path.exists():
+        if theirs.exists():
+            raise InputError(f"{theirs} is no {config.family}'s, which has {path.name}; copy the file of this model")
         return None
     others = [folder / f"{kind}_config.json" for kind in ("tokenizer", "generation")]
     keys, generation = (read_json(other) if other.exists() else {} for other in others)

@@ -325,7 +325,7 @@ def read_ahead(array: np.ndarray) -> None:
     base = array
     while isinstance(base.base, np.ndarray):
         base = base.base
-    mapped = getattr(base, "_mmap", None)
+    mapped = base.base.obj if isinstance(base.base, memoryview) else base.base
     if isinstance(mapped, mmap.mmap) and hasattr(mapped, "madvise") and array.flags.c_contiguous and array.nbytes:
         start = array.ctypes.data - base.ctypes.data
         first = start // mmap.PAGESIZE * mmap.PAGESIZE

@@ -25,32 +25,26 @@ from pathlib import Path
 
 import numpy as np
 import torch_bytes as tb
-from conftest import config_keys
 
 import refimpl
-from refimpl.bench_storage import AnonymousMemory, cold, copy_folder
+from refimpl.bench_storage import BLOCK_BYTES as BLOCK
+from refimpl.bench_storage import AnonymousMemory, cold, copy_folder, official_keys, random_block
 from refimpl.config import config_from_keys
 from refimpl.convert import convert
-from refimpl.doctor import KEYS, OFFICIAL
+from refimpl.doctor import OFFICIAL
 from refimpl.weights import expected_shapes
 
-BLOCK = 64 << 20  # bytes of numbers that are repeated
 FULL = 0xFFFFFFFF
 
 
 def generate(folder: Path, family: str, layers: int | None = None, shards: int = 1, sparse: bool = False) -> None:
     """A checkpoint of an official shape in bfloat16, as .bin files."""
-    sizes = dict(zip(KEYS, OFFICIAL[family], strict=True))
-    sizes["num_hidden_layers"] = layers or sizes["num_hidden_layers"]
-    more = dict(num_attention_heads=sizes["hidden_size"] // 128, torch_dtype="bfloat16")
-    keys = config_keys(family, **sizes, **more)
-    keys["model_max_length" if family.endswith("13B") else "max_position_embeddings"] = 4096
+    keys = official_keys(family)
+    keys["num_hidden_layers"] = layers or keys["num_hidden_layers"]
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(keys, indent=2))
     shapes = expected_shapes(config_from_keys(keys))
-    rng = np.random.default_rng(0)
-    block = (rng.standard_normal(BLOCK // 2, dtype=np.float32) * 0.02).astype(np.dtype("bfloat16")).tobytes()
-    content = None if sparse else block
+    content = None if sparse else random_block(np.random.default_rng(0)).tobytes()
     if shards == 1:
         write_bin(folder / "pytorch_model.bin", shapes, content)
         return
@@ -190,8 +184,9 @@ def measure(folder: Path, layers: int, rounds: int, skip_convert: bool) -> None:
                     convert(folder, out)
                 took = time.perf_counter() - began
             speeds[kind] = total / took / 1e9
-            more = (memory.peak - memory.first) / 1e6
-            print(f"{kind}: {took:.1f} s, {speeds[kind]:.2f} GB/s, anonymous memory +{more:.0f} MB")
+            peak, before = memory.peak / 1e6, memory.first / 1e6
+            print(f"{kind}: {took:.1f} s, {speeds[kind]:.2f} GB/s, {peak:.0f} MB of anonymous memory at most", end="")
+            print(f", {before:.0f} of them before")
             shutil.rmtree(out)
         ratios.append(speeds["convert"] / speeds["copy"])
     print(f"convert reaches {', '.join(f'{ratio:.0%}' for ratio in ratios)} of a plain copy")

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import mmap
 import os
 import resource
 import sys
@@ -164,6 +165,72 @@ def test_an_interrupted_conversion_goes_on(tmp_path, folder, monkeypatch):
     assert not (tmp_path / "out.part").exists()
 
 
+def test_a_finished_shard_that_was_cut(tmp_path, folder, monkeypatch):
+    """What stands in the journal is done only as long as the file is what was written."""
+    write = module._write_shard
+
+    def interrupt(path, *arguments):
+        if path.name.startswith("model-00003"):
+            raise KeyboardInterrupt
+        return write(path, *arguments)
+
+    with monkeypatch.context() as broken:
+        broken.setattr(module, "_write_shard", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            convert(folder, tmp_path / "out", shard_size="50KB")
+    first, second = sorted((tmp_path / "out.part").glob("*.safetensors"))
+    first.write_bytes(first.read_bytes()[:1000])
+    second.write_bytes(second.read_bytes()[:-1] + b"x")
+    convert(folder, tmp_path / "out", shard_size="50KB")
+    convert(folder, tmp_path / "at once", shard_size="50KB")
+    assert digests(tmp_path / "out") == digests(tmp_path / "at once")
+
+
+def test_half_a_file_is_room_for_the_whole(tmp_path, folder, monkeypatch):
+    with monkeypatch.context() as broken:
+        broken.setattr(module, "write_shards", lambda *a: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            convert(folder, tmp_path / "out")
+    size = (folder / "model.safetensors").stat().st_size
+    (tmp_path / "out.part" / "model.safetensors.part").write_bytes(bytes(size // 2))
+    monkeypatch.setattr(module.shutil, "disk_usage", lambda path: type("", (), {"free": size * 2 // 5}))
+    with pytest.raises(InputError, match=r"^0\.0001\d* GB are to be written, .* has 0\.000\d+; free some"):
+        convert(folder, tmp_path / "out")
+    monkeypatch.setattr(module.shutil, "disk_usage", lambda path: type("", (), {"free": size * 3 // 5}))
+    convert(folder, tmp_path / "out")
+
+
+def test_a_folder_that_happens_to_be_called_like_that(tmp_path, folder):
+    stranger = tmp_path / "out.part"
+    stranger.mkdir()
+    for name in ("lock", "notes"):
+        (stranger / name).write_text("mine")
+        with pytest.raises(InputError, match=r"out\.part is no conversion's"):
+            convert(folder, tmp_path / "out")
+        assert {path.read_text() for path in stranger.iterdir()} == {"mine"}
+
+
+def test_a_source_is_read_ahead(tmp_path, folder, monkeypatch):
+    """Of a `.bin`, too, whose mapping lies deeper."""
+    tensors = load_file(folder / "model.safetensors")
+    for file, content in (("model.safetensors", None), ("pytorch_model.bin", state_dict(tensors))):
+        if content:
+            (folder / "model.safetensors").unlink()
+            (folder / file).write_bytes(content)
+        asked = []
+
+        class Recording(mmap.mmap):
+            def madvise(self, option, start, length, asked=asked):
+                asked.append((start, start + length))
+
+        with monkeypatch.context() as watched:
+            watched.setattr(mmap, "mmap", Recording)
+            convert(folder, tmp_path / file)
+        at = (folder / file).read_bytes().index(tensors["lm_head.weight"].tobytes())
+        stop = at + tensors["lm_head.weight"].nbytes
+        assert any(start <= at and stop <= end for start, end in asked), file
+
+
 def test_another_source_or_adapter_is_another_conversion(tmp_path, folder, monkeypatch):
     """Of the same sizes all of them, and the adapter even as old."""
     adapter, out = tmp_path / "adapter", tmp_path / "out"
@@ -221,11 +288,18 @@ def test_a_disk_that_is_full(tmp_path, folder):
     assert digests(tmp_path / "out") == digests(tmp_path / "at once") and not (tmp_path / "out.part").exists()
 
 
-def test_a_place_that_cannot_be(tmp_path, folder, capsys):
+def test_a_place_that_cannot_be(tmp_path, folder, capsys, monkeypatch):
     (tmp_path / "plain").write_text("")
     assert cli.main(["convert", str(folder), "--out", str(tmp_path / "plain" / "x")]) == 2
     said = capsys.readouterr().err
     assert "cannot make" in said and "Not a directory" in said and said.count("\n") == 1
+    assert cli.main(["convert", str(folder), "--out", "/"]) == 2
+    assert "/ exists already" in capsys.readouterr().err
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    assert cli.main(["convert", str(folder), "--out", "x"]) == 2
+    assert "the working directory cannot be read" in capsys.readouterr().err
 
 
 def test_other_files_go_along(tmp_path, folder):
@@ -278,7 +352,7 @@ def test_what_stands_in_the_way(tmp_path, folder, monkeypatch):
     with pytest.raises(InputError, match="exists already"):
         convert(folder, tmp_path / "out")
     monkeypatch.setattr(module.shutil, "disk_usage", lambda path: type("", (), {"free": 1000}))
-    with pytest.raises(InputError, match="has less; free some"):
+    with pytest.raises(InputError, match="has 1e-06; free some"):
         convert(folder, tmp_path / "other")
     with pytest.raises(InputError, match="no NormHead to apply"):
         convert(write_checkpoint(tmp_path / "v1", "Baichuan-7B"), tmp_path / "more", normalize_head=True)

@@ -12,23 +12,20 @@ from torch_bytes import state_dict
 
 import refimpl
 from refimpl import InputError
+from refimpl.bench_storage import official_keys
 from refimpl.cli import main
 from refimpl.config import Config, config_from_keys
 from refimpl.convert import convert
-from refimpl.doctor import KEYS, OFFICIAL, mismatch, remarks, sizes
-from refimpl.info import OFFICIAL_GIB, examine, memory
+from refimpl.doctor import KEYS, OFFICIAL, mismatch, official_heads, remarks, sizes
+from refimpl.errors import Remark
+from refimpl.info import OFFICIAL_GIB, _facts, examine, memory
 from refimpl.torch_files import map_torch
 from refimpl.weights import expected_shapes, resolve
 
 
 def official(family: str, **changes) -> Config:
     """The config of a checkpoint as published."""
-    sizes = dict(zip(KEYS, OFFICIAL[family], strict=True))
-    heads = sizes["hidden_size"] // 128
-    keys = config_keys(family, **sizes, num_attention_heads=heads)
-    if family == "Qwen2-7B":
-        keys["num_key_value_heads"] = 4
-    return config_from_keys(keys | changes)
+    return config_from_keys(official_keys(family) | changes)
 
 
 @pytest.mark.parametrize("weights", OFFICIAL)
@@ -72,6 +69,19 @@ def test_qwen2_under_baichuan_s_name():
     assert "are a Qwen2-7B's" in said and "q_proj, k_proj, v_proj (config.json: W_pack)" in said
 
 
+@pytest.mark.parametrize("family", OFFICIAL)
+def test_other_numbers_of_heads(family):
+    """The shapes of a Baichuan's tensors do not tell them, and the model would load."""
+    right = official(family)
+    assert official_heads(right) and remarks(right, {}) == [] and _facts(right)["sizes"] == "the official ones"
+    heads = right.num_attention_heads * 2
+    wrong = official(family, num_attention_heads=heads)
+    (said,) = remarks(wrong, {})
+    assert f"num_attention_heads and num_key_value_heads are {heads}, " in said
+    assert said.endswith("take the config.json that came with it") and _facts(wrong)["sizes"] == "its own"
+    assert remarks(config_from_keys(config_keys(family)), {}) == [], "a small model has its own"
+
+
 def test_other_mismatches_say_which_sizes():
     config = config_from_keys(config_keys("Baichuan2-7B"))
     shapes = expected_shapes(config_from_keys(config_keys("Baichuan2-7B", num_hidden_layers=3)))
@@ -106,6 +116,11 @@ def test_a_head_that_was_normalised_before(tmp_path):
 def test_a_head_that_should_have_been_normalised(tmp_path):
     folder = write_checkpoint(tmp_path / "x", "Baichuan2-7B", lm_head_normalized=True)
     rewrite(folder, **{"lm_head.weight": 3 * np.random.default_rng(0).standard_normal((96, 64)).astype(np.float32)})
+    for wrong in ("false", 2, []):
+        with pytest.raises(InputError, match=r"lm_head_normalized is .*, expected true or false"):
+            config_from_keys(config_keys("Baichuan2-7B", lm_head_normalized=wrong))
+    for off in (None, False):
+        assert config_from_keys(config_keys("Baichuan2-7B", lm_head_normalized=off)).norm_head
     with pytest.raises(InputError, match=r"lengths from 2.* but config.json says lm_head_normalized; remove that key"):
         refimpl.load(folder)
     assert "lm_head_normalized" in examine(folder)["problems"][0]
@@ -185,7 +200,7 @@ def test_intermediate_checkpoints(tmp_path, capsys):
 def test_info_of_tied_storage(tmp_path):
     folder = write_checkpoint(tmp_path / "x", "Qwen2-7B", tie_word_embeddings=True)
     facts = examine(folder)
-    assert facts["head"] == "tied to the embedding" and facts["shared storage"] == "none"
+    assert facts["head"] == "plain, tied to the embedding" and facts["shared storage"] == "none"
 
 
 def test_a_tied_head_that_is_another(tmp_path):
@@ -242,3 +257,21 @@ def test_a_tokenizer_of_another_model(tmp_path):
     folder = write_checkpoint(tmp_path / "x", "Baichuan2-7B")
     (folder / "tokenizer.model").write_bytes((EMBEDDED / "tokenizer.model").read_bytes())
     assert "3584" in examine(folder)["problems"][0] and "96" in examine(folder)["problems"][0]
+    with pytest.warns(Remark, match="tokenizer.model has 3584 tokens, the model has 96"):
+        refimpl.load(folder)
+
+
+def test_a_remark_is_one_line(tmp_path, capsys):
+    """On the command line, without the place in Python's source."""
+    folder = write_checkpoint(tmp_path / "x\x1b[2J", "Baichuan2-7B")
+    (folder / "tokenizer.model").write_bytes(b"\n\x05damaged")
+    assert main(["generate", str(folder), "--ids", "5", "--max-new-tokens", "1"]) == 0
+    said = capsys.readouterr().err.removesuffix("\n")
+    assert said.startswith("refimpl: ") and "tokenizer.model is damaged" in said and said.isprintable()
+
+
+def test_the_tokenizer_of_the_other_kind(tmp_path):
+    for family, file in (("Qwen2-7B", "tokenizer.model"), ("Baichuan2-7B", "tokenizer.json")):
+        folder = write_checkpoint(tmp_path / family, family)
+        (folder / file).write_text("{}")
+        assert f"{file} is no {family}'s, which has tokenizer." in examine(folder)["problems"][0]

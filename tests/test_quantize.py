@@ -572,7 +572,8 @@ def test_the_bench_of_storage(monkeypatch, capsys):
     from refimpl import bench_storage
 
     small = dict(vocab_size=96, hidden_size=64, intermediate_size=128, num_attention_heads=4)
-    monkeypatch.setattr(bench_storage, "KEYS", {**bench_storage.KEYS, **small})
+    keys = {**bench_storage.official_keys("Baichuan2-7B"), **small}
+    monkeypatch.setattr(bench_storage, "official_keys", lambda family: keys)
     assert cli.main(["bench", "quantize", "--layers", "2", "--rounds", "2", "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
     assert [row["name"] for row in facts["rows"]] == ["copy", "quantize", "cores"]

@@ -8,13 +8,18 @@ The command line stands above all packages, so in refimpl this folder alone impo
 from __future__ import annotations
 
 import io
+import os
 import sys
+import warnings
+from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import refimpl
 
 from refimpl.cli import running, checkpoints, goldens, costs, devices, hub  # isort: skip  # noqa: F401  as the help lists them
 from refimpl.cli.verbs import parser, stop_printing
-from refimpl.errors import InputError
+from refimpl.errors import InputError, Remark, one_line
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -24,7 +29,11 @@ def main(argv: list[str] | None = None) -> int:
             stream.reconfigure(errors="backslashreplace")
     try:
         arguments = parser(refimpl.__version__).parse_args(argv)
-        code = arguments.run(arguments)
+        _expect_place()
+        with warnings.catch_warnings():
+            warnings.simplefilter("default", Remark)
+            warnings.showwarning = partial(_show, warnings.showwarning)
+            code = arguments.run(arguments)
         sys.stdout.flush()
         return code
     except InputError as error:
@@ -39,3 +48,19 @@ def main(argv: list[str] | None = None) -> int:
             return 0
         print(f"refimpl: cannot print: {error.strerror}", file=sys.stderr)
         return 2
+
+
+def _expect_place() -> None:
+    """Raises InputError if the working directory was removed: what paths stand for could not be told."""
+    try:
+        os.getcwd()
+    except OSError as error:
+        raise InputError(f"the working directory cannot be read: {error.strerror}; change to another one") from None
+
+
+def _show(usual: Callable, message: Warning | str, category: type[Warning], *where: Any) -> None:
+    """Prints a remark as a line; what libraries warn of is shown as ever."""
+    if issubclass(category, Remark):
+        print(f"refimpl: {one_line(str(message))}", file=sys.stderr)
+    else:
+        usual(message, category, *where)

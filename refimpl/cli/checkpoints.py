@@ -32,7 +32,7 @@ def info(arguments) -> int:
     option("source", metavar="SRC", help="a checkpoint in any layout; it is only read"),
     option("--out", required=True, metavar="DST", help="a new folder"),
     option("--dtype", choices=("float32", "bfloat16", "float16"), help="default: as the parameters are"),
-    option("--shard-size", default="5GB", metavar="SIZE", help="bytes in a file at most (default: 5GB)"),
+    option("--shard-size", default="5GB", metavar="SIZE", help="bytes of tensors in a file at most (default: 5GB)"),
     option("--normalize-head", action="store_true", help="apply NormHead: a Baichuan2 for Baichuan 1's code"),
     option("--lora", metavar="ADAPTER", help="merge the peft LoRA adapter in this folder"),
     JSON,
@@ -69,7 +69,7 @@ def convert(arguments) -> int:
     option("--importance", metavar="FILE", help="weigh errors by input columns: a file of refimpl importance"),
     option("--text", metavar="FILE", help="the same, from a UTF-8 text that the model is run on first"),
     option("--tokens", type=int, metavar="N", help="read no more of the text than so many (default: all)"),
-    option("--shard-size", default="500MB", metavar="SIZE", help="bytes in a file at most (default: 500MB)"),
+    option("--shard-size", default="500MB", metavar="SIZE", help="bytes of tensors in a file at most (default: 500MB)"),
     JSON,
 )
 def quantize(arguments) -> int:
