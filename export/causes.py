@@ -11,10 +11,12 @@ than what is right.
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import ml_dtypes
@@ -23,15 +25,14 @@ from tqdm import tqdm
 
 from export.emit import Arrays
 from export.figures import unused_bits
+from export.operations import SLOTS, Hypothesis, Operation, hypotheses, last_name
 from export.parts import GraphSpec, Value
 from export.verify import unpadded
 from kernels.affine import Encoding, quantize
-from kernels.ops import NumPyOps
 from refimpl.config import Config
 from refimpl.errors import at_most
 from refimpl.names import taps
-from refimpl.positions import rope_tables
-from refimpl.trace import feeding
+from refimpl.positions import alibi_slopes, rope_tables
 from refimpl.weights import NormHead
 
 if TYPE_CHECKING:
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     from export.references import Kind, References
 
 ROWS_TO_FIT = 8  # tokens, for a factor each of whose channels is fitted to them
+LARGEST_ORDER = 8192  # channels whose order is looked for
 GAIN, ENOUGH, EQUAL = 6.0, 10.0, 3.0  # dB: nearer than the right tensor; near at all; no nearer than another
 THETAS = (1e4, 1e5, 5e5, 1e6)  # that a Baichuan, a Llama or a Qwen has
 SHIFTS = (1, -1, 2, -2)
@@ -72,13 +74,17 @@ class Guess:
 
 @dataclass(frozen=True, eq=False)
 class Evidence:
-    """A failing tensor, and all that can be asked about it. Arrays without padding have the layout of the tap."""
+    """A failing tensor, and all that can be asked about it. Arrays without padding have the layout of the tap.
+
+    `suspects`: the operations of which one is wrong, the tensor's own the last; none if that is not known.
+    """
 
     references: References
     kind: Kind
     answer: Answer
     value: Value
     inputs: Mapping[str, np.ndarray]
+    suspects: tuple[str, ...] = ()
 
     @property
     def spec(self) -> GraphSpec:
@@ -136,11 +142,19 @@ class Evidence:
 
     @property
     def attends(self) -> bool:
-        """Whether attention comes before it in its graph."""
-        first = f"model.layers.{self.spec.part.layers.start}."
-        return bool(self.spec.part.layers) and (
-            not self.tap.startswith(first) or self.what not in ("key", "value", "query", "scores", "input_layernorm")
-        )
+        """Whether the mask has been added before it in its graph."""
+        return self.reads_past and not (self._first and self.what == "scores")
+
+    @property
+    def reads_past(self) -> bool:
+        """Whether keys of the past come before it in its graph."""
+        before = ("input_layernorm", "W_pack", "q_proj", "k_proj", "v_proj", "query", "key", "value")
+        return bool(self.spec.part.layers) and not (self._first and self.what in before)
+
+    @property
+    def _first(self) -> bool:
+        """Whether it is in the first layer of its graph."""
+        return self.tap.startswith(f"model.layers.{self.spec.part.layers.start}.")
 
     def shown(self, array: np.ndarray) -> np.ndarray:
         """An array in the graph's layout as this tap in float64, without padding."""
@@ -153,9 +167,31 @@ class Evidence:
         known = self.kind != "simulation" or self.references.model is not None
         return self.references.run(self.kind if known else "ends", spec or self.spec, inputs, wanted=wanted)
 
+    def if_true(self, hypothesis: Hypothesis) -> np.ndarray:
+        """This tensor, were a hypothesis true."""
+        seen: dict[str, np.ndarray] = {}
+
+        def change(name: str, x: Any) -> Any:
+            if last_name(name) in hypothesis.at:
+                other = hypothesis.change(Operation(self, name, x, seen))
+                x = x if other is None else np.asarray(other, x.dtype)
+            seen[name] = x
+            if name == self.tap:
+                raise _ReachedError
+            return x
+
+        with contextlib.suppress(_ReachedError):
+            self.references.run(self.kind, self.spec, self.inputs, change=change)
+        x = seen[self.tap]
+        return self.shown(x.transpose(np.argsort(self.value.tap_axes)) if self.value.tap_axes else x)
+
     def with_inputs(self, **changed: np.ndarray) -> np.ndarray:
         """This tensor, had the graph been given these instead."""
         return self.shown(self.run({**self.inputs, **changed})[self.value.name])
+
+
+class _ReachedError(Exception):
+    """A run has come as far as it needs to."""
 
 
 def likely_causes(evidence: Evidence, table: Mapping[str, Callable[[Evidence], Iterator[Guess]]]) -> Cause | None:
@@ -207,6 +243,25 @@ def never_written(e: Evidence) -> Iterator[Guess]:
         yield Guess(f"all values are {e.device.flat[0]:g}: the output was never written", e.expected, certain=True)
 
 
+def zeros(e: Evidence) -> Iterator[Guess]:
+    """A head, a token or a channel is zeros."""
+    heads = e.config.num_attention_heads
+    for what, axis in (("head", e.head_axis), ("token", e.token_axis), ("channel", e.device.ndim - 1)):
+        a, b = e.device, e.expected
+        if what == "head" and axis is None and e.letters[-1] == "H*D":
+            a, b = (x.reshape(*x.shape[:-1], heads, -1) for x in (a, b))
+            axis = a.ndim - 2
+        if axis is None or a.shape[axis] < 2 or (what == "channel" and e.letters[-1] == "S"):
+            continue
+        others = tuple(i for i in range(a.ndim) if i != axis)
+        lost = np.flatnonzero(~np.any(a, others) & np.any(b, others)).tolist()
+        if 0 < len(lost) < a.shape[axis]:
+            kept = ~np.isin(np.arange(a.shape[axis]), lost)
+            shape = [a.shape[axis] if i == axis else 1 for i in range(a.ndim)]
+            yield Guess(f"{what}{'s' if len(lost) > 1 else ''} {at_most(lost, 8)} of {a.shape[axis]}: zeros",
+                        (b * kept.reshape(shape)).reshape(e.expected.shape))  # fmt: skip
+
+
 def padding_side(e: Evidence) -> Iterator[Guess]:
     """The tokens stand on the left of the window instead of on the right."""
     if e.spec.real < e.spec.tokens:
@@ -253,7 +308,7 @@ def stale(e: Evidence) -> Iterator[Guess]:
 def shifted(e: Evidence) -> Iterator[Guess]:
     """Each token has its neighbour's output."""
     for by in SHIFTS:
-        if abs(by) < e.spec.real - 1:
+        if abs(by) < e.spec.real - 1 and by != e.spec.real - e.spec.tokens:  # which would be the other side's padding
             tokens = (by, None) if by > 0 else (None, by)
             where = f"{abs(by)} {'slot' if abs(by) == 1 else 'slots'} {'late' if by > 0 else 'early'}"
             yield Guess(f"every token's values stand {where}", np.roll(e.expected, by, e.token_axis), tokens=tokens)
@@ -285,6 +340,36 @@ def heads_permuted(e: Evidence) -> Iterator[Guess]:
     if not np.array_equal(order, np.arange(len(order))):
         kind = "in another order" if len(set(order.tolist())) == len(order) else "mapped to others"
         yield Guess(f"the heads are {kind}: {at_most(order.tolist(), 8)}", np.take(e.expected, order, axis))
+
+
+def channels_permuted(e: Evidence) -> Iterator[Guess]:
+    """The channels are in another order, as those of a matrix are whose rows are."""
+    size = e.expected.shape[-1]
+    if size < 3:
+        return
+    for by in (1, -1):
+        yield Guess(f"channel i has what belongs to {'i - 1' if by > 0 else 'i + 1'}: all rows are one "
+                    f"{'further' if by > 0 else 'earlier'}", np.roll(e.expected, by, -1))  # fmt: skip
+    if size > LARGEST_ORDER or e.spec.real < 3 or not np.isfinite(e.device).all():
+        return
+    a, b = (np.moveaxis(x, -1, 0).reshape(size, -1) for x in (e.device, e.expected))
+    a, b = (x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-300) for x in (a, b))
+    order = np.argmax(a @ b.T, axis=1)
+    if not np.array_equal(order, np.arange(size)) and len(set(order.tolist())) > size // 2:
+        yield Guess(f"the channels are in another order: {at_most(order.tolist(), 8)}", e.expected[..., order])
+
+
+def of_another_tensor(e: Evidence) -> Iterator[Guess]:
+    """Codes that are read with the step and the zero point of another tensor."""
+    if e.grid is None:
+        return
+    codes = quantize(e.expected.astype(np.float32), e.grid).astype(np.float64)
+    tried: list[Encoding] = [e.grid]
+    for name, grid in e.references.grids.items():
+        if grid.bits == e.grid.bits and not grid.scale.ndim and not any(grid == other for other in tried):
+            tried.append(grid)
+            yield Guess(f"its codes are read with the encoding of another tensor, {name}",
+                        (codes + float(grid.offset)) * float(grid.scale))  # fmt: skip
 
 
 def scale(e: Evidence) -> Iterator[Guess]:
@@ -444,15 +529,34 @@ def mask(e: Evidence) -> Iterator[Guess]:
             yield Guess(text, e.with_inputs(attention_mask=biased(allowed)))
     yield Guess("the mask is inverted, or its numbers are multiplied and not added",
                 e.with_inputs(attention_mask=np.where(seen, low, 0.0).astype(np.float32)))  # fmt: skip
-    for weak in (-1.0, -10.0):
+    if e.config.alibi:
+        yield from _other_alibi(e, right, seen)
+    for weak in (weak for weak in (-1.0, -10.0, -50.0, -100.0) if weak > low):
         yield Guess(f"masked places get {weak:g}, which is too weak to hide them",
                     e.with_inputs(attention_mask=np.where(seen, right, weak).astype(np.float32)))  # fmt: skip
+
+
+def _other_alibi(e: Evidence, right: np.ndarray, seen: np.ndarray) -> Iterator[Guess]:
+    """Other slopes in the mask."""
+    heads = e.config.num_attention_heads
+    slopes = alibi_slopes(heads)
+    others = {
+        "ALiBi is missing: the mask has no bias": 0 * slopes,
+        "ALiBi's bias has the wrong sign": -slopes,
+        "ALiBi's slopes are in the opposite order": slopes[::-1],
+        "ALiBi has the slope of its first head in all heads": np.full_like(slopes, slopes[0]),
+    }
+    for count in {2 ** math.ceil(math.log2(heads)), 2 * heads, *([heads // 2] if heads > 1 else [])} - {heads}:
+        others[f"ALiBi's slopes are those of {count} heads, expected {heads}"] = np.resize(alibi_slopes(count), heads)
+    for text, other in others.items():
+        factor = (other / slopes)[None, :, None, None]
+        yield Guess(text, e.with_inputs(attention_mask=np.where(seen, right * factor, right).astype(np.float32)))
 
 
 def past(e: Evidence) -> Iterator[Guess]:
     """Keys and values of the past in other slots than the mask and the positions say."""
     names = [value.name for value in e.spec.inputs if value.name.startswith("past_")]
-    if not e.attends or not e.spec.past or not names:
+    if not e.reads_past or not e.spec.past or not names:
         return
     axes = {value.name: value.token_axis for value in e.spec.inputs}
 
@@ -462,13 +566,16 @@ def past(e: Evidence) -> Iterator[Guess]:
     def moved(by: int) -> Callable[[np.ndarray, int], np.ndarray]:
         return lambda x, axis: np.roll(x, by, axis)
 
-    def without(slot: int) -> Callable[[np.ndarray, int], np.ndarray]:
+    def with_slot(slot: int, source: int | None = None) -> Callable[[np.ndarray, int], np.ndarray]:
         def function(x: np.ndarray, axis: int) -> np.ndarray:
-            x = x.copy()
-            np.moveaxis(x, axis, 0)[slot] = 0
-            return x
+            slots = np.moveaxis(x.copy(), axis, 0)
+            slots[slot] = 0 if source is None else slots[source]
+            return np.moveaxis(slots, 0, axis)
 
         return function
+
+    def reread(x: np.ndarray, axis: int) -> np.ndarray:
+        return np.ascontiguousarray(x.swapaxes(2, 3)).reshape(x.shape)
 
     for by in (1, -1):
         where = f"one slot {'late' if by > 0 else 'early'}"
@@ -477,8 +584,37 @@ def past(e: Evidence) -> Iterator[Guess]:
         yield Guess(f"the past values stand {where}", changed(moved(by), "value"))
     yield Guess("the past stands on the left of the cache, expected it on the right", changed(moved(e.spec.past)))
     yield Guess("the past is zeros: it was not handed on", changed(lambda x, axis: np.zeros_like(x)))
-    yield Guess("the last slot of the past is stale", changed(without(-1)))
-    yield Guess("the first slot of the past is stale", changed(without(-e.spec.past)))
+    for which in ("key", "value"):
+        yield Guess(f"the past {which}s are read transposed: features for slots", changed(reread, which))
+        for text, other in _other_codes(e, which):
+            yield Guess(f"the past {which}s are {text}", changed(other, which))
+    exchanged = {n: e.inputs[f"past_{'value' if 'key' in n else 'key'}_{n.split('_')[2]}_in"] for n in names}
+    yield Guess("keys and values of the past are exchanged", e.with_inputs(
+        **{n: np.ascontiguousarray(x.swapaxes(2, 3)) for n, x in exchanged.items()}))  # fmt: skip
+    for slot in sorted({*range(min(SLOTS, e.spec.past)), *range(max(0, e.spec.past - SLOTS), e.spec.past)}):
+        at = slot - e.spec.past
+        which = "last slot" if at == -1 else "first slot" if slot == 0 else f"slot {slot}"
+        yield Guess(f"the {which} of the past is stale: zeros", changed(with_slot(at)))
+        for other in (at - 1, at + 1):
+            if -e.spec.past <= other < 0:
+                yield Guess(f"the {which} of the past is stale: it holds slot {other + e.spec.past}",
+                            changed(with_slot(at, other)))  # fmt: skip
+
+
+def _other_codes(e: Evidence, which: str) -> Iterator[tuple[str, Callable[[np.ndarray, int], np.ndarray]]]:
+    """Codes of the past read about another zero, where the past is on a grid."""
+    grid = e.references.grids.get(f"model.layers.{e.spec.part.layers.start}.self_attn.{which}")
+    if grid is None or e.kind == "float":
+        return
+    step, half = float(grid.scale), 2 ** (grid.bits - 1)
+    for by in (half, -half, 1, -1):
+        how = f"{abs(by)} code{'s' * (abs(by) > 1)} too {'high' if by > 0 else 'low'}: the zero point is off by that"
+        yield how, lambda x, axis, by=by: (x + by * step).astype(np.float32)  # type: ignore[misc]
+
+    def other_sign(x: np.ndarray, axis: int) -> np.ndarray:
+        return (((np.rint(x / step) + 2 * half) % (2 * half) - half) * step).astype(np.float32)
+
+    yield "of the other signedness", other_sign
 
 
 def positions(e: Evidence) -> Iterator[Guess]:
@@ -533,6 +669,9 @@ def norm_head(e: Evidence) -> Iterator[Guess]:
         return
     yield Guess(f"each word's logit is off by its own factor, {lengths.min():.3g} to {lengths.max():.3g}, the length "
                 "of its row: NormHead is missing", e.expected * lengths)  # fmt: skip
+    if isinstance(weight, NormHead):
+        yield Guess("each word's logit is divided by the length of its row once more: NormHead is applied twice",
+                    e.expected / np.maximum(lengths, 1e-12))  # fmt: skip
 
 
 def row_lengths(matrix: np.ndarray) -> np.ndarray:
@@ -542,50 +681,27 @@ def row_lengths(matrix: np.ndarray) -> np.ndarray:
     return np.concatenate(pieces)
 
 
-def architecture(e: Evidence) -> Iterator[Guess]:
-    """Another model: an operation exchanged, dropped, or with another constant. Needs the model."""
-    model = e.references.model
-    if model is None or not e.spec.part.layers:
-        return
-    eps = e.config.rms_norm_eps
-    for other in (1e-5, 1e-6, 1e-8):
-        if other != eps:
-            yield Guess(f"RMSNorm has the epsilon {other:g}, expected {eps:g}",
-                        _computed(e, replace(e.config, rms_norm_eps=other), model.weights))  # fmt: skip
-    if not e.attends:
-        return
-    crossed = dict(model.weights)
-    for layer in e.spec.part.layers:
-        gate, up = (f"model.layers.{layer}.mlp.{name}_proj.weight" for name in ("gate", "up"))
-        crossed[gate], crossed[up] = crossed[up], crossed[gate]
-    yield Guess("gate_proj and up_proj are exchanged", _computed(e, e.config, crossed))
-    yield Guess("the activation is GELU, expected SiLU", _computed(e, e.config, model.weights, sigmoid=_gelu))
-    yield Guess("scores are not divided by the root of the head's size",
-                _computed(e, e.config, model.weights, matmul=e.config.head_dim**0.5))  # fmt: skip
+def hypothetical(cause: str) -> Callable[[Evidence], Iterator[Guess]]:
+    """The detector of what `export/operations.py` knows of a cause. It needs the model."""
+
+    def detector(e: Evidence) -> Iterator[Guess]:
+        if e.references.model is None:
+            return
+        doubtful = {last_name(tap) for tap in e.suspects}
+        for hypothesis in hypotheses(e, cause):
+            if doubtful.intersection(hypothesis.at):
+                yield Guess(hypothesis.text, e.if_true(hypothesis))
+
+    return detector
 
 
-def _gelu(x: np.ndarray) -> np.ndarray:
-    """What x is multiplied by in GELU (its tanh form)."""
-    return 0.5 * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
-
-
-def _computed(e: Evidence, config: Config, weights: Any, sigmoid: Any = None, matmul: float = 1.0) -> np.ndarray:
-    """The tensor by a changed model, in floats."""
-    methods: dict[str, Any] = {"matmul": lambda self, a, b: NumPyOps.matmul(self, a, b) * matmul}
-    if sigmoid is not None:
-        methods["sigmoid"] = lambda self, x: sigmoid(x)
-    changed: Any = type("OtherOps", (NumPyOps,), methods)("float64")
-    seen = Arrays()
-
-    def tap(name: str, x: Any) -> Any:
-        if name == e.tap:
-            seen[name] = x
-        return x
-
-    spec = replace(e.spec, config=config)
-    spec.computed(weights, changed, spec.filled(e.inputs), feeding(e.inputs, then=tap))
-    axes = e.value.tap_axes
-    return e.shown(seen[e.tap].transpose(np.argsort(axes)) if axes else seen[e.tap])
+def by_elimination(e: Evidence) -> Cause | None:
+    """What is left where no pattern fits, if one operation with a parameter of its own is all that is suspected."""
+    if len(e.suspects) == 1 and e.references.model is not None and f"{e.tap}.weight" in e.references.model.weights:
+        return Cause("weights", f"what goes into {e.tap} is right, what comes out of it is not, and no known pattern "
+                     "explains it: the device has other weights than the model (a stale file?), or computes this one "
+                     "operation wrongly")  # fmt: skip
+    return None
 
 
 def _fit(a: np.ndarray, b: np.ndarray) -> float:
@@ -598,6 +714,7 @@ def _fit(a: np.ndarray, b: np.ndarray) -> float:
 CAUSES: dict[str, Callable[[Evidence], Iterator[Guess]]] = {
     "not finite": not_finite,
     "never written": never_written,
+    "zeros": zeros,
     "padding side": padding_side,
     "names swapped": swapped,
     "stale": stale,
@@ -606,15 +723,19 @@ CAUSES: dict[str, Callable[[Evidence], Iterator[Guess]]] = {
     "transposed": transposed,
     "RoPE": rope,
     "NormHead missing": norm_head,
+    "encoding": of_another_tensor,
     "scale": scale,
     "zero point": zero_point,
-    "scales": scale_of_parts,
     "signedness": wrapped,
     "saturation": saturated,
     "parts exchanged": parts_exchanged,
     "positions": positions,
     "past": past,
     "mask": mask,
-    "architecture": architecture,
-    "dtype": narrowed,
+    "embedding": hypothetical("embedding"),
+    "architecture": hypothetical("architecture"),
+    "weights": hypothetical("weights"),
+    "channels": channels_permuted,
+    "scales": scale_of_parts,
+    "dtype": lambda e: chain(narrowed(e), hypothetical("dtype")(e)),
 }

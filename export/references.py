@@ -137,16 +137,18 @@ class References:
 
     def run(
         self, kind: Kind, spec: GraphSpec, inputs: Mapping[str, np.ndarray],
-        feed: Mapping[str, np.ndarray] | None = None, wanted: Collection[str] = (),
+        feed: Mapping[str, np.ndarray] | None = None, wanted: Collection[str] = (), change: Tap = silent,
     ) -> Arrays:  # fmt: skip
         """What a kind of device answers to these inputs: float32, the outputs by name and the `wanted` taps.
 
-        `feed`: tap -> what the run goes on with, after what it computed itself is on record.
+        `feed`: tap -> what the run goes on with, after what it computed itself is on record. `change`: what becomes
+        of each tap before that.
         """
         seen, shown = Arrays(), {value.tap or value.name: value for value in spec.outputs}
         record = {*wanted, *(shown if feed else ())}
 
         def tap(name: str, x: Any) -> Any:
+            x = change(name, x)
             if name in record:
                 seen[name] = x
             return feeding(feed)(name, x) if feed else x
@@ -200,6 +202,11 @@ class References:
     @cached_property
     def _engine(self) -> Callable:
         return engine_called(self.engine)
+
+    def parameters(self, kind: Kind) -> Mapping[str, Any]:
+        """The model's parameters as a kind of device has them."""
+        model = self._simulated(kind) if kind in ("simulation", "even", "weights") else self.model
+        return model.weights if model is not None else {}
 
     def _simulated(self, kind: Kind) -> SimulatedModel:
         if self.model is None or self.encodings is None:

@@ -17,7 +17,7 @@ import numpy as np
 from tqdm import tqdm
 
 import refimpl
-from export.causes import CAUSES, Cause, Evidence, likely_causes
+from export.causes import CAUSES, Cause, Evidence, by_elimination, likely_causes
 from export.device import Answer, Way, fit_answers
 from export.emit import Arrays
 from export.figures import Figures, Thresholds, measure
@@ -66,7 +66,6 @@ def judge(
             break
     kind = min(found, key=lambda kind: misfit(found[kind], thresholds))
     tensors = trial.with_birth(kind, found[kind], thresholds)
-    causes = trial.causes(kind, tensors, thresholds)
     absent = [name for name in references.specs if name not in {answer.spec.name for answer in answers}]
     remarks = [f"{answer.spec.name}/{answer.way}: {remark}" for answer in answers for remark in answer.remarks]
     remarks += [f"not judged, without outputs: {at_most(absent, 6)}"] if absent else []
@@ -77,7 +76,8 @@ def judge(
         "prompt": f"{references.plan.prompt} tokens",
     }  # fmt: skip
     inside = {name: tuple(spec.taps) for name, spec in references.specs.items() if spec.cut}
-    return Verdict(tuple(tensors), kind, references.plan.config, causes, tuple(remarks), about, thresholds, inside)
+    verdict = Verdict(tuple(tensors), kind, references.plan.config, {}, tuple(remarks), about, thresholds, inside)
+    return replace(verdict, causes=trial.causes(kind, verdict))
 
 
 def _said(outputs: Any) -> str:
@@ -235,9 +235,9 @@ class Trial:
                     given |= {name: x for name, x in before.arrays.items() if mine or name.startswith("past_")}
         raise ValueError(f"{answer.spec.name} is in no run")
 
-    def causes(self, kind: Kind, tensors: list[Figures], thresholds: Thresholds) -> dict[str, Cause]:
+    def causes(self, kind: Kind, verdict: Verdict) -> dict[str, Cause]:
         """Why the first failing tensors that did not inherit their error may be wrong."""
-        bad = [t for t in tensors if not thresholds.excess(t) <= 1 and t.born != "inherited"]
+        bad = [t for t in verdict.failures if t.born != "inherited"]
         bad.sort(key=lambda t: t.way != "isolated")
         found: dict[str, Cause] = {}
         for figures in bad[:SUSPECTS]:
@@ -248,8 +248,9 @@ class Trial:
             value = next(value for value in answer.values.values() if (value.tap or value.name) == figures.tap)
             linked = figures.way == "chained"
             inputs = self._as_fed(answer) if linked else self.references.inputs(answer.spec)
-            evidence = Evidence(self.references, kind, answer, value, inputs)
-            cause = likely_causes(evidence, CAUSES)
+            suspects = tuple(verdict.suspected(figures))
+            evidence = Evidence(self.references, kind, answer, value, inputs, suspects)
+            cause = likely_causes(evidence, CAUSES) or by_elimination(evidence)
             if cause and not any(cause == other for other in found.values()):
                 found[figures.name] = cause
         return found

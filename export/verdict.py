@@ -74,9 +74,10 @@ class Verdict:
     @property
     def suspects(self) -> list[str]:
         """The operations of which one is wrong: from the last tensor known to be right before the guilty one, to it."""
-        guilty = self.guilty
-        if guilty is None:
-            return []
+        return self.suspected(self.guilty) if self.guilty else []
+
+    def suspected(self, guilty: Figures) -> list[str]:
+        """The same for any tensor that did not inherit its error."""
         beside = [t for t in self.tensors if (t.graph, t.way) == (guilty.graph, guilty.way)]
         right = {t.tap for t in beside if self.excess(t) <= 1}
         order = list(taps(self.config))
@@ -89,7 +90,7 @@ class Verdict:
         streams += [tap for tap in right if tap == "model.norm" or tap.count(".") == 2]
         start = max((order.index(tap) for tap in streams if tap in order[:stop]), default=-1)
         between = [tap for tap in order[start + 1 : stop] if tap not in right]
-        if guilty.operation in ("self_attn.key", "self_attn.value"):
+        if guilty.operation in ("self_attn.query", "self_attn.key", "self_attn.value"):
             made_of = ("input_layernorm", "W_pack", f"{guilty.operation[10]}_proj")
             between = [tap for tap in between if tap.endswith(made_of)]
         mine = self.inside.get(guilty.graph, between)

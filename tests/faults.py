@@ -30,11 +30,11 @@ from refimpl.calibrate import calibrate
 from refimpl.encodings import Recipe
 from refimpl.positions import rope_tables
 
-TOKENS, CONTEXT, PARTS, BLOCK = (8, 1), 16, 3, 16
+TOKENS, CONTEXT, PARTS, BLOCK = (12, 1), 16, 3, 16
 GRAPH = "{}_cl16_{}_of_3"  # the embedding; layer 0; layer 1 and the head
 LAYER = "model.layers.0"
 ATTENTION, MLP = f"{LAYER}.self_attn", f"{LAYER}.mlp"
-PROMPT, TOKEN = "prompt_ar8", "token_ar1"
+PROMPT, TOKEN = "prompt_ar12", "token_ar1"
 
 
 class Graph:
@@ -142,7 +142,7 @@ class Fault:
     setting: str = "grids"
     runs: tuple[str, ...] = (PROMPT, TOKEN)
     edit: Callable[[Graph], None] | None = None
-    feed: Callable[[Any, dict], dict] | None = None
+    feed: Callable[[World, Any, dict], dict] | None = None
     answer: Callable[[World, Any, dict], None] | None = None
 
     @property
@@ -161,6 +161,7 @@ class Fault:
 SETTINGS = {
     "grids": ("Baichuan2-7B", True, "as a quantized device"),
     "float": ("Baichuan2-7B", False, "in floats"),
+    "firm": ("Baichuan2-7B", False, "in floats, with attention scores of a hundred"),
     "loud": ("Baichuan2-7B", False, "in floats, with attention scores of thousands"),
     "quiet": ("Baichuan2-7B", False, "in floats, with an embedding of a thousandth"),
     "ALiBi": ("Baichuan2-13B", False, "in floats, 13B"),
@@ -189,7 +190,7 @@ class World:
         self.model = refimpl.load(source)
         rng = np.random.default_rng(self.seed)
         vocabulary = self.model.config.vocab_size
-        ids = None if self.prompt is None else np.random.default_rng(self.prompt).integers(0, vocabulary, 6)
+        ids = None if self.prompt is None else np.random.default_rng(self.prompt).integers(0, vocabulary, 9)
         self.encodings = None
         if grids:
             text = rng.integers(0, vocabulary, 240)
@@ -209,7 +210,7 @@ class World:
         self.protos = {name: onnx.load(device / name / "model.onnx") for name in self.specs}
 
     def _adjust(self, source: Path) -> None:
-        if self.setting not in ("loud", "quiet"):
+        if self.setting not in ("firm", "loud", "quiet"):
             return
         tensors = load_file(source / "model.safetensors")
         if self.setting == "quiet":
@@ -218,7 +219,7 @@ class World:
             for name in tensors:
                 if name.endswith("W_pack.weight"):
                     rows = tensors[name].shape[0] // 3
-                    tensors[name][: 2 * rows] *= np.float32(96)
+                    tensors[name][: 2 * rows] *= np.float32(96 if self.setting == "loud" else 6)
         save_file(tensors, source / "model.safetensors")
 
     def compute(self, graph: Graph | str, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -256,11 +257,17 @@ class World:
             if fault.edit:
                 fault.edit(graph)
             if fault.feed:
-                inputs = {k: np.ascontiguousarray(v, inputs[k].dtype) for k, v in fault.feed(spec, inputs).items()}
+                wrong = fault.feed(self, spec, inputs)
+                inputs = {name: np.ascontiguousarray(x, inputs[name].dtype) for name, x in wrong.items()}
             answers[name] = self.compute(graph, inputs)
             if fault.answer:
                 fault.answer(self, spec, answers[name])
         return answers
+
+    def step(self, tap: str) -> float:
+        """Of its grid, 0 if it has none."""
+        grid = self.references.grids.get(tap)
+        return float(grid.scale) if grid else 0.0
 
     def judged(self, answers: dict[str, dict[str, np.ndarray]], probes: bool = True) -> Verdict:
         """The verdict on all taps, or on what parts give."""
@@ -411,446 +418,140 @@ TURNED = QUERY, f"{ATTENTION}.key"
 
 # Weights: what a converter or a packer gets wrong
 
-fault(
-    "nibble order",
-    "the two codes of a byte are unpacked in the other order",
-    f"{ATTENTION}.W_pack",
-    "weights",
-    "nibbles",
-    edit=lambda g: [
-        g.weight(name, lambda c, s: times(c.reshape(len(c), -1, 2)[..., ::-1].reshape(c.shape), s))
-        for name in g.weights
-    ],
-)
-fault(
-    "int4 signedness",
-    "signed 4-bit codes are read as unsigned",
-    f"{MLP}.gate_proj",
-    "weights",
-    "sign",
-    edit=lambda g: g.weight(f"{MLP}.gate_proj", lambda c, s: times(c & 15, s)),
-)
-fault(
-    "int4 offset read as sign",
-    "codes about 8 are read as two's complement",
-    f"{MLP}.up_proj",
-    "weights",
-    "sign",
-    edit=lambda g: g.weight(f"{MLP}.up_proj", lambda c, s: times(((c + 16) & 15) - 8, s)),
-)
-fault(
-    "int8 head read as uint8",
-    "the head's signed codes are read as unsigned",
-    "lm_head",
-    "weights",
-    "sign",
-    graph=3,
-    edit=lambda g: g.weight("lm_head", lambda c, s: times(c & 255, s)),
-)
-fault(
-    "block axis",
-    "blocks run along the outputs, not along the inputs",
-    f"{ATTENTION}.o_proj",
-    "weights",
-    "axis",
-    edit=lambda g: g.weight(
-        f"{ATTENTION}.o_proj", lambda c, s: c * np.repeat(s.reshape(len(c) // BLOCK, -1), BLOCK, 0)
-    ),
-)
-fault(
-    "scales transposed",
-    "scales of blocks are stored block by block, not row by row",
-    f"{MLP}.up_proj",
-    "weights",
-    "transposed",
-    edit=lambda g: g.weight(f"{MLP}.up_proj", lambda c, s: times(c, s.reshape(s.shape[::-1]).T)),
-)
-fault(
-    "weight zero point + 1",
-    "the zero point of weights is one too low",
-    f"{MLP}.down_proj",
-    "weights",
-    "zero point",
-    edit=lambda g: g.weight(f"{MLP}.down_proj", lambda c, s: times(c + 1, s)),
-)
-fault(
-    "weight zero point - 1",
-    "the zero point of weights is one too high",
-    f"{MLP}.gate_proj",
-    "weights",
-    "zero point",
-    edit=lambda g: g.weight(f"{MLP}.gate_proj", lambda c, s: times(c - 1, s)),
-)
-fault(
-    "scales of other channels",
-    "scales of rows are in another order than the rows",
-    f"{MLP}.gate_proj",
-    "weights",
-    "scales",
-    edit=lambda g: g.weight(f"{MLP}.gate_proj", lambda c, s: times(c, np.roll(s, 1, 0))),
-)
-fault(
-    "per-channel scales permuted",
-    "scales of the head's rows are shuffled",
-    "lm_head",
-    "channels",
-    "factor",
-    graph=3,
-    edit=lambda g: g.weight("lm_head", lambda c, s: times(c, s[np.random.default_rng(1).permutation(len(s))])),
-)
-fault(
-    "weight transposed",
-    "a square matrix is stored as its transpose",
-    f"{ATTENTION}.o_proj",
-    "weights",
-    "transposed",
-    edit=lambda g: g.weight(f"{ATTENTION}.o_proj", lambda c, s: times(c, s).T),
-)
-fault(
-    "bfloat16 truncated",
-    "weights were cut to bfloat16, not rounded",
-    f"{ATTENTION}.W_pack",
-    "weights",
-    "cut",
-    setting="float",
-    edit=lambda g: g.weight(f"{ATTENTION}.W_pack", cut_to_bfloat16),
-)
-fault(
-    "weights of another layer",
-    "a name was matched to the wrong layer",
-    f"{MLP}.down_proj",
-    "weights",
-    "layer 1",
-    setting="float",
-    edit=lambda g: g.weight(f"{MLP}.down_proj", lambda w: relabelled(g, "model.layers.1.mlp.down_proj.weight")),
-)
-fault(
-    "stale weights file",
-    "the weights are those of an earlier export",
-    f"{MLP}.gate_proj",
-    "weights",
-    "other weights",
-    edit=lambda g: g.weight(f"{MLP}.gate_proj", lambda c, s: times(np.random.default_rng(5).permuted(c, axis=1), s)),
-)
-fault(
-    "q, k, v order",
-    "W_pack was taken for k, q, v",
-    f"{ATTENTION}.W_pack",
-    "weights",
-    "order",
-    setting="float",
-    edit=lambda g: g.weight(f"{ATTENTION}.W_pack", lambda w: w.reshape(3, -1, w.shape[1])[[1, 0, 2]].reshape(w.shape)),
-)
-fault(
-    "q, k, v by heads",
-    "W_pack's rows were taken for heads of q, k, v in turn",
-    f"{ATTENTION}.W_pack",
-    "weights",
-    "order",
-    setting="float",
-    edit=lambda g: g.weight(
-        f"{ATTENTION}.W_pack", lambda w: w.reshape(3, 4, -1, w.shape[1]).swapaxes(0, 1).reshape(w.shape)
-    ),
-)
-fault(
-    "head rows permuted",
-    "the head's rows are in another order than the vocabulary",
-    "lm_head",
-    "channels",
-    "order",
-    graph=3,
-    edit=lambda g: g.weight("lm_head", lambda c, s: times(c, s)[np.random.default_rng(2).permutation(len(c))]),
-)
-fault(
-    "head rows off by one",
-    "the head has a row too many at its start",
-    "lm_head",
-    "channels",
-    "further",
-    graph=3,
-    edit=lambda g: g.weight("lm_head", lambda c, s: np.roll(times(c, s), 1, 0)),
-)
-fault(
-    "NormHead missing",
-    "the head's rows are not normalised",
-    "lm_head",
-    "NormHead missing",
-    graph=3,
-    setting="float",
-    edit=lambda g: g.weight("lm_head", lambda w: w * head_lengths(g)),
-)
-fault(
-    "NormHead twice",
-    "the head's rows are divided by their length twice",
-    "lm_head",
-    "NormHead missing",
-    "twice",
-    graph=3,
-    setting="float",
-    edit=lambda g: g.weight("lm_head", lambda w: w / head_lengths(g)),
-)
-fault(
-    "gate and up exchanged",
-    "the two halves of the MLP have each other's weights",
-    f"{MLP}.gate_proj",
-    ("architecture", "names swapped"),
-    "up_proj",
-    edit=lambda g: exchange_weights(g, f"{MLP}.gate_proj", f"{MLP}.up_proj"),
-)
-fault(
-    "qkv bias dropped",
-    "Qwen2's biases are not added",
-    tuple(f"{ATTENTION}.{n}_proj" for n in "qkv"),
-    "weights",
-    "bias",
-    setting="GQA",
-    edit=lambda g: [g.put(f"{ATTENTION}.{n}_proj.bias", g.array(f"{ATTENTION}.{n}_proj.bias") * 0) for n in "qkv"],
-)
-fault(
-    "norm gain dropped",
-    "RMSNorm's gain is one",
-    f"{LAYER}.post_attention_layernorm",
-    "architecture",
-    "gain",
-    setting="float",
-    edit=lambda g: g.put(f"{LAYER}.post_attention_layernorm.weight", np.ones(64, np.float32)),
-)
-fault(
-    "embedding row off by one",
-    "the table has a row too many at its start",
-    "model.embed_tokens",
-    "embedding",
-    "one",
-    graph=1,
-    edit=lambda g: g.put("model.embed_tokens.weight.codes", np.roll(g.array("model.embed_tokens.weight.codes"), 1, 0)),
-)
-fault(
-    "parts exchanged",
-    "this graph has the weights of the next layer",
-    f"{LAYER}.input_layernorm",
-    ("parts exchanged", "weights"),
-    "layer 1",
-    setting="float",
-    edit=lambda g: [
-        g.put(i.name, relabelled(g, i.name.replace("layers.0", "layers.1")))
-        for i in list(g.graph.initializer)
-        if i.name.startswith(LAYER)
-    ],
-)
+fault("nibble order", "the two codes of a byte are unpacked in the other order", f"{ATTENTION}.W_pack",
+      "weights", "nibbles", edit=lambda g: [g.weight(name, lambda c, s: times(c.reshape(len(c), -1, 2)[...,
+      ::-1].reshape(c.shape), s)) for name in g.weights ])  # fmt: skip
+fault("int4 signedness", "signed 4-bit codes are read as unsigned", f"{MLP}.gate_proj", "weights", "sign",
+      edit=lambda g: g.weight(f"{MLP}.gate_proj", lambda c, s: times(c & 15, s)))  # fmt: skip
+fault("int4 offset read as sign", "codes about 8 are read as two's complement", f"{MLP}.up_proj",
+      "weights", "sign", edit=lambda g: g.weight(f"{MLP}.up_proj", lambda c, s: times(((c + 16) & 15) - 8,
+      s)))  # fmt: skip
+fault("int8 head read as uint8", "the head's signed codes are read as unsigned", "lm_head", "weights",
+      "sign", graph=3, edit=lambda g: g.weight("lm_head", lambda c, s: times(c & 255, s)))  # fmt: skip
+fault("block axis", "blocks run along the outputs, not along the inputs", f"{ATTENTION}.o_proj", "weights",
+      "axis", edit=lambda g: g.weight(f"{ATTENTION}.o_proj", lambda c,
+      s: c * np.repeat(s.reshape(len(c) // BLOCK, -1), BLOCK, 0)))  # fmt: skip
+fault("scales transposed", "scales of blocks are stored block by block, not row by row", f"{MLP}.up_proj",
+      "weights", "transposed", edit=lambda g: g.weight(f"{MLP}.up_proj", lambda c, s: times(c,
+      s.reshape(s.shape[::-1]).T)))  # fmt: skip
+fault("weight zero point + 1", "the zero point of weights is one too low", f"{MLP}.down_proj", "weights",
+      "zero point", edit=lambda g: g.weight(f"{MLP}.down_proj", lambda c, s: times(c + 1, s)))  # fmt: skip
+fault("weight zero point - 1", "the zero point of weights is one too high", f"{MLP}.gate_proj", "weights",
+      "zero point", edit=lambda g: g.weight(f"{MLP}.gate_proj", lambda c, s: times(c - 1, s)))  # fmt: skip
+fault("scales of other channels", "scales of rows are in another order than the rows", f"{MLP}.gate_proj",
+      "weights", "scales", edit=lambda g: g.weight(f"{MLP}.gate_proj", lambda c, s: times(c, np.roll(s, 1,
+      0))))  # fmt: skip
+fault("per-channel scales permuted", "scales of the head's rows are shuffled", "lm_head", ("scales",
+      "weights"), "scales", graph=3, edit=lambda g: g.weight("lm_head", lambda c, s: times(c,
+      s[np.random.default_rng(1).permutation(len(s))])))  # fmt: skip
+fault("weight transposed", "a square matrix is stored as its transpose", f"{ATTENTION}.o_proj", "weights",
+      "transposed", edit=lambda g: g.weight(f"{ATTENTION}.o_proj", lambda c, s: times(c, s).T))  # fmt: skip
+fault("bfloat16 truncated", "weights were cut to bfloat16, not rounded", f"{ATTENTION}.W_pack", "weights",
+      "cut", setting="float", edit=lambda g: g.weight(f"{ATTENTION}.W_pack", cut_to_bfloat16))  # fmt: skip
+fault("weights of another layer", "a name was matched to the wrong layer", f"{MLP}.down_proj", "weights",
+      "layer 1", setting="float", edit=lambda g: g.weight(f"{MLP}.down_proj", lambda w: relabelled(g,
+      "model.layers.1.mlp.down_proj.weight")))  # fmt: skip
+fault("stale weights file", "the weights are those of an earlier export", f"{MLP}.gate_proj", "weights",
+      "other weights", edit=lambda g: g.weight(f"{MLP}.gate_proj", lambda c,
+      s: times(np.random.default_rng(5).permuted(c, axis=1), s)))  # fmt: skip
+fault("q, k, v order", "W_pack was taken for k, q, v", f"{ATTENTION}.W_pack", "weights", "order",
+      setting="float", edit=lambda g: g.weight(f"{ATTENTION}.W_pack", lambda w: w.reshape(3, -1,
+      w.shape[1])[[1, 0, 2]].reshape(w.shape)))  # fmt: skip
+fault("q, k, v by heads", "W_pack's rows were taken for heads of q, k, v in turn", f"{ATTENTION}.W_pack",
+      "weights", "order", setting="float", edit=lambda g: g.weight(f"{ATTENTION}.W_pack",
+      lambda w: w.reshape(3, 4, -1, w.shape[1]).swapaxes(0, 1).reshape(w.shape)))  # fmt: skip
+fault("head rows permuted", "the head's rows are in another order than the vocabulary", "lm_head",
+      "channels", "order", graph=3, edit=lambda g: g.weight("lm_head", lambda c, s: times(c,
+      s)[np.random.default_rng(2).permutation(len(c))]))  # fmt: skip
+fault("head rows off by one", "the head has a row too many at its start", "lm_head", "channels", "further",
+      graph=3, edit=lambda g: g.weight("lm_head", lambda c, s: np.roll(times(c, s), 1, 0)))  # fmt: skip
+fault("NormHead missing", "the head's rows are not normalised", "lm_head", "NormHead missing", graph=3,
+      setting="float", edit=lambda g: g.weight("lm_head", lambda w: w * head_lengths(g)))  # fmt: skip
+fault("NormHead twice", "the head's rows are divided by their length twice", "lm_head", "NormHead missing",
+      "twice", graph=3, setting="float", edit=lambda g: g.weight("lm_head", lambda w: w / head_lengths(g)))  # fmt: skip
+fault("gate and up exchanged", "the two halves of the MLP have each other's weights", f"{MLP}.gate_proj",
+      ("architecture", "names swapped"), "up_proj", edit=lambda g: exchange_weights(g, f"{MLP}.gate_proj",
+      f"{MLP}.up_proj"))  # fmt: skip
+fault("qkv bias dropped", "Qwen2's biases are not added", tuple(f"{ATTENTION}.{n}_proj" for n in "qkv"),
+      "weights", "bias", setting="GQA", edit=lambda g: [g.put(f"{ATTENTION}.{n}_proj.bias",
+      g.array(f"{ATTENTION}.{n}_proj.bias") * 0) for n in "qkv"])  # fmt: skip
+fault("norm gain dropped", "RMSNorm's gain is one", f"{LAYER}.post_attention_layernorm", "architecture",
+      "gain", setting="float", edit=lambda g: g.put(f"{LAYER}.post_attention_layernorm.weight", np.ones(64,
+      np.float32)))  # fmt: skip
+fault("embedding row off by one", "the table has a row too many at its start", "model.embed_tokens",
+      "embedding", "one", graph=1, edit=lambda g: g.put("model.embed_tokens.weight.codes",
+      np.roll(g.array("model.embed_tokens.weight.codes"), 1, 0)))  # fmt: skip
+fault("parts exchanged", "this graph has the weights of the next layer", f"{LAYER}.input_layernorm",
+      ("parts exchanged", "weights"), "layer 1", setting="float", edit=lambda g: [g.put(i.name,
+      relabelled(g, i.name.replace("layers.0",
+      "layers.1"))) for i in list(g.graph.initializer) if i.name.startswith(LAYER) ])  # fmt: skip
 
 
 # Operations: what a compiler does to the graph
 
-fault(
-    "residual dropped",
-    "attention is not added to the stream",
-    f"{LAYER}.attention_residual",
-    "architecture",
-    "residual",
-    edit=lambda g: g.instead(f"{LAYER}.attention_residual", f"{ATTENTION}.o_proj"),
-)
-fault(
-    "second residual dropped",
-    "the MLP is not added to the stream",
-    LAYER,
-    "architecture",
-    "residual",
-    edit=lambda g: g.instead(LAYER, f"{MLP}.down_proj"),
-)
-fault(
-    "GELU for SiLU",
-    "another activation",
-    f"{MLP}.act_fn",
-    "architecture",
-    "GELU",
-    setting="float",
-    edit=lambda g: g.instead(f"{MLP}.act_fn", f"{MLP}.gate_proj", "Gelu", approximate="tanh"),
-)
-fault(
-    "ReLU for SiLU",
-    "another activation",
-    f"{MLP}.act_fn",
-    "architecture",
-    "ReLU",
-    edit=lambda g: g.instead(f"{MLP}.act_fn", f"{MLP}.gate_proj", "Relu"),
-)
-fault(
-    "gate without up",
-    "the product of the MLP is dropped",
-    f"{MLP}.product",
-    "architecture",
-    "product",
-    edit=lambda g: g.instead(f"{MLP}.product", f"{MLP}.act_fn"),
-)
-fault(
-    "epsilon 1e-5 for 1e-6",
-    "RMSNorm's epsilon is that of another family",
-    f"{LAYER}.input_layernorm",
-    "architecture",
-    "epsilon",
-    setting="quiet",
-    edit=lambda g: epsilon(g, 1e-5),
-)
-fault(
-    "LayerNorm for RMSNorm",
-    "the mean is subtracted",
-    f"{LAYER}.input_layernorm",
-    "architecture",
-    "mean",
-    setting="float",
-    edit=lambda g: g.then(
-        f"{LAYER}.input_layernorm",
-        (
-            "LayerNormalization",
-            ["model.embed_tokens", f"{LAYER}.input_layernorm.weight"],
-            {"axis": -1, "epsilon": 1e-6},
-        ),
-    ),
-)
-fault(
-    "attention scale missing",
-    "scores are not divided",
-    f"{ATTENTION}.scores",
-    ("architecture", "scale"),
-    "4",
-    setting="float",
-    edit=lambda g: g.times(SCORES, 4),
-)
-fault(
-    "attention scale twice",
-    "scores are divided twice",
-    f"{ATTENTION}.scores",
-    ("architecture", "scale"),
-    "0.25",
-    edit=lambda g: g.times(SCORES, 0.25),
-)
-fault(
-    "GQA head mapping",
-    "query heads take key heads by turns",
-    f"{ATTENTION}.scores",
-    "architecture",
-    "turns",
-    setting="GQA",
-    edit=lambda g: by_turns(g),
-)
-fault(
-    "one head zeroed",
-    "a head was lost when heads were split",
-    f"{ATTENTION}.context",
-    "zeros",
-    "head 1",
-    edit=lambda g: g.times(f"{ATTENTION}.context", np.repeat([1, 0, 1, 1], 16)),
-)
-fault(
-    "heads concatenated in another order",
-    "heads come together in the order in which they were computed",
-    f"{ATTENTION}.context",
-    ("channels", "heads permuted"),
-    "order",
-    edit=lambda g: g.gathered(f"{ATTENTION}.context", np.arange(64).reshape(4, 16)[[1, 0, 3, 2]].ravel(), 2),
-)
-fault(
-    "softmax in float16",
-    "softmax has less precision than the graph",
-    f"{ATTENTION}.probs",
-    "dtype",
-    "float16",
-    setting="float",
-    edit=lambda g: g.then(f"{ATTENTION}.probs", ("Cast", ["@"], {"to": 10}), ("Cast", ["@"], {"to": 1})),
-)
-fault(
-    "float16 overflow in scores",
-    "q k does not fit float16 before it is divided",
-    f"{ATTENTION}.scores",
-    "not finite",
-    "65504",
-    setting="loud",
-    edit=lambda g: overflow(g),
-)
-fault(
-    "RoPE pairs interleaved",
-    "neighbours are turned, not halves",
-    TURNED,
-    "RoPE",
-    "interleaved",
-    edit=lambda g: interleave(g),
-)
-fault(
-    "NaN in one place",
-    "one feature is NaN",
-    f"{MLP}.product",
-    "not finite",
-    "NaN",
-    edit=lambda g: g.times(f"{MLP}.product", np.where(np.arange(128) == 3, np.nan, 1)),
-    setting="float",
-)
-fault(
-    "final norm missing",
-    "the head reads the stream as it is",
-    "model.norm",
-    "architecture",
-    "missing",
-    graph=3,
-    setting="float",
-    edit=lambda g: g.instead("model.norm", "model.layers.1"),
-)
+fault("residual dropped", "attention is not added to the stream", f"{LAYER}.attention_residual",
+      "architecture", "residual", edit=lambda g: g.instead(f"{LAYER}.attention_residual",
+      f"{ATTENTION}.o_proj"))  # fmt: skip
+fault("second residual dropped", "the MLP is not added to the stream", LAYER, "architecture", "residual",
+      edit=lambda g: g.instead(LAYER, f"{MLP}.down_proj"))  # fmt: skip
+fault("GELU for SiLU", "another activation", f"{MLP}.act_fn", "architecture", "GELU", setting="float",
+      edit=lambda g: g.instead(f"{MLP}.act_fn", f"{MLP}.gate_proj", "Gelu", approximate="tanh"))  # fmt: skip
+fault("ReLU for SiLU", "another activation", f"{MLP}.act_fn", "architecture", "ReLU",
+      edit=lambda g: g.instead(f"{MLP}.act_fn", f"{MLP}.gate_proj", "Relu"))  # fmt: skip
+fault("gate without up", "the product of the MLP is dropped", f"{MLP}.product", "architecture", "product",
+      edit=lambda g: g.instead(f"{MLP}.product", f"{MLP}.act_fn"))  # fmt: skip
+fault("epsilon 1e-5 for 1e-6", "RMSNorm's epsilon is that of another family", f"{LAYER}.input_layernorm",
+      "architecture", "epsilon", setting="quiet", edit=lambda g: epsilon(g, 1e-5))  # fmt: skip
+fault("LayerNorm for RMSNorm", "the mean is subtracted", f"{LAYER}.input_layernorm", "architecture",
+      "mean", setting="float", edit=lambda g: g.then(f"{LAYER}.input_layernorm", ("LayerNormalization",
+      ["model.embed_tokens", f"{LAYER}.input_layernorm.weight"], {"axis": -1, "epsilon": 1e-6})))  # fmt: skip
+fault("attention scale missing", "scores are not divided", f"{ATTENTION}.scores", ("architecture",
+      "scale"), "4", setting="float", edit=lambda g: g.times(SCORES, 4))  # fmt: skip
+fault("attention scale twice", "scores are divided twice", f"{ATTENTION}.scores", ("architecture",
+      "scale"), "0.25", edit=lambda g: g.times(SCORES, 0.25))  # fmt: skip
+fault("GQA head mapping", "query heads take key heads by turns", f"{ATTENTION}.scores", "architecture",
+      "turns", setting="GQA", edit=lambda g: by_turns(g))  # fmt: skip
+fault("one head zeroed", "a head was lost when heads were split", f"{ATTENTION}.context", ("zeros",
+      "architecture"), "head 1", edit=lambda g: g.times(f"{ATTENTION}.context", np.repeat([1, 0, 1, 1],
+      16)))  # fmt: skip
+fault("heads concatenated in another order",
+      "heads come together in the order in which they were computed", f"{ATTENTION}.context", ("channels",
+      "heads permuted"), "order", edit=lambda g: g.gathered(f"{ATTENTION}.context",
+      np.arange(64).reshape(4, 16)[[1, 0, 3, 2]].ravel(), 2))  # fmt: skip
+fault("softmax in float16", "softmax has less precision than the graph", f"{ATTENTION}.probs", "dtype",
+      "float16", setting="float", edit=lambda g: g.then(f"{ATTENTION}.probs", ("Cast", ["@"], {"to": 10}),
+      ("Cast", ["@"], {"to": 1})))  # fmt: skip
+fault("float16 overflow in scores", "q k does not fit float16 before it is divided", f"{ATTENTION}.scores",
+      "not finite", "65504", setting="loud", edit=lambda g: overflow(g))  # fmt: skip
+fault("RoPE pairs interleaved", "neighbours are turned, not halves", TURNED, "RoPE", "interleaved",
+      edit=lambda g: interleave(g))  # fmt: skip
+fault("NaN in one place", "one feature is NaN", f"{MLP}.product", "not finite", "NaN",
+      edit=lambda g: g.times(f"{MLP}.product", np.where(np.arange(128) == 3, np.nan, 1)), setting="float")  # fmt: skip
+fault("final norm missing", "the head reads the stream as it is", "model.norm", "architecture", "missing",
+      graph=3, setting="float", edit=lambda g: g.instead("model.norm", "model.layers.1"))  # fmt: skip
 
 # Grids: what a quantizer gets wrong
 
-fault(
-    "range too small",
-    "the range of an activation is a quarter of what it should be",
-    f"{MLP}.gate_proj",
-    "saturation",
-    edit=lambda g: g.put(f"{MLP}.gate_proj.scale", g.array(f"{MLP}.gate_proj.scale") / 4),
-)
-fault(
-    "scale of another tensor",
-    "codes are read with the step of another activation",
-    f"{MLP}.down_proj",
-    "encoding",
-    "another tensor",
-    edit=lambda g: read_as(g, f"{MLP}.down_proj", f"{MLP}.up_proj"),
-)
-fault(
-    "8 bits for 16",
-    "an activation has 8 bits",
-    f"{MLP}.product",
-    "encoding",
-    "8 bits",
-    edit=lambda g: eight_bits(g, f"{MLP}.product"),
-)
-fault(
-    "zero point of keys + 1",
-    "keys are a code too high",
-    f"{ATTENTION}.key",
-    "zero point",
-    "code",
-    edit=lambda g: zero_moved(g, f"{ATTENTION}.key", 1),
-)
-fault(
-    "zero point of values - 1",
-    "values are a code too low",
-    f"{ATTENTION}.value",
-    "zero point",
-    "code",
-    edit=lambda g: zero_moved(g, f"{ATTENTION}.value", -1),
-)
-fault(
-    "zero point in 16 bits + 1",
-    "one code in 65536",
-    f"{LAYER}.input_layernorm",
-    "zero point",
-    "code",
-    edit=lambda g: zero_moved(g, f"{LAYER}.input_layernorm", 1),
-)
+fault("range too small", "the range of an activation is a quarter of what it should be",
+      f"{MLP}.gate_proj", "saturation", edit=lambda g: g.put(f"{MLP}.gate_proj.scale",
+      g.array(f"{MLP}.gate_proj.scale") / 4))  # fmt: skip
+fault("scale of another tensor", "codes are read with the step of another activation", f"{MLP}.down_proj",
+      "encoding", "another tensor", edit=lambda g: read_as(g, f"{MLP}.down_proj", f"{MLP}.up_proj"))  # fmt: skip
+fault("8 bits for 16", "an activation has 8 bits", f"{MLP}.product", "dtype", "8",
+      edit=lambda g: eight_bits(g, f"{MLP}.product"))  # fmt: skip
+fault("zero point of keys + 1", "keys are a code too high", f"{ATTENTION}.key", "zero point", "code",
+      edit=lambda g: zero_moved(g, f"{ATTENTION}.key", 1))  # fmt: skip
+fault("zero point of values - 1", "values are a code too low", f"{ATTENTION}.value", "zero point", "code",
+      edit=lambda g: zero_moved(g, f"{ATTENTION}.value", -1))  # fmt: skip
+fault("zero point in 16 bits + 1", "one code in 65536", f"{LAYER}.input_layernorm", "zero point", "code",
+      edit=lambda g: zero_moved(g, f"{LAYER}.input_layernorm", 1))  # fmt: skip
 
 
 # Of the host: mask, positions, cache
 
 
 def tables(base=1e4, by=0, pairs: Callable = lambda c, s: (c, s)):
-    def change(spec, inputs):
+    def change(world, spec, inputs):
         if "position_ids_cos" not in inputs:
             return inputs
         positions = np.maximum(spec.past - (spec.tokens - spec.real) + np.arange(spec.tokens)[None] + by, 0)
@@ -863,7 +564,7 @@ def tables(base=1e4, by=0, pairs: Callable = lambda c, s: (c, s)):
 def masks(change: Callable):
     """Another mask: of whether a place is seen (T, S), its queries and keys, and the lowest number."""
 
-    def feed(spec, inputs):
+    def feed(world, spec, inputs):
         right = inputs["attention_mask"]
         low = right.min()
         seen = right[0, :1] > low / 2
@@ -878,255 +579,75 @@ def masks(change: Callable):
 
 def cached(change: Callable, which: str = "past_"):
     """Another past: of a tensor, its axis of slots, and the spec."""
-    return lambda spec, inputs: {
+    return lambda world, spec, inputs: {
         n: change(x, 3 if "key" in n else 2, spec) if n.startswith(which) else x for n, x in inputs.items()
     }
 
 
 late = {"runs": (TOKEN,)}
 fault("RoPE base 1e6", "theta of another family", TURNED, "RoPE", "1e+06", feed=tables(1e6))
-fault("RoPE base 1e4 for 1e6", "theta of another family", TURNED, "RoPE", "10000", feed=tables(1e4), setting="GQA")
-fault(
-    "positions off by one after the prompt",
-    "the next chunk begins one too late",
-    TURNED,
-    "RoPE",
-    "off by one",
-    feed=tables(by=1),
-    **late,
-)
-fault(
-    "positions count padding",
-    "positions are places in the window",
-    TURNED,
-    "RoPE",
-    "padding",
-    feed=tables(by=2),
-    runs=(PROMPT,),
-)
-fault(
-    "positions do not count the past",
-    "each chunk begins at 0",
-    TURNED,
-    "RoPE",
-    "past",
-    feed=lambda spec, i: tables(by=-spec.past)(spec, i),
-    **late,
-)
-fault(
-    "cos and sin exchanged",
-    "the host feeds them in the other order",
-    TURNED,
-    "RoPE",
-    "exchanged",
-    feed=tables(pairs=lambda c, s: (s, c)),
-)
-fault("sin negated", "RoPE turns the other way", TURNED, "RoPE", "sign", feed=tables(pairs=lambda c, s: (c, -s)))
-fault(
-    "RoPE missing",
-    "the tables are those of position 0",
-    TURNED,
-    "RoPE",
-    "missing",
-    feed=tables(pairs=lambda c, s: (c * 0 + 1, s * 0)),
-    runs=(PROMPT,),
-)
-fault(
-    "causal mask dropped",
-    "tokens see later ones",
-    PROBS,
-    "mask",
-    "causal",
-    runs=(PROMPT,),
-    feed=masks(lambda seen, q, k, low: np.where(seen.any(1, keepdims=True), 0, low)),
-)
-fault(
-    "mask inverted",
-    "1 stands for hidden",
-    PROBS,
-    "mask",
-    "inverted",
-    setting="float",
-    feed=masks(lambda seen, q, k, low: np.where(seen, low, 0)),
-)
-fault(
-    "mask of padding missing",
-    "tokens see the padding",
-    PROBS,
-    "mask",
-    "padding",
-    feed=masks(lambda seen, q, k, low: np.where(k <= q, 0, low)),
-)
-fault(
-    "no mask",
-    "everything is seen",
-    PROBS,
-    "mask",
-    "no mask",
-    setting="float",
-    feed=masks(lambda seen, q, k, low: 0 * seen),
-    runs=(PROMPT,),
-)
-fault(
-    "mask off by one",
-    "a token does not see itself",
-    PROBS,
-    "mask",
-    "off by one",
-    setting="float",
-    runs=(PROMPT,),
-    feed=masks(lambda seen, q, k, low: np.where(seen & (k < q), 0, low)),
-)
-fault(
-    "mask of -50 leaks",
-    "masked places have -50, and scores are larger",
-    PROBS,
-    "mask",
-    "too weak",
-    setting="loud",
-    feed=masks(lambda seen, q, k, low: np.where(seen, 0, -50)),
-)
-fault(
-    "padding on the other side",
-    "prompts are padded on the right, the mask on the left",
-    "model.embed_tokens",
-    ("padding side", "embedding"),
-    "left",
-    graph=1,
-    runs=(PROMPT,),
-    feed=lambda spec, i: {"input_ids": np.roll(i["input_ids"], -(spec.tokens - spec.real), 1)},
-)
-fault(
-    "ids one late",
-    "the prompt is shifted by a token",
-    "model.embed_tokens",
-    ("shifted", "embedding"),
-    "late",
-    graph=1,
-    runs=(PROMPT,),
-    feed=lambda spec, i: {"input_ids": np.roll(i["input_ids"], 1, 1)},
-)
-fault(
-    "ALiBi missing",
-    "the bias is not in the mask",
-    PROBS,
-    "mask",
-    "ALiBi",
-    setting="ALiBi",
-    feed=masks(lambda seen, q, k, low: np.where(seen, 0, low)),
-)
-fault(
-    "ALiBi slopes of another head count",
-    "slopes of twice as many heads",
-    PROBS,
-    "mask",
-    "slopes",
-    setting="ALiBi",
-    feed=lambda spec, i: {
-        **i,
-        "attention_mask": np.where(
-            i["attention_mask"] > i["attention_mask"].min() / 2,
-            i["attention_mask"] * np.float32([2, 4, 8, 16])[None, :, None, None],
-            i["attention_mask"],
-        ),
-    },
-)
-fault(
-    "ALiBi heads reversed",
-    "slopes begin with the flattest",
-    PROBS,
-    "mask",
-    "slopes",
-    setting="ALiBi",
-    feed=lambda spec, i: {**i, "attention_mask": i["attention_mask"][:, ::-1]},
-)
-fault(
-    "one slot of the cache stale",
-    "the newest keys and values were not written back",
-    SCORES,
-    "past",
-    "stale",
-    **late,
-    feed=cached(lambda x, axis, s: slot(x, axis, -1, lambda old: 0 * old)),
-)
-fault(
-    "a slot holds its neighbour",
-    "a slot was overwritten by the next",
-    SCORES,
-    "past",
-    "slot 3",
-    **late,
-    feed=cached(lambda x, axis, s: slot(x, axis, -s.past + 3, lambda old: np.moveaxis(x, axis, 0)[-s.past + 4])),
-)
-fault(
-    "cache left-aligned",
-    "the past begins at slot 0",
-    SCORES,
-    "past",
-    "left",
-    **late,
-    feed=cached(lambda x, axis, s: np.roll(x, s.past, axis)),
-)
-fault(
-    "cache one slot late",
-    "the past was moved once too often",
-    SCORES,
-    "past",
-    "one slot",
-    **late,
-    feed=cached(lambda x, axis, s: np.roll(x, 1, axis)),
-)
-fault(
-    "past not handed on",
-    "each call begins with an empty cache",
-    SCORES,
-    "past",
-    "zeros",
-    **late,
-    feed=cached(lambda x, axis, s: x * 0),
-)
-fault(
-    "past keys not transposed",
-    "keys are fed as (slots, features)",
-    SCORES,
-    "past",
-    "transposed",
-    **late,
-    feed=cached(lambda x, axis, s: x.swapaxes(2, 3).reshape(x.shape), "past_key"),
-)
-fault(
-    "past values transposed",
-    "values are fed as (features, slots)",
-    f"{ATTENTION}.context",
-    "past",
-    "transposed",
-    **late,
-    feed=cached(lambda x, axis, s: x.swapaxes(2, 3).reshape(x.shape), "past_value"),
-)
-fault(
-    "past keys and values exchanged",
-    "the host feeds them in the other order",
-    SCORES,
-    "past",
-    "exchanged",
-    **late,
-    feed=lambda spec, i: {
-        n: i[n.replace("key", "?").replace("value", "key").replace("?", "value")].swapaxes(2, 3)
-        if n.startswith("past")
-        else x
-        for n, x in i.items()
-    },
-)
-fault(
-    "zero of past values 128 as 0",
-    "codes of the cache are fed as if 0 stood for 0",
-    f"{ATTENTION}.context",
-    "past",
-    "zero",
-    setting="float",
-    **late,
-    feed=cached(lambda x, axis, s: x + np.abs(x).max(), "past_value"),
-)
+fault("RoPE base 1e4 for 1e6", "theta of another family", TURNED, "RoPE", "10000", feed=tables(1e4),
+      setting="GQA")  # fmt: skip
+fault("positions off by one after the prompt", "the next chunk begins one too late", TURNED, "RoPE",
+      "off by one", feed=tables(by=1), **late)  # fmt: skip
+fault("positions count padding", "positions are places in the window", TURNED, "RoPE", "padding",
+      feed=lambda world, spec, i: tables(by=spec.tokens - spec.real)(world, spec, i), runs=(PROMPT,))  # fmt: skip
+fault("positions do not count the past", "each chunk begins at 0", TURNED, "RoPE", "past",
+      feed=lambda world, spec, i: tables(by=-spec.past)(world, spec, i), **late)  # fmt: skip
+fault("cos and sin exchanged", "the host feeds them in the other order", TURNED, "RoPE", "exchanged",
+      feed=tables(pairs=lambda c, s: (s, c)))  # fmt: skip
+fault("sin negated", "RoPE turns the other way", TURNED, "RoPE", "sign", feed=tables(pairs=lambda c, s: (c,
+      -s)))  # fmt: skip
+fault("RoPE missing", "the tables are those of position 0", TURNED, "RoPE", "missing",
+      feed=tables(pairs=lambda c, s: (c * 0 + 1, s * 0)), runs=(PROMPT,))  # fmt: skip
+fault("causal mask dropped", "tokens see later ones", PROBS, "mask", "causal", runs=(PROMPT,),
+      feed=masks(lambda seen, q, k, low: np.where(seen.any(1, keepdims=True), 0, low)))  # fmt: skip
+fault("mask inverted", "1 stands for hidden", PROBS, "mask", "inverted", setting="float",
+      feed=masks(lambda seen, q, k, low: np.where(seen, low, 0)))  # fmt: skip
+fault("mask of padding missing", "tokens see the padding", PROBS, "mask", "padding",
+      feed=masks(lambda seen, q, k, low: np.where(k <= q, 0, low)))  # fmt: skip
+fault("no mask", "everything is seen", PROBS, "mask", "no mask", setting="float", feed=masks(lambda seen,
+      q, k, low: 0 * seen), runs=(PROMPT,))  # fmt: skip
+fault("mask off by one", "a token does not see itself", PROBS, "mask", "off by one", setting="float",
+      runs=(PROMPT,), feed=masks(lambda seen, q, k, low: np.where(seen & (k < q), 0, low)))  # fmt: skip
+fault("mask of -50 leaks", "masked places have -50, and scores are larger", PROBS, "mask", "too weak",
+      setting="firm", feed=masks(lambda seen, q, k, low: np.where(seen, 0, -50)))  # fmt: skip
+fault("padding on the other side", "prompts are padded on the right, the mask on the left",
+      "model.embed_tokens", ("padding side", "embedding"), "left", graph=1, runs=(PROMPT,),
+      feed=lambda world, spec, i: {"input_ids": np.roll(i["input_ids"], -(spec.tokens - spec.real), 1)})  # fmt: skip
+fault("ids one late", "the prompt is shifted by a token", "model.embed_tokens", ("shifted", "embedding"),
+      "late", graph=1, runs=(PROMPT,), feed=lambda world, spec, i: {"input_ids": np.roll(i["input_ids"], 1,
+      1)})  # fmt: skip
+fault("ALiBi missing", "the bias is not in the mask", PROBS, "mask", "ALiBi", setting="ALiBi",
+      feed=masks(lambda seen, q, k, low: np.where(seen, 0, low)))  # fmt: skip
+fault("ALiBi slopes of another head count", "slopes of twice as many heads", PROBS, "mask", "slopes",
+      setting="ALiBi", feed=lambda world, spec, i: {**i,
+      "attention_mask": np.where(i["attention_mask"] > i["attention_mask"].min() / 2,
+      i["attention_mask"] * np.float32([2, 4, 8, 16])[None, :, None, None], i["attention_mask"])})  # fmt: skip
+fault("ALiBi heads reversed", "slopes begin with the flattest", PROBS, "mask", "slopes", setting="ALiBi",
+      feed=lambda world, spec, i: {**i, "attention_mask": i["attention_mask"][:, ::-1]})  # fmt: skip
+fault("one slot of the cache stale", "the newest keys and values were not written back", SCORES, "past",
+      "slot", **late, feed=cached(lambda x, axis, s: slot(x, axis, -1, lambda old: 0 * old)))  # fmt: skip
+fault("a slot holds its neighbour", "a slot was overwritten by the next", SCORES, "past", "slot 3", **late,
+      feed=cached(lambda x, axis, s: slot(x, axis, -s.past + 3, lambda old: np.moveaxis(x, axis,
+      0)[-s.past + 4])))  # fmt: skip
+fault("cache left-aligned", "the past begins at slot 0", SCORES, "past", "", **late, feed=cached(lambda x,
+      axis, s: np.roll(x, s.past, axis)))  # fmt: skip
+fault("cache one slot late", "the past was moved once too often", SCORES, "past", "one slot", **late,
+      feed=cached(lambda x, axis, s: np.roll(x, 1, axis)))  # fmt: skip
+fault("past not handed on", "each call begins with an empty cache", SCORES, "past", "", **late,
+      feed=cached(lambda x, axis, s: x * 0))  # fmt: skip
+fault("past keys not transposed", "keys are fed as (slots, features)", SCORES, "past", "transposed",
+      **late, feed=cached(lambda x, axis, s: x.swapaxes(2, 3).reshape(x.shape), "past_key"))  # fmt: skip
+fault("past values transposed", "values are fed as (features, slots)", f"{ATTENTION}.context", "past",
+      "transposed", **late, feed=cached(lambda x, axis, s: x.swapaxes(2, 3).reshape(x.shape),
+      "past_value"))  # fmt: skip
+fault("past keys and values exchanged", "the host feeds them in the other order", SCORES, "past",
+      "exchanged", **late, feed=lambda world, spec, i: {n: i[n.replace("key", "?").replace("value",
+      "key").replace("?", "value")].swapaxes(2, 3) if n.startswith("past") else x for n, x in i.items()})  # fmt: skip
+fault("zero of past values 128 as 0", "codes of the cache are fed as if 0 stood for 0",
+      f"{ATTENTION}.context", "past", "128 codes", **late, feed=lambda world, spec, i: {**i,
+      "past_value_0_in": i["past_value_0_in"] + 128 * world.step(f"{ATTENTION}.value")})  # fmt: skip
 
 
 # Of what came back
@@ -1145,10 +666,7 @@ def changed(name: str, change: Callable):
 
     def answer(world, spec, outputs):
         tap = next(value.tap for value in spec.outputs if value.name == name)
-        grid = world.references.grids.get(tap)
-        outputs[name] = np.ascontiguousarray(
-            change(outputs[name], spec, float(grid.scale) if grid else 0.0), np.float32
-        )
+        outputs[name] = np.ascontiguousarray(change(outputs[name], spec, world.step(tap)), np.float32)
 
     return answer
 
@@ -1157,128 +675,37 @@ def stale_logits(world, spec, outputs):
     outputs["logits"] = world.healthy[GRAPH.format(PROMPT, 3)]["logits"][:, -1:]
 
 
-fault(
-    "keys and values exchanged",
-    "the names of two outputs are swapped",
-    f"{ATTENTION}.key",
-    "names swapped",
-    "value",
-    answer=exchanged,
-)
-fault(
-    "values transposed",
-    "values came back as (features, tokens)",
-    f"{ATTENTION}.value",
-    "transposed",
-    "layout",
-    answer=changed("past_value_0_out", lambda x, s, step: x.swapaxes(2, 3).reshape(x.shape)),
-    runs=(PROMPT,),
-)
-fault(
-    "keys not transposed",
-    "keys came back as (tokens, features)",
-    f"{ATTENTION}.key",
-    "transposed",
-    "layout",
-    answer=changed("past_key_0_out", lambda x, s, step: x.swapaxes(2, 3).reshape(x.shape)),
-    runs=(PROMPT,),
-)
-fault(
-    "keys one slot late",
-    "the host appends keys one slot late",
-    f"{ATTENTION}.key",
-    "shifted",
-    "late",
-    runs=(PROMPT,),
-    answer=changed("past_key_0_out", lambda x, s, step: np.roll(x, 1, 3)),
-)
-fault(
-    "padding on the right",
-    "the output was padded on the other side",
-    "lm_head",
-    "padding side",
-    "left",
-    graph=3,
-    runs=(PROMPT,),
-    answer=changed("logits", lambda x, s, step: np.roll(x, -(s.tokens - s.real), 1)),
-)
-fault(
-    "all zeros",
-    "the output buffer was never written",
-    f"{ATTENTION}.value",
-    "never written",
-    "0",
-    answer=changed("past_value_0_out", lambda x, s, step: x * 0),
-)
-fault(
-    "logits of the last token only",
-    "every row is the last one",
-    "lm_head",
-    "stale",
-    "token",
-    graph=3,
-    runs=(PROMPT,),
-    answer=changed("logits", lambda x, s, step: np.repeat(x[:, -1:], x.shape[1], 1)),
-)
-fault(
-    "zero of values 128 as 0",
-    "codes came back as if 0 stood for 0",
-    f"{ATTENTION}.value",
-    "zero point",
-    "128",
-    answer=changed("past_value_0_out", lambda x, s, step: x + 128 * step),
-)
-fault(
-    "int8 values read as uint8",
-    "signed codes came back as unsigned",
-    f"{ATTENTION}.value",
-    "signedness",
-    "sign",
-    answer=changed("past_value_0_out", lambda x, s, step: ((np.rint(x / step)) % 256 - 128) * step),
-)
-fault(
-    "scale of logits off",
-    "codes were read with twice the step",
-    "lm_head",
-    "scale",
-    "2",
-    graph=3,
-    answer=changed("logits", lambda x, s, step: 2 * x),
-)
-fault(
-    "logits clipped",
-    "the range of logits is too small",
-    "lm_head",
-    "saturation",
-    "range",
-    graph=3,
-    answer=changed("logits", lambda x, s, step: np.clip(x, -0.4 * np.abs(x).max(), 0.4 * np.abs(x).max())),
-)
-fault(
-    "rounded to bfloat16",
-    "outputs were stored in 16 bits",
-    "model.embed_tokens",
-    "dtype",
-    "bfloat16",
-    graph=1,
-    setting="float",
-    answer=changed("model.embed_tokens", lambda x, s, step: x.astype(ml_dtypes.bfloat16)),
-)
-fault(
-    "heads of values exchanged",
-    "heads came back in another order",
-    f"{ATTENTION}.value",
-    "heads permuted",
-    "order",
-    answer=changed("past_value_0_out", lambda x, s, step: x[[1, 0, 3, 2]]),
-)
-fault(
-    "outputs of a stale call",
-    "the token's output is the prompt's last",
-    "lm_head",
-    "stale",
-    "prompt",
-    graph=3,
-    **late,
-    answer=stale_logits,
-)
+fault("keys and values exchanged", "the names of two outputs are swapped", f"{ATTENTION}.key",
+      "names swapped", "value", answer=exchanged)  # fmt: skip
+fault("values transposed", "values came back as (features, tokens)", f"{ATTENTION}.value", "transposed",
+      "layout", answer=changed("past_value_0_out", lambda x, s, step: x.swapaxes(2, 3).reshape(x.shape)),
+      runs=(PROMPT,))  # fmt: skip
+fault("keys not transposed", "keys came back as (tokens, features)", f"{ATTENTION}.key", "transposed",
+      "layout", answer=changed("past_key_0_out", lambda x, s, step: x.swapaxes(2, 3).reshape(x.shape)),
+      runs=(PROMPT,))  # fmt: skip
+fault("keys one slot late", "the host appends keys one slot late", f"{ATTENTION}.key", "shifted", "late",
+      runs=(PROMPT,), answer=changed("past_key_0_out", lambda x, s, step: np.roll(x, 1, 3)))  # fmt: skip
+fault("padding on the right", "the output was padded on the other side", "lm_head", "padding side", "left",
+      graph=3, runs=(PROMPT,), answer=changed("logits", lambda x, s, step: np.roll(x, -(s.tokens - s.real),
+      1)))  # fmt: skip
+fault("all zeros", "the output buffer was never written", f"{ATTENTION}.value", "never written", "0",
+      answer=changed("past_value_0_out", lambda x, s, step: x * 0))  # fmt: skip
+fault("logits of the last token only", "every row is the last one", "lm_head", "stale", "token", graph=3,
+      runs=(PROMPT,), answer=changed("logits", lambda x, s, step: np.repeat(x[:, -1:], x.shape[1], 1)))  # fmt: skip
+fault("zero of values 128 as 0", "codes came back as if 0 stood for 0", f"{ATTENTION}.value", "zero point",
+      "128", answer=changed("past_value_0_out", lambda x, s, step: x + 128 * step))  # fmt: skip
+fault("int8 values read as uint8", "signed codes came back as unsigned", f"{ATTENTION}.value",
+      "signedness", "sign", answer=changed("past_value_0_out", lambda x, s,
+      step: ((np.rint(x / step)) % 256 - 128) * step))  # fmt: skip
+fault("scale of logits off", "codes were read with twice the step", "lm_head", "scale", "2", graph=3,
+      answer=changed("logits", lambda x, s, step: 2 * x))  # fmt: skip
+fault("logits clipped", "the range of logits is too small", "lm_head", "saturation", "range", graph=3,
+      answer=changed("logits", lambda x, s, step: np.clip(x, -0.4 * np.abs(x).max(),
+      0.4 * np.abs(x).max())))  # fmt: skip
+fault("rounded to bfloat16", "outputs were stored in 16 bits", "model.embed_tokens", "dtype", "bfloat16",
+      graph=1, setting="float", answer=changed("model.embed_tokens", lambda x, s,
+      step: x.astype(ml_dtypes.bfloat16)))  # fmt: skip
+fault("heads of values exchanged", "heads came back in another order", f"{ATTENTION}.value",
+      "heads permuted", "order", answer=changed("past_value_0_out", lambda x, s, step: x[[1, 0, 3, 2]]))  # fmt: skip
+fault("outputs of a stale call", "the token's output is the prompt's last", "lm_head", "stale", "prompt",
+      graph=3, **late, answer=stale_logits)  # fmt: skip

@@ -1,4 +1,4 @@
-"""The catalogue of faults: each is found and localised; no healthy device is suspected. More: measure_faults.py."""
+"""The catalogue of faults: each is found, localised, named; no healthy device is suspected. More: measure_faults.py."""
 
 import pytest
 from faults import FAULTS, SETTINGS, World, tried
@@ -28,7 +28,8 @@ def test_healthy_devices_are_not_suspected(worlds, setting):
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name)
-def test_a_fault_is_found_and_localised(worlds, fault):
+def test_a_fault_is_found_localised_and_named(worlds, fault):
     outcome = tried(worlds(fault.setting), fault)
     assert outcome.detected
     assert outcome.localised, outcome.verdict
+    assert outcome.named, outcome.verdict
