@@ -23,7 +23,7 @@ from export.encodings import graph_encodings, simulate_graph, write_encodings
 from export.fuse import fusing
 from export.graph import Built, Graph, Parameter, write_data
 from export.heads import joined
-from export.ops import OnnxOps
+from export.ops import INT4_OPSET, OnnxOps
 from export.parts import GraphSpec, Part, Plan, carry, host_inputs
 from export.profiles import Profile, checked_forms, profile_named
 from export.qdq import quantized
@@ -59,6 +59,7 @@ def emit(
     forms: Iterable[str] | None = None,
     prompt: str | Sequence[int] | None = None,
     encodings: Encodings | None = None,
+    encodings_version: str = "1.0.0",
     graphs: str | Sequence[str] = (),
     probe: str | Sequence[str] = (),
     layers: int | None = None,
@@ -69,7 +70,8 @@ def emit(
     first is the embedding and the last has the head. `profile`: what the graphs are for, see `export.profiles`; by
     default "qdq" for a model with int4 weights, "plain" for any other. `opset`, `ir_version` and `forms` take the
     place of the profile's. `prompt`, a text or ids, is what the golden inputs are about. `encodings` are those of
-    the model; where the profile needs them and there are none, they come from the prompt alone.
+    the model; where the profile needs them and there are none, they come from the prompt alone. They are written in
+    `encodings_version`.
 
     `graphs`: globs on modules and taps, such as `model.layers.3.mlp` or `*.scores`. Each is then a graph alone, with
     what it has in the model as its golden, and there are no parts. `probe`: globs on taps that are outputs of the
@@ -84,12 +86,17 @@ def emit(
                  for weight in model.weights.values())  # fmt: skip
     name = profile or ("qdq" if blocks else "plain")
     row = profile_named(name)
-    if name == "qdq" and encodings is not None:
+    if encodings is not None and row.weights != "float32":
+        if blocks or name != "qdq":
+            raise InputError(f"the encodings say which grids weights are on, and so do the 4-bit blocks of {name}; "
+                             "give the model as it is with the profile qdq, or no encodings")  # fmt: skip
         row = replace(row, weights="float32", forms=row.forms | {"unpack"}, on_grids=True)
     if row.weights != "float32" and not blocks:
         raise InputError(f"the profile {name} is for 4-bit weights, and the model has none; quantize it to int4 first")
     if opset is not None:
         row = replace(row, opset=opset, forms=row.forms | {"fused"} if name == "plain" and opset >= 23 else row.forms)
+    if row.on_grids and row.opset < INT4_OPSET:
+        raise InputError(f"opset is {row.opset}, but grids of 4 and 16 bits need {INT4_OPSET}")
     lowest = helper.OP_SET_ID_VERSION_MAP.get(("ai.onnx", row.opset), 0)
     if row.opset < 17 or not lowest:
         raise InputError(f"opset is {row.opset}, expected 17 to {onnx.defs.onnx_opset_version()}")
@@ -110,11 +117,11 @@ def emit(
     ids = golden_prompt(model, plan.room) if prompt is None else model.token_ids(prompt).reshape(-1).tolist()
     plan = replace(plan, prompt=len(ids))
     if row.encodings and encodings is None:
-        encodings = calibrate(model, np.array([ids]))
+        encodings = calibrate(model, np.array([ids]), dtype="float64")  # whose ranges no BLAS rounds differently
     if encodings is not None:
         encodings.check(model.config, model.weights)
     built = {spec.name: build(model, spec, row, encodings) for run in plan.runs for spec in run}
-    return Parts(model, plan, ids, built, row, encodings)
+    return Parts(model, plan, ids, built, row, encodings, encodings_version)
 
 
 def build(model: Model, spec: GraphSpec, profile: Profile, encodings: Encodings | None = None) -> Built:
@@ -155,6 +162,7 @@ class Parts:
     graphs: Mapping[str, Built]
     profile: Profile
     encodings: Encodings | None = None
+    encodings_version: str = "1.0.0"
     given: Mapping[str, Arrays] | None = None
 
     def __len__(self) -> int:
@@ -223,12 +231,12 @@ class Parts:
             record(path, hashlib.sha256(data).hexdigest())
 
         def save(path: Path, encodings: Encodings) -> None:
-            write_encodings(encodings, path)
+            write_encodings(encodings, path, self.encodings_version)
             record(path, digest(path))
 
         weights: dict[int, tuple[Path, str]] = {}  # of a part, once they are written
         rounding: Rounding = "even" if self.profile.on_grids else "away"  # as ONNX does, or AIMET
-        # Exact sums of integers: the same bits on any machine, in any order.
+        # Exact sums of integers: the same bits whatever BLAS there is.
         simulation = SimulatedModel(self.model, self.encodings, rounding, integer=True) if self.encodings else None
         cases = goldens(self.model, self.plan, self.prompt, simulation, self.given) if golden else (
             (spec, dict[str, Arrays]()) for run in self.plan.runs for spec in run)  # fmt: skip

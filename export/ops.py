@@ -27,6 +27,7 @@ from kernels.formats import Blocks
 from refimpl.errors import InputError
 
 INT4_OPSET = 21  # the first with INT4 and with DequantizeLinear in blocks
+STAY = ("gate_proj.weight", "up_proj.weight")  # which Qualcomm's zoo keeps as products (its issue AISW-148745)
 MICROSOFT = "com.microsoft"  # the domain of onnxruntime's own operators
 
 
@@ -92,7 +93,7 @@ class OnnxOps:
         if blocks is not None and self.weights == "matmulnbits":
             out = self._matmulnbits(x, weight.name, blocks)
             out = out if bias is None else out + self.parameter(bias)
-        elif "conv" in self.graph.forms:
+        elif "conv" in self.graph.forms and not weight.of.endswith(STAY):
             image = x.reshape(1, tokens, 1, in_features).transpose(0, 3, 2, 1)
             inputs = [image, self.parameter(weight, 1, 1)] + ([self.parameter(bias)] if bias else [])
             out = self.graph.add("Conv", inputs, (1, out_features, 1, tokens)).transpose(0, 3, 2, 1).reshape(*shape)

@@ -184,7 +184,7 @@ class Part:
     damage: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.name = self.folder.name or str(self.folder)
+        self.name = self.folder.resolve().name
         self.files = sorted(self.folder.iterdir())
         self.model: ModelInfo = ModelInfo(GraphInfo())
         self.grids: dict[str, Grid] | None = None
@@ -578,6 +578,15 @@ def graph_name(graph: Part):
         yield "", f"the graph in the file is called {_readable(graph.graph.name)}"
 
 
+@rule("io-extra", "warning", "zoo: _get_output_names", "compile it to look inside, and leave it out for Genie")
+def io_extra(graph: Part):
+    """An output that Genie does not ask for, such as a probe."""
+    if graph.is_language_model:
+        for value in graph.graph.outputs:
+            if not CACHE.fullmatch(value.name) and not (graph.gives and value.name == graph.gives.name):
+                yield value.name, "it is an output that Genie knows nothing of"
+
+
 @rule("io-names", "error", "zoo: _get_input_spec", "rename it; export/parts.py lists what each is called")
 def io_names(graph: Part):
     """Genie finds inputs and outputs by name: one hidden state or ids, mask, cos and sin, and each layer's cache."""
@@ -590,8 +599,8 @@ def io_names(graph: Part):
     ):
         for value in values:
             known = value.name in HOST or CACHE.fullmatch(value.name) or (first and value.name == first.name)
-            if not known:
-                yield value.name, f"it is an {what} that Genie knows nothing of"
+            if not known and what == "input":
+                yield value.name, "it is an input that Genie knows nothing of"
         if not first:
             yield "", f"there is no hidden state among the {what}s"
     came, gone = graph.cache(graph.graph.inputs), graph.cache(graph.graph.outputs)

@@ -53,4 +53,4 @@ def probed(folder: str | Path, model: Model, graph: str, probe: str | Sequence[s
     encodings = read_encodings(folder / "encodings.json", model) if simulated else None
     built = {graph: build(model, spec, row, encodings)}
     given = {graph: {value.name: inputs[value.name] for value in spec.inputs}}
-    return Parts(model, plan, prompt, built, row, encodings, given)
+    return Parts(model, plan, prompt, built, row, encodings, given=given)

@@ -17,7 +17,7 @@ from refimpl.errors import InputError, at_most
 from refimpl.positions import LOWEST
 
 FORMS = {
-    "conv": "a linear is a 1x1 Conv over (1, C, 1, T)",
+    "conv": "a linear is a 1x1 Conv over (1, C, 1, T), but for gate and up",
     "unpack": "W_pack is three linears, for queries, keys and values",
     "heads": "attention is single heads: a projection and two products each",
     "scale-on-key": "keys, not scores, are divided by the root of D, so that float16 does not overflow",

@@ -63,13 +63,21 @@ def quantized(built: Built, own: Encodings) -> Built:
     def node(op: str, inputs: Sequence[str], output: str, **attributes: Any) -> None:
         graph.node.append(helper.make_node(op, inputs, [output], name=output, **attributes))
 
+    shapes = {v.name: [d.dim_value for d in v.type.tensor_type.shape.dim]
+              for v in (*old.input, *old.value_info, *old.output)}  # fmt: skip
+
+    def shown(name: str, like: str, dtype: int = TensorProto.FLOAT) -> None:
+        graph.value_info.append(helper.make_tensor_value_info(name, dtype, shapes[like]))
+
     def pair(name: str, source: str, result: str, grid: Grid) -> None:
         if not isinstance(grid, Encoding):
             node("Cast", [source], f"{name}.float16", to=TensorProto.FLOAT16)
+            shown(f"{name}.float16", name, TensorProto.FLOAT16)
             return node("Cast", [f"{name}.float16"], result, to=TensorProto.FLOAT)
         scale = constant(f"{name}.scale", grid.scale.astype(np.float32), TensorProto.FLOAT)
         step = [scale, constant(f"{name}.zero_point", -grid.offset.astype(int), storage(name, grid, False))]
         node("QuantizeLinear", [source, *step], f"{name}.codes")
+        shown(f"{name}.codes", name, storage(name, grid, False))
         node("DequantizeLinear", [f"{name}.codes", *step], result)
 
     gathered: dict[str, list[str]] = {}
@@ -84,11 +92,13 @@ def quantized(built: Built, own: Encodings) -> Built:
         if name in tables:
             gathered[name] = inputs
             continue
+        graph.value_info.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, initializer.dims))
         axis = {"axis": 1, "block_size": grid.block_size} if grid.block_size else {"axis": 0} if grid.scale.ndim else {}
         node("DequantizeLinear", inputs, name, **axis)
     fed = {value.name: f"{value.name}.on_grid" for value in old.input if value.name in own.activations}
     for name, result in fed.items():
         pair(name, name, result, own.activations[name])
+        shown(result, name)
     for each in old.node:
         new = NodeProto()
         new.CopyFrom(each)
@@ -100,10 +110,12 @@ def quantized(built: Built, own: Encodings) -> Built:
         if codes_of:
             new.input[0] = codes_of[0]
             graph.node.append(new)
+            shown(new.output[0], each.output[0], next(p.data_type for p in external if p.name == codes_of[0]))
             node("DequantizeLinear", [new.output[0], *codes_of[1:]], each.output[0])
             continue
         graph.node.append(new)
         for name in raw:
+            shown(f"{name}.raw", name)
             pair(name, f"{name}.raw", name, own.activations[name])
     for initializer in external:
         del initializer.external_data[:]

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -24,7 +25,7 @@ from export.figures import Figures, Thresholds, measure
 from export.parts import GraphSpec, Value, carry
 from export.references import TEXTS, Kind, References
 from export.verdict import DERIVED, Verdict
-from export.verify import unpadded
+from export.verify import read_manifest, run_graphs, unpadded
 from golden.tolerance import Tolerance, tolerances
 from refimpl.encodings import Encodings
 from refimpl.errors import InputError, at_most
@@ -78,6 +79,20 @@ def judge(
     inside = {name: tuple(spec.taps) for name, spec in references.specs.items() if spec.cut}
     verdict = Verdict(tuple(tensors), kind, references.plan.config, {}, tuple(remarks), about, thresholds, inside)
     return replace(verdict, causes=trial.causes(kind, verdict))
+
+
+def verify_on_grids(folder: str | Path, engine: str = "auto") -> Verdict:
+    """The verdict on an engine that runs an export whose graphs round by themselves (qdq with encodings).
+
+    What `export.verify.verify` is for graphs in float32. Raises InputError for a folder that is not a whole export.
+    """
+    folder = Path(folder)
+    plan, _ = read_manifest(folder)
+    with TemporaryDirectory() as answers:
+        for spec, way, outputs in run_graphs(folder, plan, engine):
+            (Path(answers) / way).mkdir(exist_ok=True)
+            np.savez(Path(answers) / way / f"{spec.name}.npz", **outputs)  # type: ignore[arg-type]
+        return judge(folder, answers, engine=engine)
 
 
 def _said(outputs: Any) -> str:

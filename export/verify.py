@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -34,9 +34,18 @@ def verify(folder: str | Path, engine: str = "auto") -> Report:
     `engine`: "onnxruntime"; "reference", ONNX's own evaluator; "auto", the first of them that is installed. Files are
     first held against the manifest's sha256. Raises InputError for a folder that is not a whole export.
     """
-    folder, open_graph = Path(folder), engine_called(engine)
+    folder = Path(folder)
     plan, limits = read_manifest(folder)
-    report, after_prompt = Report(()), Arrays()
+    report = Report(())
+    for spec, way, outputs in run_graphs(folder, plan, engine):
+        reference = as_trace(spec, read_arrays(folder, spec, "output", spec.outputs))
+        report += compare(as_trace(spec, outputs), reference, limits).within(f"{spec.name}/{way}/")
+    return report
+
+
+def run_graphs(folder: Path, plan: Plan, engine: str) -> Iterator[tuple[GraphSpec, str, Arrays]]:
+    """What an engine computes of each graph of an export, isolated and chained."""
+    open_graph, after_prompt = engine_called(engine), Arrays()
     ways = ("isolated", "chained") if plan.chained else ("isolated",)
     total = sum(map(len, plan.runs))
     with tqdm(desc="verifying", total=total, unit="graph", disable=None, leave=False) as progress:
@@ -44,17 +53,15 @@ def verify(folder: str | Path, engine: str = "auto") -> Report:
             flow = Arrays(after_prompt)
             for spec in run:
                 golden = read_arrays(folder, spec, "input", spec.inputs)
-                reference = as_trace(spec, read_arrays(folder, spec, "output", spec.outputs))
                 feeds = [golden]
                 if plan.chained:
                     feeds.append(golden | {v.name: carry(spec, v, flow) for v in spec.inputs if v.source})
                 results = run_graph(open_graph, folder, spec, feeds)
                 for way, outputs in zip(ways, results, strict=True):
-                    report += compare(as_trace(spec, outputs), reference, limits).within(f"{spec.name}/{way}/")
+                    yield spec, way, outputs
                 flow |= results[-1]
                 progress.update()
             after_prompt = after_prompt or flow
-    return report
 
 
 def as_trace(spec: GraphSpec, outputs: Mapping[str, np.ndarray]) -> Trace:
@@ -139,6 +146,8 @@ def read_manifest(folder: Path, weights: bool = True) -> tuple[Plan, dict[str, T
     manifest = read_json(path)
     if manifest.get("format") != FORMAT:
         raise InputError(f"{path} has the format {manifest.get('format')!r}, expected {FORMAT!r}; export again")
+    if manifest.get("golden") is False:
+        raise InputError(f"{folder} was exported without goldens, so nothing can be verified; export with them")
     try:
         stated, files = manifest["plan"], manifest["files"]
         config = Config(**manifest["config"])
@@ -149,8 +158,6 @@ def read_manifest(folder: Path, weights: bool = True) -> tuple[Plan, dict[str, T
         words: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in stated.items()}
         plan = Plan(config, **words)
         specs = [spec for run in plan.runs for spec in run]
-        if not manifest["golden"]:
-            raise InputError(f"{folder} was exported without goldens, so nothing can be verified; export with them")
         simulated = manifest["golden"]["simulated"]
         limits = {v.tap: Tolerance(**manifest["tolerances"][v.tap]) for s in specs for v in s.outputs if v.tap}
         if not all(isinstance(limit.relative, float) and 0 <= limit.relative <= LARGEST for limit in limits.values()):

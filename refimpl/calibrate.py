@@ -216,7 +216,8 @@ def encode(
         grid = recipe.activation(config, name)
         if grid is not None:
             low, high = grid.fixed or seen[name].range(method, grid.bits, grid.symmetric, percent)
-            activations[name] = from_range(low, high, grid.bits, grid.symmetric)
+            # float32's digits are enough for a range, and the same whatever the order of the sums before it
+            activations[name] = from_range(np.float32(low).item(), np.float32(high).item(), grid.bits, grid.symmetric)
     return Encodings(activations, recipe.parameters(config, model.weights))
 
 

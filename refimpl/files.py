@@ -25,7 +25,7 @@ def read_small(path: Path, limit: int = SMALL) -> bytes:
             raise InputError(f"{path} has {path.stat().st_size} bytes, expected at most {limit}; is it another file?")
         return path.read_bytes()
     except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror}; expected a Hugging Face style folder") from None
+        raise InputError(f"cannot read {path}: {error.strerror}; is the path right?") from None
 
 
 def read_json(path: Path, limit: int = SMALL) -> dict[str, Any]:

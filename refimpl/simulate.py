@@ -18,7 +18,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import get_args
+from typing import Any, get_args
 
 import numpy as np
 
@@ -179,6 +179,9 @@ class Turned(np.ndarray):
 
     grid: Encoding
     rounding: Rounding
+
+    def __array_finalize__(self, source: Any) -> None:  # as NumPy calls it for copies in another format
+        self.grid, self.rounding = getattr(source, "grid", None), getattr(source, "rounding", "away")  # type: ignore
 
     @classmethod
     def of(cls, x: np.ndarray, grid: Encoding, rounding: Rounding) -> Turned:

@@ -249,6 +249,13 @@ def append(model, op, inputs, output, shape, dtype=F, **keywords):
     model.graph.value_info.append(helper.make_tensor_value_info(output, dtype, shape))
 
 
+def probe(model):
+    """`probs` becomes an output."""
+    shown = info(model, "probs")
+    model.graph.output.append(shown)
+    model.graph.value_info.remove(shown)
+
+
 def swap_inputs(model):
     inputs = list(model.graph.input)
     inputs[1], inputs[2] = inputs[2], inputs[1]
@@ -416,8 +423,8 @@ FAULTS = {
     "io-names": [
         rename("attention_mask", "mask"),
         rename("past_key_0_in", "past_key_values_0_key"),
-        rename("past_value_0_out", "present_value_0"),
     ],
+    "io-extra": [each(2, probe)],
     "alibi": [alibi],
     "io-order": [each(2, swap_inputs)],
     "io-shapes": [

@@ -32,7 +32,7 @@ KINDS = [
 def saved(tiny_model, tmp_path):
     def save(family, **options):
         model = tiny_model(family)
-        if options.get("profile") in ("qdq", "matmulnbits"):
+        if options.get("profile") in ("qdq", "matmulnbits") and "encodings" not in options:
             model = model.quantize("int4", block_size=32)
         parts = emit(model, **{**SIZES, **options})
         return parts, parts.save(tmp_path / "x", overwrite=True)
@@ -298,4 +298,4 @@ def test_an_operation_alone_on_grids_is_the_simulators(family, saved, tiny_model
             if value.tap in encodings.activations:
                 grid = encodings.activations[value.tap]
                 codes = np.abs(np.rint((array - expected[value.name]) / np.float32(grid.scale)))
-                assert codes.max() <= 1 and np.mean(codes > 0) < 0.02, (spec.name, codes.max(), np.mean(codes > 0))
+                assert codes.max() <= 1 and np.mean(codes > 0) < 0.05, (spec.name, codes.max(), np.mean(codes > 0))

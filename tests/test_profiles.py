@@ -7,10 +7,12 @@ import onnx
 import pytest
 
 from export import emit, verify
+from export.encodings import write_encodings
 from export.preflight import check
 from export.profiles import FORMS, PROFILES
 from export.verify import engine_called, read_arrays, read_manifest
 from refimpl.calibrate import calibrate
+from refimpl.cli import main
 from refimpl.encodings import Recipe
 from refimpl.errors import InputError
 
@@ -129,6 +131,31 @@ def test_matmulnbits_computes_with_the_same_weights(saved, quantized):
         assert (report := verify(folder, engine)), report
     with pytest.raises(InputError, match="has none; quantize it to int4"):
         saved("Qwen2-7B", profile="matmulnbits")
+
+
+def test_a_graph_on_grids_agrees_by_the_command_too(saved, tmp_path, capsys):
+    """refimpl export --profile qdq --encodings, and what refimpl verify says of it: the weights are rounded once."""
+    parts, _ = saved("Qwen2-7B")
+    encodings = calibrate(parts.model, np.arange(3, 63)[None])
+    write_encodings(encodings, tmp_path / "e.json")
+    parts.model.save(tmp_path / "model")
+    options = ["--tokens", "8", "--context", "24", "--parts", "2", "--profile", "qdq"]
+    command = ["export", str(tmp_path / "model"), *options, "--encodings", str(tmp_path / "e.json")]
+    assert main([*command, "--out", str(tmp_path / "q")]) == 0
+    emit(parts.model, 8, 24, 2, "qdq", encodings=encodings).save(tmp_path / "same")
+    name = "prompt_ar8_cl24_2_of_2"
+    assert (tmp_path / "q" / name / "model.data").read_bytes() == (tmp_path / "same" / name / "model.data").read_bytes()
+    assert main(["verify", str(tmp_path / "q")]) == 0
+    assert "agrees" in capsys.readouterr().out
+    assert main([*command, "--out", str(tmp_path / "r"), "--int4", "32"]) == 2
+    assert main([*command, "--out", str(tmp_path / "r"), "--opset", "17"]) == 2
+    said = capsys.readouterr().err.splitlines()
+    assert "give the model as it is" in said[0] and "opset is 17" in said[1] and len(said) == 2
+
+
+def test_what_the_prompt_alone_calibrates_is_said(capsys, tmp_path):
+    assert main(["export", "--profile", "aihub", "--tokens", "8", "--context", "24", "--out", str(tmp_path / "x")]) == 0
+    assert "tokens, too few for a device" in capsys.readouterr().out
 
 
 def test_unknown_words(saved):

@@ -118,8 +118,11 @@ def simulate(arguments) -> int:
     option("--profile", help="plain, aihub, qdq or matmulnbits (default: qdq with --int4, else plain)"),
     option("--opset", type=int, help="of ONNX, from 17 on (default: the profile's)"),
     option("--ir-version", type=int, help="of ONNX's file format (default: the profile's)"),
-    option("--forms", metavar="LIST", help="some of conv,unpack,heads,scale-on-key,rank4 (default: the profile's)"),
+    option(
+        "--forms", metavar="LIST", help="some of conv,unpack,heads,scale-on-key,rank4,fused (default: the profile's)"
+    ),
     option("--encodings", metavar="FILE", help="of refimpl calibrate; without, aihub's come from the prompt alone"),
+    option("--encodings-version", default="1.0.0", help="of model.encodings: 0.6.1, 1.0.0 (default) or 2.0.0"),
     option(
         "--int4",
         type=int,
@@ -144,18 +147,26 @@ def export(arguments) -> int:
     encodings = read_encodings(arguments.encodings, model) if arguments.encodings else None
     if arguments.layers is not None:
         model = model.truncated(arguments.layers)
-    block_size = arguments.int4 or (32 if arguments.profile in ("qdq", "matmulnbits") else None)
-    if block_size:
+    block_size = arguments.int4
+    if block_size is None and not encodings and arguments.profile in ("qdq", "matmulnbits"):
+        block_size = 32
+    if block_size is not None:
         model = model.quantize("int4", block_size=block_size, keep=arguments.keep)
+    elif arguments.keep:
+        raise InputError("nothing is quantized, so there is nothing to keep; give --int4 BLOCK, or leave --keep out")
     count = arguments.parts if arguments.parts is not None else 1 if arguments.graph else 2
     parts = emit(
         model, integers(arguments.tokens), arguments.context, count, arguments.profile, arguments.opset,
         arguments.ir_version, arguments.forms and [form for form in arguments.forms.split(",") if form],
-        encodings=encodings, graphs=arguments.graph, probe=arguments.probe, layers=arguments.layers,
+        encodings=encodings, encodings_version=arguments.encodings_version, graphs=arguments.graph,
+        probe=arguments.probe, layers=arguments.layers,
     )  # fmt: skip
     parts.save(Path(arguments.out), arguments.force, golden=not arguments.no_golden)
     then = "" if arguments.no_golden else f"; refimpl verify {arguments.out} runs them"
     print(f"{len(parts)} graphs are in {arguments.out}{then}")
+    if parts.encodings and not encodings:
+        print(f"their ranges are those of the prompt's {parts.plan.prompt} tokens, too few for a device; calibrate the "
+              "model on a text, and give --encodings")  # fmt: skip
     return 0
 
 
@@ -181,6 +192,8 @@ def export(arguments) -> int:
 def verify(arguments) -> int:
     """Run exported parts and compare every output with the oracle; or judge what a device returned for them."""
     from export import verify
+    from export.trial import verify_on_grids
+    from refimpl.files import read_json
 
     path, outputs = Path(arguments.folder), arguments.outputs
     if outputs is None and not path.is_file():
@@ -188,7 +201,8 @@ def verify(arguments) -> int:
                        "model_explorer", "save")  # fmt: skip
         if asked := [f"--{name.replace('_', '-')}" for name in device_only if getattr(arguments, name) is not None]:
             raise InputError(f"{at_most(asked)} belongs to a device's outputs; give them: refimpl verify DIR OUTPUTS")
-        return report(arguments, verify(path, engine=arguments.engine))
+        rounds = read_json(path / "manifest.json").get("onnx", {}).get("on_grids")
+        return report(arguments, (verify_on_grids if rounds else verify)(path, engine=arguments.engine))
     from export import report as files
     from export.figures import Thresholds
     from export.trial import judge
