@@ -1,6 +1,11 @@
 """Every profile and every form of a graph is the same model: proven by engines that are not ours."""
 
+import hashlib
+import os
+import subprocess
+import sys
 from importlib.util import find_spec
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -119,6 +124,21 @@ def test_an_engine_on_grids_is_the_simulator(engine, family, options, saved, tin
                 grid = encodings.activations[value.tap]
                 codes = np.abs(np.rint((array - expected[value.name]) / np.float32(grid.scale)))
                 assert codes.max() <= (0 if grid.bits == 8 else 8), (spec.name, value.name, codes.max())
+
+
+EXPORT = "import sys, refimpl; from export import emit; emit(refimpl.load(), 8, 24, 2, 'aihub').save(sys.argv[1])"
+
+
+def test_same_bytes_whatever_the_cores_and_the_blas(tmp_path):
+    """Ranges, graphs and what a device should answer, by other kernels of BLAS and NumPy, on another number of cores."""
+    found = []
+    for name, more in (("a", {}), ("b", {"OPENBLAS_CORETYPE": "Nehalem", "OPENBLAS_NUM_THREADS": "1",
+                                         "NPY_DISABLE_CPU_FEATURES": "AVX512F AVX512CD"})):  # fmt: skip
+        command = [sys.executable, "-W", "ignore", "-c", EXPORT, str(tmp_path / name)]
+        subprocess.run(command, check=True, env={**os.environ, **more}, cwd=Path(__file__).parents[1])
+        files = sorted(path for path in (tmp_path / name).rglob("*") if path.is_file())
+        found.append({str(f.relative_to(tmp_path / name)): hashlib.sha256(f.read_bytes()).digest() for f in files})
+    assert len(found[0]) > 30 and found[0] == found[1]
 
 
 @pytest.mark.parametrize("quantized", [{}, {"symmetric": False}], ids=str)
