@@ -22,6 +22,7 @@ Blocks int4 (2, 64), block_size 32, 5 bits a weight
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import ModuleType
@@ -177,11 +178,15 @@ def from_arrays(header: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> 
     name, shape, block_size, axis = (header[k] for k in ("format", "shape", "block_size", "axis"))
     form = format_named(name)
     template = _layout(form, tuple(shape), _fitting(form, tuple(shape), block_size, axis)[0], axis)
-    if any(part in arrays for part in NESTED):
-        template |= _nested_layout(template)
-        template = {part: one for part, one in template.items() if part not in ("offset", "nested_code")}
+    if form.module in (nf4, fp4):
+        template |= _nested_layout(template) if any(part in arrays for part in NESTED) else {}
+        template |= {"code": ((16,), "float32")}
+    arrays = dict(arrays)
+    for part in {*TABLES, "offset"} & template.keys() & arrays.keys():
+        if arrays[part].size == math.prod(template[part][0]):  # bitsandbytes has an offset in both shapes
+            arrays[part] = arrays[part].reshape(template[part][0])
     for part, (size, dtype) in template.items():
-        optional = part in form.parts and form.parts[part].optional
+        optional = part in TABLES or (part in form.parts and form.parts[part].optional)
         if part not in arrays:
             if optional:
                 continue
@@ -192,7 +197,7 @@ def from_arrays(header: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> 
                 f"{part} of {name} {tuple(shape)} is {found.dtype} {found.shape}, expected {dtype} {size}; "
                 "the file is cut short or was made for another shape"
             )
-    unknown = [part for part in arrays if part not in template and part not in (*NESTED, "code")]
+    unknown = [part for part in arrays if part not in template]
     if unknown:
         raise ValueError(f"{name} has no part called {unknown[0]!r}; it has {', '.join(template)}")
     extra = {k: v for k, v in arrays.items() if k not in ("packed", "scales", "zero_points")}

@@ -15,7 +15,6 @@ Source: `init_model_weight_int4` in the official quantizer.py; `QuantState.as_di
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -28,7 +27,6 @@ from refimpl.errors import InputError
 STATE, DATA, LIST = ".quant_state.bitsandbytes__", ".data", ".quant_state"
 PARTS = {"absmax": "scales", "quant_map": "code", "nested_absmax": "nested_scales", "nested_quant_map": "nested_code"}
 DTYPES = {"float16": np.float16, "bfloat16": ml_dtypes.bfloat16, "float32": np.float32}
-TABLES: dict[str, tuple] = {"code": (16,), "nested_code": (256,), "offset": ()}  # float32, whatever the matrix
 IN_ORDER = np.array(0, np.uint8)  # the weight_format of rows that lie as they are
 STATE_LIMIT = 4096  # bytes of JSON; bitsandbytes writes about 200
 
@@ -118,13 +116,10 @@ def _blocks(kind: Any, shape: tuple, size: Any, packed: Any, parts: dict[str, An
     for part, array in {"packed": packed, **parts}.items():
         if not isinstance(array, np.ndarray):
             raise ValueError(f"its {part} is no tensor")
-        if part in TABLES and (array.size != math.prod(TABLES[part]) or array.dtype != np.float32):
-            raise ValueError(f"its {part} is {array.dtype} {array.shape}, expected {TABLES[part]} of float32")
     if packed.nbytes != -(-shape[0] * shape[1] // 2):
         raise ValueError(f"its packed codes have {packed.nbytes} bytes, too few or too many for shape {shape}")
     if not packed.flags.c_contiguous:  # such as few bytes that are expanded to many
         raise ValueError("its packed codes do not lie one after the other")
     flat = packed.reshape(-1).view(np.uint8)  # bnb_4bit_quant_storage may be another format
-    arrays = {part: array.reshape(TABLES.get(part, array.shape)) for part, array in parts.items()}
     header = {"format": kind, "shape": shape, "block_size": size, "axis": None}
-    return formats.from_arrays(header, {"packed": flat, **arrays})
+    return formats.from_arrays(header, {"packed": flat, **parts})

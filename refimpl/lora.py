@@ -38,12 +38,17 @@ ONLY: dict[str, tuple] = {
 
 
 @dataclass(frozen=True, eq=False)
-class MergedWeight(Weight):
+class MergedWeight:
     """A weight with an adapter added: W + scale * B @ A. `a` (r, I) and `b` (O, r) are float32."""
 
+    array: np.ndarray
     a: np.ndarray
     b: np.ndarray
     scale: float
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.array.shape
 
     def read(self, dtype: np.dtype, rows: slice | np.ndarray = slice(None)) -> np.ndarray:
         """The merged values of these rows, added in float32 (float64 in `float64`) and rounded once to `dtype`."""
@@ -115,7 +120,7 @@ def _scale(path: Path, keys: dict[str, Any]) -> tuple[float, int]:
             raise InputError(f"{path}: {key} is {value!r:.60}, expected {ONLY[key][0]!r}; it may change the numbers")
     rank, alpha, rooted = keys.get("r"), keys.get("lora_alpha"), keys.get("use_rslora", False)
     match rank, alpha, rooted:
-        case int(), int() | float(), bool() if 0 < rank < 1 << 20 and abs(alpha) < 1e9:
+        case int(), int() | float(), bool() if type(alpha) is not bool and 0 < rank < 1 << 20 and abs(alpha) < 1e9:
             return alpha / (math.sqrt(rank) if rooted else rank), rank
     raise InputError(
         f"{path}: r is {rank!r:.40}, lora_alpha {alpha!r:.40}, use_rslora {rooted!r:.40}; expected 8, 16, false"

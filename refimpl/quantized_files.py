@@ -26,7 +26,6 @@ MANIFEST, VERSION = "quantization.json", 1
 # What a matrix reads as, where its engine gives another format than float32.
 ROUNDED = {"float16": np.float16, "bfloat16": ml_dtypes.bfloat16, "float32": np.float32}
 HEADER = {"format", "shape", "block_size", "axis"}
-TABLE_SIZES = {"code": 16, "nested_code": 256, "offset": 1}
 
 
 def describe_matrix(header: Mapping[str, Any], rounded: np.dtype | None) -> dict[str, Any]:
@@ -67,7 +66,7 @@ def collect(
     for name, entry in matrices.items():
         try:
             found[name] = _matrix(entry, parts[name])
-        except (ValueError, TypeError, LookupError, ArithmeticError) as error:
+        except ValueError as error:
             raise InputError(f"{manifest}: {name!a:.99} is not what it says: {error}") from None
     return rest, found
 
@@ -90,10 +89,8 @@ def _matrix(entry: Any, arrays: dict[str, Any]) -> tuple[formats.Blocks, np.dtyp
     for part, array in arrays.items():
         if not isinstance(array, np.ndarray):
             raise ValueError(f"{part} is no array")
-        if part in TABLE_SIZES and (array.size != TABLE_SIZES[part] or array.dtype != np.float32):
-            raise ValueError(f"{part} is {array.dtype} {array.shape}, expected {TABLE_SIZES[part]} of float32")
     rounded = entry.get("rounded")
-    if rounded is not None and rounded not in ROUNDED:
+    if rounded is not None and (not isinstance(rounded, str) or rounded not in ROUNDED):
         raise ValueError(f"it is rounded to {rounded!r:.40}, expected {', '.join(ROUNDED)}")
     blocks = formats.from_arrays({key: entry[key] for key in HEADER}, arrays)
     return blocks, None if rounded is None else np.dtype(ROUNDED[rounded])

@@ -293,8 +293,8 @@ def test_a_model_in_int8_quantizes_activations(tiny_model):
         (".absmax", np.zeros(3, np.uint8), "scales"),
         (".absmax", np.zeros((), np.uint8), "scales"),
         (".nested_absmax", np.zeros(9, np.float32), "nested_scales"),
-        (".quant_map", np.zeros(15, np.float32), "its code is float32"),
-        (".nested_quant_map", np.zeros(100, np.float32), "its nested_code is"),
+        (".quant_map", np.zeros(15, np.float32), r"code of nf4 .* is float32"),
+        (".nested_quant_map", np.zeros(100, np.float32), r"nested_code of nf4 .* is"),
         (".quant_state.bitsandbytes__nf4", np.frombuffer(b"{", np.uint8), "is not what bitsandbytes writes"),
         (".quant_state.bitsandbytes__nf4", np.frombuffer(b"{}", np.uint8), "lacks quant_type"),
         (".quant_state.bitsandbytes__nf4", np.frombuffer(b"[" * 4000, np.uint8), "lacks quant_type"),
@@ -421,9 +421,6 @@ def test_a_few_bytes_that_stand_for_gigabytes(tmp_path):
     wide = {"m.weight": np.broadcast_to(np.int8(1), (2, 2)), "m.SCB": np.ones(2, np.float32)}
     wide["m.weight_format"] = np.broadcast_to(np.uint8(0), (2**30,))
     tracemalloc.start()
-    with pytest.raises(InputError, match="its code"):
-        split(tensors)
-    tensors["m.quant_state"][6] = TABLE
     with pytest.raises(InputError, match="its packed codes do not lie one after the other"):
         split(tensors)
     with pytest.raises(InputError, match="is no int8 matrix"):

@@ -21,6 +21,7 @@ from refimpl import InputError, cli
 from refimpl import shards as module
 from refimpl.convert import convert
 from refimpl.info import examine
+from refimpl.lora import merge
 
 IDS = [5, 17, 9]
 
@@ -487,6 +488,7 @@ ONES = {A: np.ones((4, 64)), B: np.ones((128, 4))}
         (dict(r=0), None, "r is 0"),
         (dict(r="4"), None, "r is '4'"),
         (dict(lora_alpha=None), None, "lora_alpha None"),
+        (dict(lora_alpha=True), None, "lora_alpha True"),
         (dict(use_rslora=1), None, "use_rslora 1"),
         ({}, {}, "changes nothing"),
         ({}, {A: ONES[A]}, "expected A"),
@@ -505,6 +507,13 @@ def test_adapters_that_are_not_understood(tmp_path, folder, keys, tensors, messa
     with pytest.raises(InputError, match=message) as error:
         convert(folder, tmp_path / "out", lora=tmp_path / "adapter")
     assert "\n" not in str(error.value)
+
+
+def test_a_merged_weight_is_read_through_its_adapter_alone(tmp_path, folder):
+    """No kernel may take its matrix as it lies: that is without the adapter."""
+    write_adapter(tmp_path / "adapter")
+    merged = merge(tmp_path / "adapter", refimpl.load(folder).weights)
+    assert len(merged) == 4 and not any(hasattr(weight, "in_place") for weight in merged.values())
 
 
 def test_an_adapter_of_the_normalised_head(tmp_path, folder):
