@@ -28,7 +28,7 @@ from export.figures import unused_bits
 from export.operations import SLOTS, Hypothesis, Operation, hypotheses, last_name
 from export.parts import GraphSpec, Value
 from export.verify import unpadded
-from kernels.affine import Encoding, quantize
+from kernels.affine import Encoding, fake_quantize, quantize
 from refimpl.config import Config
 from refimpl.errors import at_most
 from refimpl.names import taps
@@ -174,6 +174,9 @@ class Evidence:
         def change(name: str, x: Any) -> Any:
             if last_name(name) in hypothesis.at:
                 other = hypothesis.change(Operation(self, name, x, seen))
+                grid = self.references.grids.get(name) if self.kind in ("simulation", "even") else None
+                if other is not None and grid is not None:  # where it ends, it ends for what is wrong, too
+                    other = fake_quantize(np.asarray(other, np.float32), grid)
                 x = x if other is None else np.asarray(other, x.dtype)
             seen[name] = x
             if name == self.tap:
