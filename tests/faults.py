@@ -398,6 +398,8 @@ def eight_bits(g: Graph, tap: str) -> None:
     scale, zero = g.array(f"{tap}.scale"), g.array(f"{tap}.zero_point")
     g.put(f"{tap}.scale", np.float32(scale * 257))
     g.put(f"{tap}.zero_point", np.round(zero / 257).astype(np.uint8))
+    for info in [info for info in g.graph.value_info if info.name == f"{tap}.codes"]:
+        g.graph.value_info.remove(info)
 
 
 def slot(x: np.ndarray, axis: int, at: int, change: Callable) -> np.ndarray:
