@@ -130,7 +130,7 @@ EXPORT = "import sys, refimpl; from export import emit; emit(refimpl.load(), 8, 
 
 
 def test_same_bytes_whatever_the_cores_and_the_blas(tmp_path):
-    """Ranges, graphs and what a device should answer, by other kernels of BLAS and NumPy, on another number of cores."""
+    """Ranges, graphs and what a device should answer: by other kernels of BLAS and NumPy, with another core count."""
     found = []
     for name, more in (("a", {}), ("b", {"OPENBLAS_CORETYPE": "Nehalem", "OPENBLAS_NUM_THREADS": "1",
                                          "NPY_DISABLE_CPU_FEATURES": "AVX512F AVX512CD"})):  # fmt: skip
