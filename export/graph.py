@@ -26,6 +26,7 @@ from onnx import ModelProto, TensorProto, ValueInfoProto, helper, numpy_helper
 
 from export.heads import Stack, apply
 from kernels.ops import TILE_BYTES, Readable
+from refimpl.weights import let_go, read_ahead
 
 ALIGNMENT = 4096  # of a weight in model.data: a page, so that a runtime can map it
 BITS: dict[int, int] = {  # of an element in model.data; of all others 32
@@ -61,8 +62,11 @@ class Parameter:
         """The values in float32, TILE_BYTES of rows at a time."""
         step = max(1, TILE_BYTES // 4 // math.prod(self.shape[1:]))
         for i in range(0, len(self.rows), step):
-            rows = self.rows[i : i + step]
+            rows, more = self.rows[i : i + step], self.rows[i + step : i + 2 * step]
+            stored = getattr(self.weight, "array", np.empty(0))  # read ahead while this tile is written, then let go
+            read_ahead(stored[more.start : more.stop])
             yield self.weight.read(np.dtype(np.float32), slice(rows.start, rows.stop)).astype("<f4", copy=False)
+            let_go(stored[rows.start : rows.stop])
 
 
 @dataclass(eq=False)
