@@ -168,7 +168,7 @@ def load_tokenizer(folder: str | Path, config: Config | None = None) -> Tokenize
 
 
 def _read_sentencepiece(path: Path, config: Config, keys: dict[str, Any], generation: dict[str, Any]) -> Tokenizer:
-    library, data = _import("sentencepiece", "sentencepiece"), read_small(path)
+    data, library = read_small(path), _import("sentencepiece", "sentencepiece")
     try:
         model = library.SentencePieceProcessor(model_proto=data or b"\0")  # b"" would mean: no model yet
         special = {model.id_to_piece(id): id for id in (model.unk_id(), model.bos_id(), model.eos_id()) if id >= 0}
@@ -189,7 +189,7 @@ def _read_sentencepiece(path: Path, config: Config, keys: dict[str, Any], genera
 
 
 def _read_byte_level(path: Path, config: Config, keys: dict[str, Any], generation: dict[str, Any]) -> Tokenizer:
-    library, data = _import("tokenizers", "'refimpl[qwen]'"), read_small(path)
+    data, library = read_small(path), _import("tokenizers", "'refimpl[qwen]'")
     try:
         model = library.Tokenizer.from_buffer(data)
     except Exception:  # the library raises nothing more precise
