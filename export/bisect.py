@@ -39,6 +39,7 @@ from export.ledger import Ledger
 from export.references import TEXTS, Kind, References
 from export.trial import SIMULATED, Trial, misfit
 from export.verdict import DERIVED
+from export.verify import read_manifest
 from golden.compare import finite
 from refimpl.encodings import near
 from refimpl.errors import InputError, at_most
@@ -262,6 +263,18 @@ class Judge:
     @cached_property
     def outputs(self) -> list[Place]:
         return [one for one in self.flow.places.values() if one.is_output]
+
+    def expect_goldens(self) -> None:
+        """Raises InputError if the graph itself, the reference where there is no model, does not give its goldens."""
+        spec, given = self.spec, self.references.run("float", self.spec, self.inputs)
+        trial = Trial(self.references, [Answer(spec, "isolated", given, {value.name: value for value in spec.outputs})])
+        wrong: list[str] = []
+        for kind in self.references.kinds:
+            wrong = [one.tap for one in trial.measured(kind) if not DERIVED.excess(one) <= 1]
+            if not wrong:
+                return
+        raise InputError(f"{spec.name} as it is does not give its own goldens ({at_most(wrong, 4)}), so "
+                         "it tells nothing of a device; export again, or give the model with --model")  # fmt: skip
 
     def kind(self, given: Arrays, thresholds: Thresholds) -> Kind:
         """What the device computes like, by its outputs."""
@@ -523,7 +536,7 @@ def bisect(
 
     - `executor`: what runs graphs, by default an engine on this machine
     - `model`: what was exported, whose float64 is the reference, or, for a device on grids, the simulation; without it,
-      the graph in ONNX's own evaluator is
+      the graph in ONNX's own evaluator is, if it has the bytes that were exported and gives its goldens
     - `graph`: only this one; by default all are run, and the first with wrong outputs is searched
     - `outputs`: what the device gave already, see `export.device.read_device`; then the first run is saved
     - `until`: graphs are cut off at what they show, for devices that compile a graph otherwise when it shows more
@@ -532,7 +545,8 @@ def bisect(
     - `label`: who the executor is; then what a run showed is kept in `bisect.jsonl` beside the export, and a search
       that was interrupted goes on
 
-    Raises InputError for a folder that is no export of the model, what the executor cannot run, and no such graph.
+    Raises InputError for a folder that is no export of the model, what the executor cannot run, and no such graph;
+    without a model also for graphs that are not as they were exported, or do not give their goldens.
     """
     if type(probes) is not int or probes < 1:
         raise InputError(f"probes is {probes!r:.40}, expected how many taps a run may show, 1 or more")
@@ -541,6 +555,8 @@ def bisect(
     specs = references.specs
     if graph is not None and graph not in specs:
         raise InputError(f"there is no graph {graph!a:.99} in {folder}{near(graph, set(specs))}")
+    if model is None:
+        read_manifest(folder)  # for its sha256 of each file
     executor = executor or Engine()
     known = _known(references, outputs, graph)
     healthy: list[str] = []
@@ -550,6 +566,8 @@ def bisect(
             if (graph is not None and name != graph) or (known and name not in known):
                 continue
             judge = Judge(references, Dataflow(folder / name, spec), dtype)
+            if model is None:
+                judge.expect_goldens()
             one = Bisection(judge, executor, thresholds, probes, until, label, ledger)
             first = one.first(known.get(name))
             kind = one._kind

@@ -1,5 +1,6 @@
 """Whatever is wrong in a device's graph, the bisection names it, in no more runs than it may take."""
 
+import hashlib
 import json
 import math
 import shutil
@@ -269,6 +270,26 @@ def test_without_the_model_the_graph_itself_is_the_reference(saved, tmp_path, un
     folder, _ = saved
     found = bisect(folder, Faulty(tmp_path, scaled([f"{LAYER}.self_attn.o_proj"])))
     assert found.guilty == f"{LAYER}.self_attn.o_proj" and len(found.runs) <= found.bound
+
+
+@pytest.mark.parametrize("signed, message", [(False, "is not the file of"), (True, "does not give its own goldens")])
+def test_a_graph_that_is_wrong_itself_is_no_reference(saved, unexplained, signed, message):
+    """Without the model it would be held against itself: whether the manifest knows its bytes or not."""
+    folder, model = saved
+    flow = flow_of(folder)
+    path, manifest = flow.folder / "model.onnx", json.loads((folder / "manifest.json").read_text())
+    proto = onnx.load(path, load_external_data=False)
+    scaled([f"{LAYER}.mlp.act_fn"])(proto.graph)
+    path.write_bytes(proto.SerializeToString())
+    if signed:
+        data = path.read_bytes()
+        manifest["files"][f"{flow.spec.name}/model.onnx"] = {
+            "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()
+        }  # fmt: skip
+        (folder / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(InputError, match=message):
+        bisect(folder, Engine())
+    assert bisect(folder, Engine(), model).guilty == f"{LAYER}.mlp.act_fn"
 
 
 def test_several_faults(saved, tmp_path, unexplained):
