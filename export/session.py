@@ -439,10 +439,34 @@ class Session:
             self._jobs[number] = self.call("ask for a job", lambda: self.client.get_job(number), [key])
         return self._jobs[number]
 
+    def _lacks(self, number: str) -> bool:
+        """Whether AI Hub itself says that it has no such job, model or dataset, or that the dataset has expired.
+
+        The client takes every 404 for that, a proxy's page too. So it is asked again, and for what it must know.
+        """
+        from qai_hub.public_rest_api import APIException
+
+        rest, config = self._rest(), self.client.config
+        try:
+            rest.get_device_list(config, self.device)
+            for ask in (rest.get_job, rest.get_model, rest.get_dataset):
+                try:
+                    found = ask(config, number)
+                except APIException as error:
+                    if error.status_code != 404:
+                        return False
+                    continue
+                if ask is not rest.get_dataset or not found.HasField("expiration_time"):
+                    return False
+                return found.expiration_time.seconds < time.time()
+        except Exception:  # no answer is no word of it
+            return False
+        return True
+
     def call(self, what: str, action: Callable[[], T], uses: Sequence[str] = ()) -> T:
         """What the client's `action` gives, tried again while the network or the server fails.
 
-        Raises GoneError, and forgets them, if the server has not what it `uses`; InputError for everything else.
+        Raises GoneError, and forgets it, if the server has no more what it `uses`; InputError for everything else.
         """
         until, pause = time.monotonic() + PATIENCE, 1.0
         while True:
@@ -457,25 +481,36 @@ class Session:
                     raise InputError(
                         f"cannot {what}: {tempfile.gettempdir()} is full; make room, or set TMPDIR"
                     ) from None
-                if uses and re.search(r"could not be found|not found|expired", reason, re.I):
-                    number = re.search(r"ID '([A-Za-z0-9_-]+)'", reason)
+                doubtful = False
+                if uses and (number := missing(reason)):
                     entries = {key: self.ledger.get(key) for key in uses}
-                    named = [k for k, e in entries.items() if number and number[1] in (e.get("id"), e.get("target"))]
-                    if not self.new.intersection(named or uses):
-                        for key in named or uses:
-                            self.forget(key)
-                        raise GoneError(reason) from None
-                if not transient(error):
+                    named = [k for k, e in entries.items() if number in (e.get("id"), e.get("target"))] or uses
+                    if not self.new.intersection(named):
+                        doubtful = not self._lacks(number)
+                        if not doubtful:
+                            for key in named:
+                                self.forget(key)
+                            raise GoneError(reason) from None
+                if not doubtful and not transient(error):
                     raise InputError(f"AI Hub did not {what}: {advice(reason, self.url)}") from None
                 if time.monotonic() + pause > until:
+                    lacking = "sure answer from" if doubtful else "connection to"
                     raise InputError(
-                        f"no connection to {self.url} while trying to {what}: {reason[:200]}; "
+                        f"no {lacking} {self.url} while trying to {what}: {reason[:200]}; "
                         "run the same command again, it goes on where it stopped"
                     ) from None
             if sys.stderr.isatty() and pause == 1.0:
                 tqdm.write(f"no connection to {self.url}; trying for {PATIENCE / 60:.0f} minutes", file=sys.stderr)
             time.sleep(pause)
             pause = min(2 * pause, 60.0)
+
+
+def missing(reason: str) -> str:
+    """The id of what is not there by the client's message, or nothing."""
+    if not re.search(r"could not be found|expired", reason, re.I):
+        return ""
+    number = re.search(r"\bid ?='?([A-Za-z0-9_-]+)'|\bID '([A-Za-z0-9_-]+)'", reason)
+    return (number[1] or number[2]) if number else ""
 
 
 JOBS = ("compile", "link", "inference", "profile")

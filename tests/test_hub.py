@@ -489,6 +489,30 @@ def test_expired_and_deleted_things_are_sent_again(exports, tmp_path):
         assert hub.kinds()["compile"] == 2
 
 
+@pytest.mark.parametrize(
+    "route, fault, status",
+    [("GET /jobs/ID/", Fault("status", 404, "<html><title>404 Not Found</title>nginx</html>"), 0),
+     ("POST /jobs/", Fault("status", 400, '{"detail": "The framework was not found."}'), 2)],
+)  # fmt: skip
+def test_a_strangers_404_forgets_nothing(exports, tmp_path, monkeypatch, route, fault, status):
+    """Only AI Hub's own word, asked for twice, is that something is gone: else a job would be sent a second time."""
+    folder = shutil.copytree(exports["one"], tmp_path / "x")
+    monkeypatch.setattr(session, "PATIENCE", 60.0)
+    monkeypatch.setattr(session.time, "sleep", lambda _: None)
+    with LoopbackHub(polls=0) as hub:
+        assert act(hub, "compile" if status else "link", folder) == 0
+        path, jobs = folder / FILE, hub.kinds()
+        lines = path.read_text().splitlines(keepends=True)
+        if not status:  # killed before it was seen that the jobs had ended
+            path.write_text("".join(line for line in lines if '"state": "done"' not in line))
+        known = {key: entry["id"] for key, entry in Ledger(folder).entries.items()}
+        hub.fault = at(route, fault)
+        assert act(hub, "link", folder) == status
+        assert hub.kinds() == jobs
+        now = Ledger(folder).entries
+        assert {key: now[key]["id"] for key in known} == known
+
+
 def test_a_changed_graph_is_sent_and_the_rest_is_not(export):
     with LoopbackHub() as hub:
         act(hub, "link", export)
