@@ -316,7 +316,14 @@ class Plan:
                 f"the prompt has {self.prompt} tokens, expected 1 to {self.room}, as many as fit every graph"
             )
         profile_named(self.profile)
-        split(self.config.num_hidden_layers, self.parts)
+        layers = self.config.num_hidden_layers
+        split(layers, self.parts)
+        if profile_named(self.profile).even and self.parts > 1 and layers % (self.parts - 1):
+            dividing = [1, *(parts + 1 for parts in range(1, layers + 1) if layers % parts == 0)]
+            raise InputError(
+                f"parts is {self.parts}, but {layers} layers do not divide into {self.parts - 1} alike beside the "
+                f"embedding's; {at_most(dividing, 12)} do"
+            )
         if self.modules and self.parts != 1:
             raise InputError(f"parts is {self.parts}, but the graphs are modules; give one of the two")
         if self.modules != matching_modules(self.config, self.modules) or self.probe != matching_taps(

@@ -34,6 +34,7 @@ class Profile:
     in that operator. `encodings`: each graph has a `model.encodings`. `on_grids`: it rounds by itself, in pairs of
     QuantizeLinear and DequantizeLinear, which qdq does if it is given encodings. `lowest_mask`: what the host writes
     where nobody may look. `hub_names`: the hidden state has the names of Qualcomm's published Baichuan2 parts.
+    `even`: parts have as many layers as each other, as those of Qualcomm do.
     """
 
     opset: int
@@ -44,12 +45,13 @@ class Profile:
     on_grids: bool = False
     lowest_mask: float = LOWEST
     hub_names: bool = False
+    even: bool = False
 
 
 PROFILES = {
     "plain": Profile(21, 10, "float32"),
     "aihub": Profile(17, 8, "float32", frozenset(("conv", "unpack", "heads", "scale-on-key", "rank4")),
-                     encodings=True, lowest_mask=-50.0, hub_names=True),
+                     encodings=True, lowest_mask=-50.0, hub_names=True, even=True),
     "qdq": Profile(21, 10, "int4"),
     "matmulnbits": Profile(21, 10, "matmulnbits"),
 }  # fmt: skip

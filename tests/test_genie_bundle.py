@@ -25,7 +25,7 @@ FILES = {"config.json", "genie_config.json", "htp_backend_ext_config.json", "met
 @pytest.fixture(scope="module")
 def graphs(tmp_path_factory):
     """An export of the embedded model."""
-    return emit(load(), (16, 1), 64, 3, "aihub").save(tmp_path_factory.mktemp("graphs") / "export")
+    return emit(load(), (16, 1), 64, 4, "aihub").save(tmp_path_factory.mktemp("graphs") / "export")
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +93,7 @@ def test_embedded_model_is_what_its_bundle_says(bundled):
     dialog = read(bundled, "genie_config.json")["dialog"]
     assert dialog["context"] == {"version": 1, "size": 64, "n-vocab": 3584, "bos-token": 1, "eos-token": 2}
     assert dialog["engine"]["backend"]["QnnHtp"]["kv-dim"] == 64
-    assert binaries(bundled) == [f"baichuan2_7b_part_{i}_of_3.bin" for i in (1, 2, 3)]
+    assert binaries(bundled) == [f"baichuan2_7b_part_{i}_of_4.bin" for i in (1, 2, 3, 4)]
 
 
 @pytest.mark.parametrize("soc, number, architecture", [("8-elite", 69, "v79"), ("8-gen-3", 57, "v75")])
@@ -136,7 +136,7 @@ def test_metadata_says_shapes_and_grids_of_every_end(bundled, graphs):
     table = encodings["model.embed_tokens.weight"]
     for number in (1, 2):  # what a Gather gives stands on its table's grid, on both sides
         way = "outputs" if number == 1 else "inputs"
-        end = next(iter(said["components"][f"token_ar1_cl64_{number}_of_3"][way].values()))
+        end = next(iter(said["components"][f"token_ar1_cl64_{number}_of_4"][way].values()))
         assert end["quantization_parameters"] == {"scale": float(table.scale), "offset": int(table.offset)}
 
 
@@ -283,7 +283,7 @@ def test_graphs_of_another_model_are_refused(graphs, tiny_folder, tmp_path, chec
 
 def test_graphs_that_are_not_whole_are_refused(graphs, tmp_path):
     folder, out = Path(shutil.copytree(graphs, tmp_path / "export")), tmp_path / "genie"
-    path = folder / "token_ar1_cl64_2_of_3" / "model.onnx"
+    path = folder / "token_ar1_cl64_2_of_4" / "model.onnx"
     data = path.read_bytes()
     path.write_bytes(data[:-3])
     refused("model.onnx is no ONNX model", EMBEDDED, folder, out)
@@ -291,7 +291,7 @@ def test_graphs_that_are_not_whole_are_refused(graphs, tmp_path):
     path.parent.rename(folder / "second")
     refused(r"second is not called \{prompt", EMBEDDED, folder, out)
     shutil.rmtree(folder / "second")
-    refused("has parts 1, 3 of 3 with 1 tokens at a time and a context of 64", EMBEDDED, folder, out)
+    refused("has parts 1, 3, 4 of 4 with 1 tokens at a time and a context of 64", EMBEDDED, folder, out)
     refused("is not a folder", EMBEDDED, tmp_path / "nowhere", out)
     assert not out.exists()
 
@@ -299,8 +299,8 @@ def test_graphs_that_are_not_whole_are_refused(graphs, tmp_path):
 def test_other_bad_input_is_refused(graphs, tmp_path, checkpoint):
     out = tmp_path / "genie"
     refused("soc is '9'", EMBEDDED, graphs, out, soc="9")
-    refused("2 different names of binaries for 3 parts", EMBEDDED, graphs, out, bins=["a", "b"])
-    refused("2 different names of binaries for 3 parts", EMBEDDED, graphs, out, bins=["a", "b", "x/a"])
+    refused("2 different names of binaries for 4 parts", EMBEDDED, graphs, out, bins=["a", "b"])
+    refused("2 different names of binaries for 4 parts", EMBEDDED, graphs, out, bins=["a", "b", "x/a"])
     for user, assistant in ((195, None), (1, 2), ([195], 196), (5, 6)):
         content = {"user_token_id": user, "assistant_token_id": assistant}
         (checkpoint / "generation_config.json").write_text(json.dumps(content))
@@ -332,7 +332,7 @@ def test_command(graphs, tmp_path, capsys):
     out = str(tmp_path / "genie")
     assert main(["bundle", "--graphs", str(graphs), "--out", out]) == 0
     said = capsys.readouterr().out
-    assert "put baichuan2_7b_part_1_of_3.bin, " in said and "genie-t2t-run -c genie_config.json" in said
+    assert "put baichuan2_7b_part_1_of_4.bin, " in said and "genie-t2t-run -c genie_config.json" in said
     assert main(["bundle", "--graphs", str(graphs), "--out", out]) == 2
     assert capsys.readouterr().err.count("\n") == 1
     assert read_config(Path(out)) == read_config(EMBEDDED)

@@ -11,6 +11,7 @@ import numpy as np
 import onnx
 import pytest
 
+import refimpl
 from export import emit, verify
 from export.encodings import write_encodings
 from export.preflight import check
@@ -176,6 +177,12 @@ def test_a_graph_on_grids_agrees_by_the_command_too(saved, tmp_path, capsys):
 def test_what_the_prompt_alone_calibrates_is_said(capsys, tmp_path):
     assert main(["export", "--profile", "aihub", "--tokens", "8", "--context", "24", "--out", str(tmp_path / "x")]) == 0
     assert "tokens, too few for a device" in capsys.readouterr().out
+
+
+def test_a_split_that_does_not_divide():
+    with pytest.raises(InputError, match=r"parts is 3, but 3 layers do not divide into 2 .*; 1, 2, 4 do"):
+        emit(refimpl.load(), 8, 24, 3, "aihub")
+    assert len(emit(refimpl.load(), 8, 24, 3, "plain")) == 3
 
 
 def test_unknown_words(saved):
