@@ -214,10 +214,13 @@ def likely_causes(evidence: Evidence, table: Mapping[str, Callable[[Evidence], I
 
 
 def nearness(a: np.ndarray, b: np.ndarray) -> float:
-    """-10 log10 of the mean over rows of |a - b|^2 / |b|^2, in dB: each row counts alike, however large it is."""
+    """-10 log10 of the mean over rows of |a - b|^2 / |b - mean|^2, in dB: each row counts alike, however large it is.
+
+    `mean` is that of all of b: what a shift puts into a prediction is no sign that the prediction is right.
+    """
     if a.shape != b.shape or not np.isfinite(a).all() or not np.isfinite(b).all():
         return -math.inf
-    error, size = np.square(a - b).sum(-1), np.square(b).sum(-1)
+    error, size = np.square(a - b).sum(-1), np.square(b - b.mean() if b.size else b).sum(-1)
     size = np.maximum(size, 2.0**-48 * size.max(initial=0.0))
     if not size.any():
         return math.inf if not error.any() else -math.inf
@@ -362,6 +365,16 @@ def channels_permuted(e: Evidence) -> Iterator[Guess]:
         yield Guess(f"the channels are in another order: {at_most(order.tolist(), 8)}", e.expected[..., order])
 
 
+def not_dequantized(e: Evidence) -> Iterator[Guess]:
+    """Codes where numbers are expected."""
+    if e.grid is None or e.grid.scale.ndim:
+        return
+    codes, half = quantize(e.expected.astype(np.float32), e.grid).astype(np.float64), 2 ** (e.grid.bits - 1)
+    for first, what in ((0, "unsigned"), (-half, "signed")):
+        yield Guess(f"the values are codes, {what} ones of {e.grid.bits} bits, that were not dequantized: store them "
+                    "as integers, or dequantize them", codes + first)  # fmt: skip
+
+
 def of_another_tensor(e: Evidence) -> Iterator[Guess]:
     """Codes that are read with the step and the zero point of another tensor."""
     if e.grid is None:
@@ -412,6 +425,8 @@ def zero_point(e: Evidence) -> Iterator[Guess]:
     shift = float(np.median(e.device - e.expected))
     step = float(e.grid.scale) if e.grid is not None else 0.0
     codes = round(shift / step) if step else 0
+    if step and abs(codes) >= 2**e.grid.bits:  # type: ignore[union-attr]  # no zero point is that far off
+        return
     if codes:
         yield Guess(f"all values are {abs(codes)} code{'s' * (abs(codes) > 1)} too {'high' if codes > 0 else 'low'} "
                     f"({shift:+.4g}): the zero point is off by that", e.expected + codes * step)  # fmt: skip
@@ -726,6 +741,7 @@ CAUSES: dict[str, Callable[[Evidence], Iterator[Guess]]] = {
     "transposed": transposed,
     "RoPE": rope,
     "NormHead missing": norm_head,
+    "codes": not_dequantized,
     "encoding": of_another_tensor,
     "scale": scale,
     "zero point": zero_point,

@@ -514,6 +514,24 @@ def test_what_no_pattern_explains_has_no_cause(world):
     assert "No known pattern explains it." in verdict.story
 
 
+@pytest.mark.parametrize("mean", [3.0, 100.0, -1e4])
+def test_noise_far_from_zero_is_no_zero_point(world, mean):
+    noise = np.random.default_rng(0)
+    disturbed = at(3, "past_key_1_out", lambda x, s: noise.normal(mean, abs(mean) / 20, x.shape))
+    verdict = world.judged(disturbed(world, "simulation", "isolated"))
+    assert verdict.guilty.tap == KEY.format(1) and not verdict.causes, str(verdict)
+
+
+@pytest.mark.parametrize("name, tap", [("past_key_1_out", KEY.format(1)), ("logits", "lm_head")])
+@pytest.mark.parametrize("first", ["unsigned", "signed"])
+def test_codes_that_were_not_dequantized_are_named(world, name, tap, first):
+    its = grid(world, tap)
+    zero = float(its.offset) + (2 ** (its.bits - 1) if first == "signed" else 0)
+    codes = at(4 if name == "logits" else 3, name, lambda x, s: np.rint(x / float(its.scale)) - zero)
+    verdict = world.judged(codes(world, "simulation", "isolated"))
+    assert verdict.guilty.tap == tap and verdict.causes[verdict.guilty.name].name == "codes", str(verdict)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_no_cause_fires_on_a_healthy_tensor(world, kind):
     """Not even on one that rounds elsewhere than its reference."""
