@@ -25,7 +25,7 @@ from export.jobs import SAMPLE, Source
 from export.ledger import Entry, Ledger
 from export.parts import GraphSpec, carry
 from export.preflight import check
-from export.session import JOBS, Session, failures
+from export.session import JOBS, Session, expect_export, failures
 from export.verify import read_arrays, read_manifest
 from refimpl.config import read_json
 from refimpl.errors import InputError
@@ -50,7 +50,7 @@ class Outcome:
         if self.sent:
             uploads, size, jobs = (self.sent[what] for what in ("uploads", "bytes", "jobs"))
             lines.insert(1, f"sent now: {uploads} uploads of {size / 1e6:.1f} MB, {jobs} jobs")
-        return "\n".join(filter(None, lines))
+        return "\n".join(filter(None, lines)) or "nothing was sent yet"
 
 
 class Loop:
@@ -300,7 +300,11 @@ def row(entry: Entry) -> dict[str, Any]:
 
 
 def status(folder: Path, session: Session | None = None) -> Outcome:
-    """All that the ledger knows; with a session, after another look at the jobs that had not ended."""
+    """All that the ledger knows; with a session, after another look at the jobs that had not ended.
+
+    Raises InputError for a folder that is no export.
+    """
+    expect_export(folder)
     if session:
         for key, entry in list(session.ledger.entries.items()):
             pending = entry.get("id") and entry.get("state") not in ("done", "failed")

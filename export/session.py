@@ -71,6 +71,7 @@ class Session:
         self._device_found = False
 
     def __enter__(self) -> Session:
+        expect_export(self.folder)
         if self.locked:
             self.ledger.__enter__()
         return self
@@ -503,6 +504,13 @@ class Session:
                 tqdm.write(f"no connection to {self.url}; trying for {PATIENCE / 60:.0f} minutes", file=sys.stderr)
             time.sleep(pause)
             pause = min(2 * pause, 60.0)
+
+
+def expect_export(folder: Path) -> None:
+    """Raises InputError for a folder that is no export, before anything is written into it."""
+    if not (folder / "manifest.json").is_file():
+        what = "has no manifest.json" if folder.is_dir() else "is no folder"
+        raise InputError(f"{folder} {what}; expected an export, as refimpl export writes it")
 
 
 def missing(reason: str) -> str:

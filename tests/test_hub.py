@@ -711,7 +711,19 @@ def test_options_are_the_user_s():
     assert Options(run="--x").for_profile("g").endswith("context_enable_graphs=g --x --max_profiler_iterations 50")
 
 
-def test_an_export_that_is_none(tmp_path, capsys):
-    assert main(["hub", "compile", str(tmp_path / "no"), "--device", PHONE, "--dry-run"]) == 2
-    assert main(["hub", "status", str(tmp_path / "no")]) == 0
-    assert "manifest.json" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    "more",
+    [("status",), ("status", "--device", PHONE), ("compile", "--device", PHONE), ("fetch", "--device", PHONE),
+     ("compile", "--device", PHONE, "--dry-run")],
+)  # fmt: skip
+def test_an_export_that_is_none(tmp_path, capsys, more):
+    for folder, what in ((tmp_path / "no", "is no folder"), (tmp_path, "has no manifest.json")):
+        assert main(["hub", more[0], str(folder), *more[1:]]) == 2
+        told = capsys.readouterr()
+        assert f"{folder} {what}; expected an export" in told.err and told.err.count("\n") == 1 and not told.out
+        assert not list(tmp_path.iterdir()), "nothing is written into it"
+
+
+def test_the_status_of_what_was_never_sent(export, capsys):
+    assert main(["hub", "status", str(export)]) == 0
+    assert capsys.readouterr().out == "nothing was sent yet\n"
