@@ -30,6 +30,8 @@ from refimpl.config import Config
 from refimpl.errors import InputError
 from refimpl.names import Tap, taps
 
+WAYS, KINDS = ("isolated", "chained"), ("float", "ends", "simulation", "even")
+TOGETHER = (("lsb_max", "lsb_over"), ("kl", "top1", "cost_kl", "cost_top1"))  # figures that come with each other
 ROWS, TYPICAL = 4.0, 1.5
 LOWEST_SQNR = -1e3  # what stands for minus infinity in a file
 BINS = 16  # of the histogram: a row's error is 2^-8 to 2^7 of what is allowed, and the ends hold what is beyond
@@ -161,15 +163,34 @@ class Figures:
             raise InputError("a tensor of the run has other keys than expected; run verify again")
         values: dict[str, Any] = {}
         for key, value in stored.items():
-            kind = str(known[key].type)
-            numbers = value if isinstance(value, list) else [value]
-            text = kind == "str"
-            if isinstance(value, list) != kind.startswith("tuple") or not all(
-                isinstance(x, str) if text else type(x) in (int, float) or x is None for x in numbers
-            ):
-                raise InputError(f"{key} of a tensor of the run is {value!a:.40}, which is not what it should be")
-            values[key] = tuple(math.inf if x is None else x for x in value) if isinstance(value, list) else value
+            kind, many = str(known[key].type), isinstance(value, list)
+            numbers = [math.inf if many and x is None and "float" in kind else x for x in (value if many else [value])]
+            allowed = {
+                "way": WAYS, "kind": KINDS, "born": ("", "here", "inherited")
+            }.get(key, numbers)  # fmt: skip
+            if many != kind.startswith("tuple") or not all(_is(x, kind) and x in allowed for x in numbers):
+                raise InputError(f"{key} of a tensor of the run is {_start(value)}, which is not what it should be")
+            values[key] = tuple(numbers) if many else value
+        for keys in TOGETHER:
+            if len({key in values for key in keys}) > 1:
+                raise InputError(f"a tensor of the run has some of {', '.join(keys)}, expected all or none")
+        if len(values.get("histogram", ())) not in (0, BINS):
+            raise InputError(f"the histogram of a tensor has {len(values['histogram'])} numbers, expected {BINS}")
         return cls(**values)
+
+
+def _is(x: Any, kind: str) -> bool:
+    """Whether a stored number or text is of a field's type; whole numbers fit 64 bits, so that floats hold them."""
+    if kind == "str":
+        return isinstance(x, str)
+    if type(x) is int:
+        return abs(x) < 2**63 and (x >= 0 or "int" not in kind)
+    return type(x) is float and "int" not in kind
+
+
+def _start(value: Any) -> str:
+    """The first of it, without writing all of it out."""
+    return f"a {type(value).__name__}" if isinstance(value, int | list | dict) else f"{value!a:.40}"
 
 
 def _short(x: Any) -> Any:

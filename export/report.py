@@ -120,7 +120,7 @@ def _story(verdict: Verdict) -> str:
     lines = [*verdict.story.split("\n"), *verdict.remarks] if verdict.story else list(verdict.remarks)
     logits = [t for t in verdict.tensors if t.kl is not None]
     rows = "".join(
-        f"<tr><td>{escape(t.graph)}, {t.way}<td>{t.kl:.3g}<td>{t.cost_kl:.3g}<td>{t.top1:.1%}<td>{t.cost_top1:.1%}"
+        f"<tr><td>{escape(f'{t.graph}, {t.way}')}<td>{t.kl:.3g}<td>{t.cost_kl:.3g}<td>{t.top1:.1%}<td>{t.cost_top1:.1%}"
         for t in logits
     )
     table = (
@@ -143,7 +143,9 @@ def _tabs(verdict: Verdict, guilty: Figures | None) -> str:
         bad = sum(not verdict.excess(t) <= 1 for t in tensors)
         on = (run, way) == chosen
         count = f" · {bad} wrong" if bad else ""
-        buttons.append(f'<button data-tab="{i}" class="{"on" if on else ""}">{escape(run)}, {way}{count}</button>')
+        buttons.append(
+            f'<button data-tab="{i}" class="{"on" if on else ""}">{escape(run)}, {escape(way)}{count}</button>'
+        )
         maps.append(
             f'<div class="map" id="tab{i}"{"" if on else " hidden"}>{_map(verdict, tensors, numbers, guilty)}</div>'
         )
@@ -198,8 +200,8 @@ def _curves(verdict: Verdict) -> str:
             f'<path d="M40 {_height(y)}H940"/><text x="2" y="{_height(y) + 4}">{y} dB</text>' for y in range(0, 121, 30)
         )
         charts.append(
-            f"<figure><figcaption>{escape(run)}, {way}: <b class=cost>reference to float oracle</b>, <b class=device>"
-            f'device to reference</b></figcaption><svg viewBox="0 0 950 150">{grid}{"".join(lines)}</svg></figure>'
+            f"<figure><figcaption>{escape(run)}, {escape(way)}: <b class=cost>reference to float oracle</b>, "
+            f'<b class=device>device to reference</b></figcaption><svg viewBox="0 0 950 150">{grid}{"".join(lines)}</svg></figure>'
         )
     return "".join(charts)
 

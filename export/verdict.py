@@ -225,7 +225,7 @@ def read_run(path: str | Path) -> Verdict:
         limits = Thresholds(**{k: None if v is None else float(v) for k, v in stored["thresholds"].items()})
         inside = {str(graph): tuple(tap for tap in inner if tap in known) for graph, inner in stored["inside"].items()}
         return Verdict(tensors, stored["kind"], config, causes, remarks, dict(stored["about"]), limits, inside)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise InputError(f"{path} is damaged: {' '.join(str(error).split())[:200]}; run verify again") from None
 
 

@@ -14,6 +14,7 @@ from export.figures import BINS, Figures
 from export.report import COLOURS, LEVELS, colour, html, junit, level, model_explorer
 from export.verdict import Verdict, read_run, save_run
 from refimpl.config import Config
+from refimpl.errors import InputError
 
 HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)>\u2028\x00&\"'"
 
@@ -97,6 +98,28 @@ def test_names_are_escaped():
     assert page.tags.count("script") == 4 and "img" not in page.tags and not page.handlers
     assert "alert(1)" in parser.unescape(text)
     assert "\u2028" not in "".join(page.scripts)
+
+
+def test_a_way_is_escaped():
+    tensor = Figures("g", HOSTILE, "lm_head", "float", kl=0.1, top1=0.5, cost_kl=0.1, cost_top1=0.5)
+    page = Page(html(Verdict((tensor,), "float", Config(num_hidden_layers=1))))
+    assert page.tags.count("script") == 2 and "img" not in page.tags and not page.handlers
+
+
+@pytest.mark.parametrize("change", [
+    {"way": HOSTILE}, {"kind": "else"}, {"born": "<b>"}, {"histogram": [1, 2]}, {"histogram": [-1] * BINS},
+    {"lsb_over": None}, {"lsb_max": 3.0, "lsb_over": ...}, {"kl": ..., "top1": 0.5}, {"kl": 0.1, "top1": ...},
+    {"rows": None}, {"sqnr": 10**400}, {"position": 10**400}, {"position": 0.5}, {"bits": True}, {"tokens": ["a"]},
+    {"tokens": [10**400]}, {"index": [None]},
+])  # fmt: skip
+def test_a_damaged_run_is_refused_in_a_line(change, tmp_path):
+    stored = json.loads(verdict(layers=1, wrong=0).to_json())
+    stored["tensors"][-1] |= change
+    stored["tensors"][-1] = {key: value for key, value in stored["tensors"][-1].items() if value is not ...}
+    (tmp_path / "run.json").write_text(json.dumps(stored))
+    with pytest.raises(InputError) as caught:
+        read_run(tmp_path / "run.json")
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 300
 
 
 def test_junit_says_what_failed():
