@@ -149,8 +149,8 @@ class Finding:
 
     `rivals`: what else may be the first, where that could not be seen. `agrees`: nothing is wrong at all.
     `beside`: wrong outputs that do not follow from the guilty one. `pieces`: the values of it that are wrong, where it
-    is in pieces. `nodes`: the operations that compute it from what is given, type and name. `taps`: how many there are
-    to search, `bound` the runs that one fault takes at most.
+    is in pieces. `nodes`: the operations that compute it, or those pieces, from what is given, type and name. `taps`:
+    how many there are to search, `bound` the runs that one fault takes at most.
     """
 
     graph: str
@@ -432,6 +432,7 @@ class Bisection:
         assert guilty is not None
         one = self.flow.places[guilty]
         given = self._given(guilty)
+        pieces = self.judge.wrong_pieces(kind, one, given, self.thresholds) if given else []
         candidates = search.candidates
         rivals = [name for name in self.flow.places if name in candidates]
         follows = {name for name in self.flow.places if guilty in self.flow.ancestors[name]}
@@ -442,8 +443,8 @@ class Bisection:
             given={name: seen[name] for name in self.flow.behind[guilty] if name in seen},
             rivals=tuple(rivals) if len(rivals) > 1 else (),
             beside=tuple(name for name in first.wrong if name not in follows),
-            pieces=tuple(self.judge.wrong_pieces(kind, one, given, self.thresholds)) if given else (),
-            nodes=tuple((node.op_type, node.name) for node in self.flow.nodes[guilty]),
+            pieces=tuple(pieces),
+            nodes=tuple((node.op_type, node.name) for node in self.flow.computing(guilty, pieces)),
             hidden=tuple(dict.fromkeys(gone)), cause=self.judge.cause(kind, one, given) if given else None,
             taps=len({each.tap for each in self.flow.places.values()}),
             known=not self.runs or self.runs[0] is not first,

@@ -114,13 +114,15 @@ class Dataflow:
         return {one.name: one for one in found}
 
     @cached_property
-    def _steps(self) -> tuple[dict[str, dict[str, bool]], dict[str, list[NodeProto]]]:
-        """Place -> the places that it follows from directly, and whether that step is partial; place -> its nodes."""
+    def _steps(self) -> tuple[dict[str, dict[str, bool]], dict[str, dict[str, list[NodeProto]]]]:
+        """Place -> the places that it follows from directly, and whether that step is partial; place -> the nodes of
+        each of its values.
+        """
         owner = {name: one.name for one in self.places.values() for name in one.values}
         whose: dict[str, dict[tuple[str, bool, bool], None]] = {}  # value -> (value of a place, as it is, partial)
         nodes: dict[str, list[NodeProto]] = {}  # value -> the nodes since the last places
         behind: dict[str, dict[str, dict[str, bool]]] = {name: {} for name in self.places}
-        own: dict[str, dict[str, NodeProto]] = {name: {} for name in self.places}
+        own: dict[str, dict[str, list[NodeProto]]] = {name: {} for name in self.places}
         for node in self.proto.graph.node:
             found: dict[tuple[str, bool, bool], None] = {}
             since: dict[str, NodeProto] = {}
@@ -134,7 +136,7 @@ class Dataflow:
             for name in node.output:
                 whose[name], nodes[name] = found, list(since.values())
                 if name in owner:
-                    own[owner[name]] |= since
+                    own[owner[name]][name] = list(since.values())
                     for source, _, partial in found:
                         seen = behind[owner[name]].setdefault(owner[source], {})
                         seen[source] = seen.get(source, True) and partial
@@ -146,17 +148,23 @@ class Dataflow:
             }
             for name, sources in behind.items()
         }
-        return steps, {name: list(found.values()) for name, found in own.items()}
+        return steps, own
 
     @property
     def behind(self) -> dict[str, dict[str, bool]]:
         """Place -> the places that it follows from directly -> whether it may be right although they are wrong."""
         return self._steps[0]
 
-    @property
+    @cached_property
     def nodes(self) -> dict[str, list[NodeProto]]:
         """Place -> the nodes that compute it from the places before it, in the order of the graph."""
-        return self._steps[1]
+        return {name: self.computing(name) for name in self.places}
+
+    def computing(self, name: str, pieces: Collection[str] = ()) -> list[NodeProto]:
+        """The nodes that compute a place, or some pieces of it, from the places before it, in the graph's order."""
+        own = self._steps[1][name]
+        found = {node.name: node for piece, nodes in own.items() if not pieces or piece in pieces for node in nodes}
+        return list(found.values())
 
     @cached_property
     def ancestors(self) -> dict[str, frozenset[str]]:

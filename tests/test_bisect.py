@@ -171,6 +171,12 @@ def test_each_head_is_named(tiny_model, tmp_path, unexplained):
         found = bisect(folder, Recalled(tmp_path, flow, scaled(place.values[1:2])), model)
         assert (found.guilty, found.pieces) == (place.name, (f"{place.name}.1",)), found
         assert len(found.runs) <= found.bound and f"wrong only in {place.name}.1" in str(found)
+        others = [
+            node.name for node in flow.nodes[place.name] if ({*place.values} - {place.values[1]}) & {*node.output}
+        ]
+        gives = [node.name for node in flow.nodes[place.name] if place.values[1] in node.output]
+        named = [name for _, name in found.nodes]
+        assert set(gives) <= set(named) and not set(others) & set(named), "the operations of that head alone"
 
 
 def swap(node, graph):
