@@ -277,8 +277,9 @@ def _fitted(entry: Entry, value: Value, spec: GraphSpec, grid: Any, strict: bool
     array = arrange(array.view(dtype).reshape(dims) if entry.shape is None else array)
     changes = [moved]
     if dtype.kind in "iub":
-        array = dequantize(_codes(array, grid, entry.source), grid)
-        changes.append(f"{dtype} codes, as values")
+        bare = "; a .npy would say so if they are float16" if entry.shape is None and dtype.itemsize == 2 else ""
+        array = dequantize(_codes(array, grid, entry.source, bare), grid)
+        changes.append(f"{dtype} codes, as values{bare}")
     elif dtype != np.float32:
         changes.append(f"stored as {dtype}")
     with np.errstate(over="ignore", invalid="ignore"):
@@ -286,7 +287,7 @@ def _fitted(entry: Entry, value: Value, spec: GraphSpec, grid: Any, strict: bool
     return array, ", ".join(filter(None, changes))
 
 
-def _codes(array: np.ndarray, grid: Encoding, source: str) -> np.ndarray:
+def _codes(array: np.ndarray, grid: Encoding, source: str, hint: str = "") -> np.ndarray:
     """Codes from 0 on, from unsigned or signed ones. Raises InputError for what the grid has no code for."""
     codes, last = array.astype(np.int64), 2**grid.bits - 1
     low, high = int(codes.min(initial=0)), int(codes.max(initial=0))
@@ -294,7 +295,7 @@ def _codes(array: np.ndarray, grid: Encoding, source: str) -> np.ndarray:
         codes, low, high = codes + (last + 1) // 2, low + (last + 1) // 2, high + (last + 1) // 2
     if low < 0 or high > last:
         raise InputError(
-            f"{source} has codes from {low} to {high}, expected 0 to {last}: its grid has {grid.bits} bits"
+            f"{source} has codes from {low} to {high}, expected 0 to {last}: its grid has {grid.bits} bits{hint}"
         )
     return codes
 

@@ -71,13 +71,19 @@ def _told(path: Path, read: Callable[[], np.ndarray]) -> np.ndarray:
         return read()
 
 
+class UnfitError(ValueError):
+    """What a file holds is whole, and of a kind that no output is."""
+
+
 @contextmanager
 def telling(path: Path) -> Iterator[None]:
-    """What goes wrong in reading a damaged file, as an InputError."""
+    """What goes wrong in reading a file that is damaged, or holds something else, as an InputError."""
     try:
         yield
     except InputError:
         raise
+    except UnfitError as error:
+        raise InputError(f"{path}: {error}; store it so") from None
     except Exception as error:  # each reader raises its own kinds
         raise InputError(f"{path} is damaged: {' '.join(str(error).split())[:200]}; fetch it again") from None
 
@@ -142,7 +148,7 @@ def _npy_header(file: Any) -> tuple[tuple[int, ...], np.dtype, int]:
         raise ValueError(f"the .npy version is {version}")
     dims, fortran, dtype = reader(file)
     if fortran and sum(axis > 1 for axis in dims) > 1:
-        raise ValueError("its numbers are in Fortran's order, expected C's")
+        raise UnfitError("its numbers are in Fortran's order, expected C's")
     return dims, _plain(dtype), file.tell()
 
 
@@ -191,7 +197,7 @@ def _of_pb(path: Path, largest: int) -> Iterator[Entry]:
 def _plain(dtype: np.dtype) -> np.dtype:
     """The dtype, if it is one of real numbers."""
     if dtype.kind not in "fiub" and dtype != ml_dtypes.bfloat16:
-        raise ValueError(f"it holds {str(dtype)[:40]}, expected real numbers")
+        raise UnfitError(f"it holds {str(dtype)[:40]}, expected real numbers")
     return dtype
 
 

@@ -198,6 +198,12 @@ def test_codes_become_values(parts, tmp_path):
             np.testing.assert_array_equal(array, values[name])
         assert all("codes" in remark for remark in answer.remarks)
     refused(parts, codes, "holds uint16, but model.layers.0 is float32 and has no encoding")
+    (answer,) = read_answers(parts[1], write_raws(tmp_path / "c", codes), grids)
+    assert ["float16" in remark for remark in answer.remarks] == [c.itemsize == 2 for c in codes.values()]
+    halves = {name: array.astype("f2") for name, array in parts[3][MIDDLE].items()}
+    refused(
+        parts, write_raws(tmp_path / "d", halves), "has 8 bits; a .npy would say so if they are float16", grids=grids
+    )
     wide["past_key_0_out"][0, 0, 0, 0] = 256
     refused(parts, wide, "codes from .* to 256, expected 0 to 255: its grid has 8 bits", grids=grids)
 
@@ -256,8 +262,9 @@ def test_hostile_npz(parts, tmp_path):
     for data, match in [
         (npy_bytes(good)[:-4], "says 3072 bytes and has only 3068"),
         (npy_bytes(good) + b"x", "3072 bytes and has more"),
-        (npy_bytes(np.array([{}], object), allow_pickle=True), "holds object, expected real numbers"),
-        (npy_bytes(np.asfortranarray(good[0])), "Fortran"),
+        (npy_bytes(np.array([{}], object), allow_pickle=True), "npz: it holds object, expected real numbers; store"),
+        (npy_bytes(good.astype(complex)), "npz: it holds complex128, expected real numbers; store"),
+        (npy_bytes(np.asfortranarray(good[0])), "npz: its numbers are in Fortran's order"),
         (npy_bytes(np.zeros((1, 8, 96), "f4"), (1, 8, 96 * 10**9)), r"shape \(1, 8, 96000000000\), but logits"),
         (b"\x93NUMPY\x01\x00v\x00{'descr': __import__('os').system('true')}", "damaged"),
         (b"no header", "damaged"),
