@@ -201,7 +201,8 @@ def _curves(verdict: Verdict) -> str:
         )
         charts.append(
             f"<figure><figcaption>{escape(run)}, {escape(way)}: <b class=cost>reference to float oracle</b>, "
-            f'<b class=device>device to reference</b></figcaption><svg viewBox="0 0 950 150">{grid}{"".join(lines)}</svg></figure>'
+            "<b class=device>device to reference</b></figcaption>"
+            f'<svg viewBox="0 0 950 150">{grid}{"".join(lines)}</svg></figure>'
         )
     return "".join(charts)
 

@@ -27,6 +27,9 @@ from refimpl.files import read_json, write_whole
 from refimpl.names import taps
 
 FORMAT = "refimpl verdict 1"
+KEPT = ("self_attn.query", "self_attn.key", "self_attn.value")
+PROJECTED = ("query", "key", "value", "q_proj", "k_proj", "v_proj")
+LISTED = 14  # suspects that a sentence names
 DERIVED = Thresholds()  # no number given: the rules of `export/figures.py`
 LARGEST_RUN = 256 << 20  # bytes of a saved run that is read
 
@@ -90,11 +93,22 @@ class Verdict:
         streams += [tap for tap in right if tap == "model.norm" or tap.count(".") == 2]
         start = max((order.index(tap) for tap in streams if tap in order[:stop]), default=-1)
         between = [tap for tap in order[start + 1 : stop] if tap not in right]
-        if guilty.operation in ("self_attn.query", "self_attn.key", "self_attn.value"):
-            made_of = ("input_layernorm", "W_pack", f"{guilty.operation[10]}_proj")
-            between = [tap for tap in between if tap.endswith(made_of)]
+        if guilty.operation in KEPT:
+            made_of = ["W_pack", f"{guilty.operation[10]}_proj"]
+            beside_it = [f"model.layers.{guilty.layer}.self_attn.{name}" for name in PROJECTED]
+            if not right.intersection(beside_it):  # what is made of the same norm shows it to be right
+                made_of.append("input_layernorm")
+            between = [] if self._follows(guilty) else [tap for tap in between if tap.endswith(tuple(made_of))]
         mine = self.inside.get(guilty.graph, between)
         return [*(tap for tap in between if tap in mine), guilty.tap]
+
+    def _follows(self, guilty: Figures) -> bool:
+        """Whether a right tensor is made of a query, key or value, so that inside of its graph that one was right."""
+        order = list(taps(self.config))
+        beside = {f"model.layers.{guilty.layer}.self_attn.{name}" for name in PROJECTED}
+        later = set(order[order.index(guilty.tap) + 1 :]) - beside
+        return any((t.graph, t.way) == (guilty.graph, guilty.way) and t.tap in later and self.excess(t) <= 1
+                   for t in self.tensors)  # fmt: skip
 
     @property
     def summary(self) -> str:
@@ -123,7 +137,14 @@ class Verdict:
         lines += [self._extent(guilty)] if not guilty.problem else []
         if len(self.suspects) > 1:
             until = f"All is right up to {self.before}, so it" if self.before else "It"
-            lines.append(f"{until} is one of {at_most(self.suspects, 14)}.")
+            count = len(self.suspects)
+            among = ", ".join(self.suspects) if count <= LISTED else (
+                f"the {count} operations from {self.suspects[0]} to {self.suspects[-1]}")  # fmt: skip
+            lines.append(f"{until} is one of {among}.")
+        elif guilty.operation in KEPT and self._follows(guilty):
+            lines.append(
+                "What follows from it is right, so its output alone is wrong: its layout, name, scale or copy."
+            )
         cause = self.causes.get(guilty.name)
         lines.append(f"Likely cause: {cause}." if cause else "No known pattern explains it.")
         others = [name for name in self.causes if name != guilty.name]

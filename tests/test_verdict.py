@@ -401,8 +401,32 @@ def test_token_and_head_are_named(world):
     worst = [np.argmin(wrong.token_sqnr), np.argmin(wrong.token_cosine), np.argmax(wrong.token_lsb)]
     assert worst == [5, 5, 5] and np.argmin(wrong.head_cosine) == np.argmax(wrong.head_lsb) == 2
     assert f"Wrong in token 5 of {world.references.plan.prompt}, head 2 of 4" in verdict.story
-    assert verdict.suspects == [f"model.layers.1.{name}" for name in
-                                ("input_layernorm", "self_attn.W_pack", "self_attn.key")]  # fmt: skip
+    assert verdict.suspects == [KEY.format(1)]  # the layer's output, which is made of it, is right
+    assert "its output alone is wrong" in verdict.story
+
+
+def test_a_right_sibling_clears_the_norm(world):
+    """Keys that are wrong inside of the graph: values show the norm to be right, and nothing shows the keys to be."""
+
+    def both(x, spec):
+        return -x
+
+    outputs = at(3, "past_key_1_out", both)(world, "simulation", "isolated")
+    layer = outputs["isolated"][P.format(3)]
+    layer["model.layers.1"] = layer["model.layers.1"] * np.float32(1.5)
+    verdict = world.judged(outputs)
+    assert verdict.suspects == [f"model.layers.1.self_attn.{name}" for name in ("W_pack", "key")]
+    layer["past_value_1_out"] = layer["past_value_1_out"] * np.float32(1.5)
+    verdict = world.judged(outputs)
+    assert verdict.suspects[0] == "model.layers.1.input_layernorm" and "output alone" not in verdict.story
+
+
+def test_many_suspects_are_a_range(world):
+    outputs = at(3, "model.layers.1", lambda x, s: x * 1.5)(world, "simulation", "isolated")
+    verdict = world.judged(outputs)
+    assert len(verdict.suspects) > 14
+    said = f"is one of the {len(verdict.suspects)} operations from {verdict.suspects[0]} to model.layers.1."
+    assert said in verdict.story
 
 
 def test_probes_narrow_it_down(world):
