@@ -237,7 +237,7 @@ def not_finite(e: Evidence) -> Iterator[Guess]:
     if wrong.any() and np.isfinite(e.expected).all():
         what = "NaN" if np.isnan(e.device).any() else "infinite"
         text = (
-            f"{wrong.mean():.1%} of the values are {what}: an overflow (the right ones reach "
+            f"{wrong.sum()} of {wrong.size} values are {what}: an overflow (the right ones reach "
             f"{np.abs(e.expected).max():.3g}; float16 ends at 65504), or an output that was never written"
         )
         yield Guess(text, e.expected, certain=True)

@@ -208,8 +208,16 @@ def measure(
     """
     own = _difference(device, reference, limit)
     if own.problem:
+        tokens: tuple[float, ...] = ()
+        heads: tuple[float, ...] = ()
+        if device.shape == reference.shape:  # where it is not finite
+            odd, tap = (
+                np.where(np.isfinite(device) == np.isfinite(reference), 0.0, np.inf),
+                _row_of(figures.tap, config),
+            )
+            tokens, heads = _along(odd, tap, "T", np.max), _along(odd, tap, "HK", np.max)
         return replace(figures, problem=own.problem, shape=device.shape, index=own.index, value=own.value,
-                       reference=own.reference)  # fmt: skip
+                       reference=own.reference, tokens=tokens, heads=heads)  # fmt: skip
     if figures.kind != "float" and grid is not None and (lost := unused_bits(device, reference, grid)):
         return replace(figures, problem=lost, shape=device.shape)
     a, b, c = (x.astype(np.float64) for x in (device, reference, oracle))
@@ -229,7 +237,9 @@ def measure(
         reason = f"{ROWS:g} times the noise of rounding in a row, {TYPICAL:g} times in half of them"
     tap = _row_of(figures.tap, config)
     over = np.full(BINS, 0)
-    bins = np.clip(np.floor(np.log2(np.maximum(excess, 1e-30))) + BINS // 2, 0, BINS - 1).astype(int)
+    bins = np.clip(
+        np.floor(np.log2(np.maximum(np.nan_to_num(excess, nan=0.0), 1e-30))) + BINS // 2, 0, BINS - 1
+    ).astype(int)
     np.add.at(over, bins.reshape(-1), 1)
     lsb = np.rint(error / step) if step and figures.kind != "float" else None
     return replace(

@@ -163,10 +163,11 @@ def _map(verdict: Verdict, tensors: list[Figures], numbers: dict[int, int], guil
         frame = " first" if tensor is guilty else ""
         born = " inherited" if tensor.born == "inherited" else ""
         text = tensor.problem or f"{excess:.2g}"
+        shown = text if len(text) < 10 else text.split()[0].rstrip(",")[:9]
         title = f"{tensor.name}: {text}" + (f", {tensor.sqnr:.1f} dB" if not tensor.problem else "")
         return (
             f'<td class="c{frame}{born}" style="background:{colour(excess)}" data-i="{numbers[id(tensor)]}" '
-            f'title="{escape(title, quote=True)}">{label}{escape(text[:9])}'
+            f'title="{escape(title, quote=True)}">{label}{escape(shown)}'
         )
 
     rows = []

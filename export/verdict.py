@@ -134,7 +134,7 @@ class Verdict:
             return ""
         where = f"layer {guilty.layer}, {guilty.operation}" if guilty.layer is not None else guilty.operation
         lines = [f"It begins in {guilty.graph}, {where}" + (f": {guilty.problem}." if guilty.problem else ".")]
-        lines += [self._extent(guilty)] if not guilty.problem else []
+        lines += [self._extent(guilty)] if not guilty.problem else filter(None, [_first_place(guilty)])
         if len(self.suspects) > 1:
             until = f"All is right up to {self.before}, so it" if self.before else "It"
             count = len(self.suspects)
@@ -163,19 +163,18 @@ class Verdict:
 
     def _extent(self, guilty: Figures) -> str:
         """Which tokens and heads are off, and by how much."""
-        parts = []
-        for what, numbers in (("token", guilty.tokens), ("head", guilty.heads)):
-            bad = [i for i, x in enumerate(numbers) if not x <= 1]
-            if 0 < len(bad) < len(numbers):
-                parts.append(f"{what}{'s' if len(bad) > 1 else ''} {at_most(bad, 8)} of {len(numbers)}")
-            elif bad and len(numbers) > 1:
-                parts.append(f"all {len(numbers)} {what}s")
+        parts = _wrong_in(guilty)
         lsb = (
             f", up to {guilty.lsb_max:.0f} codes off, {guilty.lsb_over:.0%} by more than one" if guilty.lsb_max else ""
         )
         cost = f"; quantization alone costs {guilty.cost_sqnr:.1f} dB" if guilty.kind not in ("float",) else ""
-        place = ", ".join(parts) or "a little everywhere"
-        return f"Wrong in {place}: {guilty.sqnr:.1f} dB to {TEXTS[self.kind]}{lsb}{cost}."
+        if parts:
+            place = f"Wrong in {', '.join(parts)}"
+        elif len(guilty.tokens) == 1:
+            place = "Wrong in its one token"
+        else:
+            place = "Wrong by a little everywhere" if self.thresholds == DERIVED else "Beyond the given limits"
+        return f"{place}: {guilty.sqnr:.1f} dB to {TEXTS[self.kind]}{lsb}{cost}."
 
     def table(self, limit: int = 20) -> str:
         """The worst tensors, a line each."""
@@ -226,6 +225,26 @@ class Verdict:
     def judged(self, thresholds: Thresholds) -> Verdict:
         """The same run by other thresholds. Causes stay those that were found when the arrays were there."""
         return replace(self, thresholds=thresholds)
+
+
+def _wrong_in(tensor: Figures) -> list[str]:
+    """Which tokens, and which heads, are beyond what is allowed."""
+    parts = []
+    for what, numbers in (("token", tensor.tokens), ("head", tensor.heads)):
+        bad = [i for i, x in enumerate(numbers) if not x <= 1]
+        if 0 < len(bad) < len(numbers):
+            parts.append(f"{what}{'s' if len(bad) > 1 else ''} {at_most(bad, 8)} of {len(numbers)}")
+        elif bad and len(numbers) > 1:
+            parts.append(f"all {len(numbers)} {what}s")
+    return parts
+
+
+def _first_place(tensor: Figures) -> str:
+    """Where a tensor is not finite, and its first such value."""
+    if not tensor.tokens:
+        return ""
+    place = ", ".join(_wrong_in(tensor)) or "its one token"
+    return f"Not finite in {place}; the first is at {tensor.index}, expected {tensor.reference:.5g}."
 
 
 def read_run(path: str | Path) -> Verdict:

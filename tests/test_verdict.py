@@ -20,6 +20,7 @@ from export.entries import of_mapping
 from export.figures import Figures, Thresholds
 from export.parts import carry
 from export.references import References
+from export.report import html
 from export.trial import judge
 from export.verdict import read_run, save_run
 from refimpl.calibrate import calibrate
@@ -403,6 +404,29 @@ def test_token_and_head_are_named(world):
     assert f"Wrong in token 5 of {world.references.plan.prompt}, head 2 of 4" in verdict.story
     assert verdict.suspects == [KEY.format(1)]  # the layer's output, which is made of it, is right
     assert "its output alone is wrong" in verdict.story
+
+
+@pytest.mark.filterwarnings("error:invalid value encountered in cast:RuntimeWarning")
+@pytest.mark.parametrize("way", ["isolated", "chained"])
+def test_one_nan_is_placed_and_counted(world, way):
+    def one(x, spec):
+        x = x.copy()
+        x[2, 0, 7, spec.tokens - spec.real + 5] = np.nan
+        return x
+
+    verdict = world.judged(at(3, "past_key_1_out", one)(world, "simulation", way))
+    prompt = world.references.plan.prompt
+    assert f"Not finite in token 5 of {prompt}, head 2 of 4; the first is at (0, 2, 5, 7)" in verdict.story
+    assert f"1 of {128 * prompt} values are NaN" in verdict.story and "0.0%" not in verdict.story
+    assert ">NaN<" in html(verdict) and "NaN or in<" not in html(verdict)
+
+
+def test_one_token_is_not_everywhere(world):
+    outputs = at(4, "logits", lambda x, s: x * 1.5, T)(world, "simulation", "isolated")
+    verdict = world.judged(outputs)
+    assert "Wrong in its one token" in verdict.story
+    healthy = world.judged(world.healthy("simulation", "isolated")).judged(Thresholds(min_sqnr=1e3))
+    assert "everywhere" not in healthy.story
 
 
 def test_a_right_sibling_clears_the_norm(world):
