@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import refimpl
-from export.preflight import CACHE, Part, read_parts
+from export.graph_folder import CACHE, GraphFolder, read_folders
 from export.skeleton import ValueInfo
 from export.tokenizer_json import tokenizer_json
 from refimpl.config import Config, read_config
@@ -128,9 +128,9 @@ def htp_config(soc: str) -> dict[str, Any]:
     }
 
 
-def parts_of(config: Config, folder: Path) -> list[Part]:
+def parts_of(config: Config, folder: Path) -> list[GraphFolder]:
     """The exported graphs of a model, part after part. Raises InputError if they are none of it, or not all."""
-    parts = read_parts(folder)
+    parts = read_folders(folder)
     for part in parts:
         if part.damage:
             raise InputError(f"{part.folder}: {part.damage[0]}")
@@ -139,7 +139,7 @@ def parts_of(config: Config, folder: Path) -> list[Part]:
                 f"{part.folder} is not called {{prompt|token}}_ar{{S}}_cl{{C}}_{{i}}_of_{{N}}; export again"
             )
     parts.sort(key=lambda part: (part.called[3], -part.called[1], part.called[2]))  # type: ignore[index]
-    runs: dict[tuple[int, int], list[Part]] = {}
+    runs: dict[tuple[int, int], list[GraphFolder]] = {}
     for part in parts:
         runs.setdefault(part.called[1:3], []).append(part)  # type: ignore[index]
     totals = {part.called[4] for part in parts}  # type: ignore[index]
@@ -154,7 +154,7 @@ def parts_of(config: Config, folder: Path) -> list[Part]:
     return parts
 
 
-def _check_run(config: Config, folder: Path, run: list[Part]) -> None:
+def _check_run(config: Config, folder: Path, run: list[GraphFolder]) -> None:
     """Raises InputError if parts are not those of the config: its layers, cache and vocabulary."""
     K, D = config.num_key_value_heads, config.head_dim
     layers = sorted({layer for part in run for layer, _ in part.cache(part.graph.inputs)})
@@ -253,7 +253,7 @@ def sample_prompt(
     return BASE_PROMPT
 
 
-def described(parts: Sequence[Part]) -> dict[str, Any]:
+def described(parts: Sequence[GraphFolder]) -> dict[str, Any]:
     """What `metadata.yaml` says: real = (code + offset) * scale."""
     components = {
         part.name: {
@@ -265,7 +265,7 @@ def described(parts: Sequence[Part]) -> dict[str, Any]:
     return {"precision": _precision(parts), "runtime": "genie", "components": components}
 
 
-def _described(part: Part, value: ValueInfo) -> dict[str, Any]:
+def _described(part: GraphFolder, value: ValueInfo) -> dict[str, Any]:
     grid, dtype = part.standing.get(value.name), DTYPES.get(value.dtype, str(value.dtype))
     said: dict[str, Any] = {"shape": list(value.shape or ()), "dtype": dtype}
     if grid is not None and dtype == "float32":
@@ -275,7 +275,7 @@ def _described(part: Part, value: ValueInfo) -> dict[str, Any]:
     return said
 
 
-def _precision(parts: Sequence[Part]) -> str:
+def _precision(parts: Sequence[GraphFolder]) -> str:
     """Bits of most weights and of most activations, such as w4a16."""
     weights: dict[int, int] = {}
     activations: dict[int, int] = {}

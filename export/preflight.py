@@ -16,18 +16,16 @@ from __future__ import annotations
 
 import json
 import os
-import re
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
-from functools import cached_property
+from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from export.encodings import MOVES
-from export.skeleton import BITS, GraphInfo, Grid, ModelInfo, TensorInfo, ValueInfo, read_grids, read_onnx
-from refimpl.errors import InputError, at_most
+from export.graph_folder import CACHE, HOST, NAME, GraphFolder, read_folders
+from export.skeleton import BITS
+from refimpl.errors import at_most
 
 FLOAT, STRING, INT64, BOOL, DOUBLE, UINT64 = 1, 8, 7, 9, 11, 13
 PROVEN_OPSETS = (17, 18)
@@ -37,10 +35,6 @@ BINARY_LIMIT = 2_000_000_000  # bytes of weights in a context binary
 LISTED = 5  # tensors that a finding names; the others are counted
 REASONS = 20  # findings of one rule in one graph, before the rest is one
 SAMPLES, SAMPLE_BYTES = 64, 4096  # of two weight files that should be the same
-NAME = re.compile(r"(?:(prompt|token)_)?ar(\d{1,6})_cl(\d{1,7})_(\d{1,4})_of_(\d{1,4})")
-ALONE = re.compile(r"(?:prompt|token)_ar\d{1,6}_cl\d{1,7}_(?:model|lm_head)\b[\w.]*")  # a module, which is no part
-CACHE = re.compile(r"past_(key|value)_(\d{1,6})_(in|out)")
-HOST = ("attention_mask", "position_ids_cos", "position_ids_sin")
 STARTS = ("input_ids", "input_embeds", "inputs_embeds")
 
 # Of the operators in ORT's table, and those that a converter folds away.
@@ -116,7 +110,7 @@ def check(folder: str | Path) -> Preflight:
 
     A file that is damaged is a finding. Raises InputError for what is no folder, or holds no ONNX file at all.
     """
-    graphs = read_parts(folder)
+    graphs = read_folders(folder)
     findings: list[Finding] = []
     for rule in RULES:
         if rule.of_all:
@@ -132,25 +126,7 @@ def check(folder: str | Path) -> Preflight:
     return Preflight(tuple(findings), len(graphs))
 
 
-def read_parts(folder: str | Path) -> list[Part]:
-    """The graph in a folder, or that of each folder in it, by name.
-
-    Raises InputError for what is no folder, or holds no ONNX file at all.
-    """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise InputError(f"{folder} is not a folder; expected one with model.onnx, or with a folder for each graph")
-    try:
-        here = [folder, *sorted(path for path in folder.iterdir() if path.is_dir())]
-        found = [path for path in here if any(_is_onnx(inside) for inside in path.iterdir())]
-    except OSError as error:
-        raise InputError(f"cannot read {folder}: {error.strerror}; mend its permissions") from None
-    if not found:
-        raise InputError(f"{folder} holds no .onnx, nor does a folder in it; give the folder that an export has made")
-    return [Part(path) for path in (found[:1] if folder in found else found)]
-
-
-def _findings(rule: Rule, breaches: Iterator[tuple[Part, str, str]]) -> list[Finding]:
+def _findings(rule: Rule, breaches: Iterator[tuple[GraphFolder, str, str]]) -> list[Finding]:
     """One finding for each graph and reason, with the tensors that share them."""
     places: dict[str, dict[str, dict[str, None]]] = {}
     for graph, name, why in breaches:
@@ -170,117 +146,6 @@ def _findings(rule: Rule, breaches: Iterator[tuple[Part, str, str]]) -> list[Fin
 def _readable(name: str) -> str:
     """A name that a terminal may show."""
     return (name if name.isprintable() else ascii(name))[:200]
-
-
-def _is_onnx(path: Path) -> bool:
-    return path.suffix == ".onnx" and path.is_file()
-
-
-@dataclass
-class Part:
-    """A graph's folder and what is known of it. `damage` is why one of its files cannot be read."""
-
-    folder: Path
-    damage: list[str] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        self.name = self.folder.resolve().name
-        self.files = sorted(self.folder.iterdir())
-        self.model: ModelInfo = ModelInfo(GraphInfo())
-        self.grids: dict[str, Grid] | None = None
-        try:
-            self.model = read_onnx(self.of_kind(".onnx")[0])
-            if listed := self.of_kind(".encodings"):
-                self.grids = read_grids(listed[0])
-        except InputError as error:
-            self.damage.append(str(error))
-
-    def of_kind(self, suffix: str) -> list[Path]:
-        return [path for path in self.files if path.suffix == suffix and path.is_file()]
-
-    @property
-    def graph(self) -> GraphInfo:
-        return self.model.graph
-
-    @cached_property
-    def called(self) -> tuple[str | None, int, int, int, int] | None:
-        """What the name says: prompt or token, tokens, context, number and total of parts."""
-        found = NAME.fullmatch(self.name.removesuffix(".aimet").removesuffix(".onnx"))
-        return (found[1], *(int(found[i]) for i in (2, 3, 4, 5))) if found else None  # type: ignore[return-value]
-
-    @cached_property
-    def is_language_model(self) -> bool:
-        if ALONE.fullmatch(self.name):
-            return False
-        return bool(self.called) or any(CACHE.fullmatch(value.name) for value in self.graph.inputs)
-
-    @cached_property
-    def window(self) -> tuple[int, int] | None:
-        """Tokens at a time and context, by the mask's shape or else the name."""
-        for value in self.graph.inputs:
-            if value.name == "attention_mask" and value.shape and len(value.shape) == 4:
-                tokens, context = value.shape[2:]
-                if isinstance(tokens, int) and isinstance(context, int):
-                    return tokens, context
-        return self.called[1:3] if self.called else None
-
-    @cached_property
-    def ends(self) -> list[ValueInfo]:
-        return [*self.graph.inputs, *self.graph.outputs]
-
-    @cached_property
-    def types(self) -> dict[str, int]:
-        """Name -> ONNX's number of the type, of every tensor that has one."""
-        found = {value.name: value.dtype for value in [*self.graph.values, *self.ends] if value.dtype}
-        found |= {tensor.name: tensor.dtype for tensor in self.graph.initializers}
-        for node in self.graph.nodes:
-            if node.op == "Constant" and node.tensors and node.outputs:
-                found[node.outputs[0]] = node.tensors[0].dtype
-            elif node.op == "Cast" and node.outputs:
-                found.setdefault(node.outputs[0], node.ints.get("to", 0))
-        return found
-
-    @cached_property
-    def constants(self) -> dict[str, TensorInfo]:
-        """What is known before the graph runs: initializers, and the values of Constants."""
-        made = {node.outputs[0]: node.tensors[0] for node in self.graph.nodes
-                if node.op == "Constant" and node.tensors and node.outputs}  # fmt: skip
-        return {**{tensor.name: tensor for tensor in self.graph.initializers}, **made}
-
-    @cached_property
-    def standing(self) -> dict[str, Grid]:
-        """Name -> the grid that the values stand on: the tensor's own, or that of what they are moved from."""
-        found = dict(self.grids or {})
-        for node in self.graph.nodes:
-            sources = [found.get(name) for name in node.inputs]
-            if node.op in MOVES and sources:
-                grid = sources[0]
-            elif node.op == "Concat" and sources:
-                grid = sources[0] if all(source == sources[0] for source in sources) else None
-            elif node.op == "Gather" and node.inputs and node.inputs[0] in self.constants:
-                grid = sources[0]
-            else:
-                continue
-            for name in node.outputs:
-                if grid:
-                    found.setdefault(name, grid)
-        return found
-
-    def cache(self, values: list[ValueInfo]) -> dict[tuple[int, str], ValueInfo]:
-        """The keys and values among a graph's inputs or outputs, by layer and kind."""
-        return {(int(found[2]), found[1]): value for value in values if (found := CACHE.fullmatch(value.name))}
-
-    @property
-    def reads(self) -> ValueInfo | None:
-        """The hidden state or the ids that come in."""
-        inputs = [v for v in self.graph.inputs if v.name not in HOST and not CACHE.fullmatch(v.name)]
-        return inputs[0] if inputs else None
-
-    @property
-    def gives(self) -> ValueInfo | None:
-        """The hidden state or the logits that go out."""
-        outputs = [value for value in self.graph.outputs if not CACHE.fullmatch(value.name)]
-        return outputs[0] if outputs else None
 
 
 @dataclass(frozen=True)
@@ -313,13 +178,13 @@ def rule(id: str, severity: str, source: str, remedy: str, of_all: bool = False)
 
 
 @rule("damaged", "error", "protobuf, JSON", "export or copy the file again")
-def damaged(graph: Part):
+def damaged(graph: GraphFolder):
     """A file cannot be read, and nothing else is known of its graph."""
     yield from (("", why) for why in graph.damage)
 
 
 @rule("folder-contents", "error", "client: _get_model_dir_type", "leave one .onnx, one .data, one .encodings, no more")
-def folder_contents(graph: Part):
+def folder_contents(graph: GraphFolder):
     """A folder is uploaded as one model: exactly one .onnx, at most one .data and one .encodings, and nothing else."""
     kinds = Counter(path.suffix for path in graph.files if path.is_file())
     for path in graph.files:
@@ -333,7 +198,7 @@ def folder_contents(graph: Part):
 
 
 @rule("external-name", "error", "client; ports", "save all weights as one file model.data beside model.onnx")
-def external_name(graph: Part):
+def external_name(graph: GraphFolder):
     """Weights outside model.onnx, those of Constant nodes too, lie in one *.data of the same folder."""
     locations: dict[str, str] = {}
     for tensor in graph.graph.every_tensor():
@@ -351,7 +216,7 @@ def external_name(graph: Part):
 
 
 @rule("external-range", "error", "ONNX: ExternalDataInfo", "copy model.data again, or export again")
-def external_range(graph: Part):
+def external_range(graph: GraphFolder):
     """The bytes of a weight lie within its file, and are as many as its shape needs."""
     sizes: dict[str, int] = {path.name: path.stat().st_size for path in graph.of_kind(".data")}
     for tensor in graph.graph.every_tensor():
@@ -372,7 +237,7 @@ def external_range(graph: Part):
 @rule(
     "protobuf-size", "error", "protobuf; ai-hub-apps #24", "move the weights into model.data, or split into more parts"
 )
-def protobuf_size(graph: Part):
+def protobuf_size(graph: GraphFolder):
     """A protobuf message, model.onnx, has less than 2 GiB."""
     for path in graph.of_kind(".onnx"):
         if path.stat().st_size >= PROTOBUF_LIMIT:
@@ -380,7 +245,7 @@ def protobuf_size(graph: Part):
 
 
 @rule("binary-size", "warning", "zoo: onboarding.md", "split the model into more parts, or quantize weights to 4 bits")
-def binary_size(graph: Part):
+def binary_size(graph: GraphFolder):
     """An NPU process has 32-bit addresses: a context binary, encoded weights, has 1 to 2 GB."""
     grids, raw, packed = graph.grids or {}, 0, 0
     for tensor in graph.constants.values():
@@ -401,7 +266,7 @@ def binary_size(graph: Part):
 
 
 @rule("invalid", "error", "ONNX: IR.md", "run onnx.checker.check_model(path, full_check=True), and mend the exporter")
-def invalid(graph: Part):
+def invalid(graph: GraphFolder):
     """A name is given once, before it is used, and every output of the graph is computed."""
     given = {"", *(value.name for value in graph.graph.inputs), *(t.name for t in graph.graph.initializers)}
     for node in graph.graph.nodes:
@@ -420,7 +285,7 @@ def invalid(graph: Part):
 
 
 @rule("opset", "warning", "zoo: 17 until 0.46, 18 in 0.65", "export with opset 17")
-def opset(graph: Part):
+def opset(graph: GraphFolder):
     """The opsets that AI Hub's own language models have: any other may be taken, and nothing says so."""
     versions = [version for domain, version in graph.model.opsets if domain in ("", "ai.onnx")]
     if len(versions) != 1 or versions[0] not in PROVEN_OPSETS:
@@ -429,14 +294,14 @@ def opset(graph: Part):
 
 
 @rule("ir-version", "error", "zoo: onnx<=1.18, IR clamped to 10", "write the model with ir_version=10 or less")
-def ir_version(graph: Part):
+def ir_version(graph: GraphFolder):
     """AI Hub does not take what comes after version 10 of ONNX's file format."""
     if not 3 <= graph.model.ir_version <= LATEST_IR:
         yield "", f"the IR version is {graph.model.ir_version}, expected at most {LATEST_IR}"
 
 
 @rule("domain", "error", "ports", "export with operators of ONNX itself (--profile aihub)")
-def domain(graph: Part):
+def domain(graph: GraphFolder):
     """The converter knows ONNX's operators, no others: none of com.microsoft, and no functions of the model itself."""
     for node in graph.graph.every_node():
         if node.domain not in ("", "ai.onnx"):
@@ -446,7 +311,7 @@ def domain(graph: Part):
 
 
 @rule("control-flow", "error", "ORT: no If, no Loop", "decide on the host, and unroll loops")
-def control_flow(graph: Part):
+def control_flow(graph: GraphFolder):
     """A graph of the NPU has no branches and no loops."""
     for node in graph.graph.every_node():
         if node.op in CONTROL_FLOW:
@@ -456,7 +321,7 @@ def control_flow(graph: Part):
 @rule(
     "operator", "warning", "ORT: table of operators", "write it in operators of the table, or try a small compile first"
 )
-def operator(graph: Part):
+def operator(graph: GraphFolder):
     """An operator that no table of the NPU has. QAIRT's own converter may know more, and may know less."""
     known = {*HTP_OPS.split(), *CONTROL_FLOW}
     for node in graph.graph.every_node():
@@ -465,7 +330,7 @@ def operator(graph: Part):
 
 
 @rule("int4-blocks", "warning", "no report of success", "export float32 weights with int4 encodings (--profile aihub)")
-def int4_blocks(graph: Part):
+def int4_blocks(graph: GraphFolder):
     """4-bit weights in the graph itself: AI Hub's documented route is float32 weights and an encodings file."""
     for tensor in graph.constants.values():
         if tensor.dtype in (21, 22, 23, 25, 26):
@@ -473,7 +338,7 @@ def int4_blocks(graph: Part):
 
 
 @rule("static-shapes", "error", "ORT; ports", "export with numbers for all sizes: one graph for each length")
-def static_shapes(graph: Part):
+def static_shapes(graph: GraphFolder):
     """Every size is a number: the NPU's memory is laid out when the graph is compiled."""
     ends = {value.name for value in graph.ends}
     for value in [*graph.ends, *graph.graph.values]:
@@ -484,7 +349,7 @@ def static_shapes(graph: Part):
 
 
 @rule("value-info", "warning", "zoo: split_onnx", "run onnx.shape_inference, and save what it finds")
-def value_info(graph: Part):
+def value_info(graph: GraphFolder):
     """Every tensor has its type and shape in the file: the zoo's splitter needs it, and so do these rules."""
     ends = {value.name for value in graph.ends}
     typed = {value.name for value in [*graph.graph.values, *graph.ends] if value.dtype}
@@ -501,7 +366,7 @@ def value_info(graph: Part):
 
 
 @rule("bool", "error", "ports: Where, And and Cast to bool fail", "compute masks on the host, as floats that are added")
-def bool_tensors(graph: Part):
+def bool_tensors(graph: GraphFolder):
     """The NPU has no tensors of truth values."""
     gives = {name for node in graph.graph.nodes if node.op in GIVES_BOOL for name in node.outputs}
     for name in dict.fromkeys([*(name for name, dtype in graph.types.items() if dtype == BOOL), *gives]):
@@ -509,7 +374,7 @@ def bool_tensors(graph: Part):
 
 
 @rule("dtype", "error", "ORT", "cast to float32 before export")
-def dtypes(graph: Part):
+def dtypes(graph: GraphFolder):
     """float64, uint64, complex numbers and strings are types that the NPU lacks."""
     lacking = {STRING: "string", DOUBLE: "float64", UINT64: "uint64", 14: "complex64", 15: "complex128"}
     for name, dtype in graph.types.items():
@@ -518,7 +383,7 @@ def dtypes(graph: Part):
 
 
 @rule("int64-io", "error", "ports: else --truncate_64bit_io", "make ids int32, as the zoo does")
-def int64_io(graph: Part):
+def int64_io(graph: GraphFolder):
     """Inputs and outputs have no 64-bit integers."""
     for value in graph.ends:
         if value.dtype == INT64:
@@ -526,7 +391,7 @@ def int64_io(graph: Part):
 
 
 @rule("int64-inside", "warning", "ports: else --truncate_64bit_tensors", "use int32 for indices, and fold shapes")
-def int64_inside(graph: Part):
+def int64_inside(graph: GraphFolder):
     """Nothing is computed in 64-bit integers. Shapes and axes may be: ONNX demands it, and compiling removes them."""
     ends = {value.name for value in graph.ends}
     for node in graph.graph.nodes:
@@ -540,7 +405,7 @@ def int64_inside(graph: Part):
 
 
 @rule("names", "error", "compiler: / and . become _", "rename one of them")
-def names(graph: Part):
+def names(graph: GraphFolder):
     """Two tensors have different names still when the compiler has turned every `/` and `.` into `_`."""
     nodes = (name for node in graph.graph.nodes for name in node.outputs)
     given = dict.fromkeys([*(v.name for v in graph.ends), *(t.name for t in graph.graph.initializers), *nodes])
@@ -556,7 +421,7 @@ def names(graph: Part):
 
 
 @rule("graph-name", "error", "zoo: get_qnn_context_graph_name", "call it {prompt|token}_ar{S}_cl{C}_{i}_of_{N}")
-def graph_name(graph: Part):
+def graph_name(graph: GraphFolder):
     """Genie reads tokens at a time, context and part from the name, and they are what the shapes say."""
     if not graph.is_language_model:
         return
@@ -579,7 +444,7 @@ def graph_name(graph: Part):
 
 
 @rule("io-extra", "warning", "zoo: _get_output_names", "compile it to look inside, and leave it out for Genie")
-def io_extra(graph: Part):
+def io_extra(graph: GraphFolder):
     """An output that Genie does not ask for, such as a probe."""
     if graph.is_language_model:
         for value in graph.graph.outputs:
@@ -588,7 +453,7 @@ def io_extra(graph: Part):
 
 
 @rule("io-names", "error", "zoo: _get_input_spec", "rename it; export/parts.py lists what each is called")
-def io_names(graph: Part):
+def io_names(graph: GraphFolder):
     """Genie finds inputs and outputs by name: one hidden state or ids, mask, cos and sin, and each layer's cache."""
     if not graph.is_language_model:
         return
@@ -619,7 +484,7 @@ def io_names(graph: Part):
 
 
 @rule("alibi", "warning", "zoo: _get_input_spec", "run the graphs from a host of your own, with ALiBi in its mask")
-def alibi(graph: Part):
+def alibi(graph: GraphFolder):
     """Genie computes rotary positions, and a mask with one head: it gives cos and sin to every part with layers."""
     inputs = {value.name: value for value in graph.graph.inputs}
     if not graph.cache(graph.graph.inputs) or "attention_mask" not in inputs:
@@ -637,7 +502,7 @@ def alibi(graph: Part):
     "zoo: _get_input_spec; client: order of a dict",
     "export in this order, or feed in the graph's",
 )
-def io_order(graph: Part):
+def io_order(graph: GraphFolder):
     """AI Hub matches data to inputs by their order: hidden state, mask, cos, sin, then key and value of each layer."""
     if not graph.is_language_model:
         return
@@ -656,7 +521,7 @@ def io_order(graph: Part):
 
 
 @rule("io-shapes", "error", "zoo: _get_input_spec", "export with these layouts; Genie keeps its cache in them")
-def io_shapes(graph: Part):
+def io_shapes(graph: GraphFolder):
     """Ids (1, S), mask (1, 1, S, C), cos and sin (1, 1, S, D/2), keys (K, 1, D, C-S), values (K, 1, C-S, D)."""
     if not graph.is_language_model or not graph.window:
         return
@@ -692,7 +557,7 @@ def io_shapes(graph: Part):
 
 
 @rule("encodings-unknown", "warning", "aimet #4071", "write the encodings of this very graph, under its names")
-def encodings_unknown(graph: Part):
+def encodings_unknown(graph: GraphFolder):
     """An encoding for a tensor that the graph lacks does nothing, and the tensor that was meant has none."""
     known = {name for node in graph.graph.every_node() for name in (*node.inputs, *node.outputs)}
     known |= {value.name for value in graph.ends} | {tensor.name for tensor in graph.graph.every_tensor()}
@@ -707,7 +572,7 @@ def encodings_unknown(graph: Part):
     "zoo 0.65: fill_input_encodings_of_split",
     "give both sides of a boundary its encoding",
 )
-def encodings_missing(graph: Part):
+def encodings_missing(graph: GraphFolder):
     """Every float input and output has an encoding, or moves data that has one; the linker compares them."""
     if graph.grids is None:
         return
@@ -717,7 +582,7 @@ def encodings_missing(graph: Part):
 
 
 @rule("encodings-weights", "warning", "aimet #2444", "give every weight of a MatMul, Gemm or Conv its encoding")
-def encodings_weights(graph: Part):
+def encodings_weights(graph: GraphFolder):
     """A weight without an encoding is quantized all the same, in the converter's way."""
     if graph.grids is None:
         return
@@ -730,7 +595,7 @@ def encodings_weights(graph: Part):
 
 
 @rule("encodings-gather", "error", "zoo: AISW-152612", "delete it; what a Gather gives stands on its table's grid")
-def encodings_gather(graph: Part):
+def encodings_gather(graph: GraphFolder):
     """What a Gather gives has no encoding of its own."""
     for node in graph.graph.nodes:
         if node.op == "Gather":
@@ -738,7 +603,7 @@ def encodings_gather(graph: Part):
 
 
 @rule("kv-bits", "error", "zoo: _set_tensors_to_output_8b_sym", "8 bits, symmetric: offset -128")
-def kv_bits(graph: Part):
+def kv_bits(graph: GraphFolder):
     """Keys and values are 8-bit and symmetric: the NPU multiplies 16 by 8 bits, and an empty cache is code 128."""
     for value in graph.ends:
         grid = (graph.grids or {}).get(value.name)
@@ -747,7 +612,7 @@ def kv_bits(graph: Part):
 
 
 @rule("kv-tie", "error", "zoo: _tie_quantizers_for_kv_cache", "give past_*_in the encoding of past_*_out")
-def kv_tie(graph: Part):
+def kv_tie(graph: GraphFolder):
     """What goes out comes in again as it is, in codes: both have one grid."""
     came, gone = graph.cache(graph.graph.inputs), graph.cache(graph.graph.outputs)
     for key, value in came.items():
@@ -757,7 +622,7 @@ def kv_tie(graph: Part):
 
 
 @rule("matmul-16x16", "error", "ORT: (u8,u8), (u8,u16), (u16,u8)", "put the second operand (keys, values) on 8 bits")
-def matmul_16x16(graph: Part):
+def matmul_16x16(graph: GraphFolder):
     """A product of two activations has at most one of 16 bits."""
     for node in graph.graph.nodes:
         if node.op != "MatMul" or any(name in graph.constants for name in node.inputs):
@@ -777,7 +642,7 @@ def matmul_16x16(graph: Part):
     "write model.encodings for each graph, or for none",
     of_all=True,
 )
-def encodings_file(graphs: list[Part]):
+def encodings_file(graphs: list[GraphFolder]):
     """Either every graph has encodings or none has."""
     lacking = [graph for graph in graphs if graph.grids is None]
     if len(lacking) < len(graphs):
@@ -785,7 +650,7 @@ def encodings_file(graphs: list[Part]):
 
 
 @rule("chain", "error", "zoo: split_onnx", "export all parts in one go", of_all=True)
-def chain(graphs: list[Part]):
+def chain(graphs: list[GraphFolder]):
     """Parts 1 to N are all there; each reads what the one before gives, and has the layers that come next."""
     for run in _runs(graphs):
         numbers, totals = [part.called[3] for part in run], {part.called[4] for part in run}  # type: ignore[index]
@@ -815,7 +680,7 @@ def chain(graphs: list[Part]):
     "copy the giver's encoding",
     of_all=True,
 )
-def encodings_boundary(graphs: list[Part]):
+def encodings_boundary(graphs: list[GraphFolder]):
     """Both sides of a boundary have the same grid, number for number."""
     for run in _runs(graphs):
         for giver, taker in pairwise(run):
@@ -832,7 +697,7 @@ def encodings_boundary(graphs: list[Part]):
     "calibrate once, and write one set for both graphs",
     of_all=True,
 )
-def encodings_graphs(graphs: list[Part]):
+def encodings_graphs(graphs: list[GraphFolder]):
     """Prompt and token graphs share weights and cache: inputs, outputs and weights have one grid in both."""
     for first, other in _siblings(graphs):
         shared = {value.name for value in first.ends} | {tensor.name for tensor in first.graph.initializers}
@@ -849,7 +714,7 @@ def encodings_graphs(graphs: list[Part]):
     "export both graphs of a part from one model",
     of_all=True,
 )
-def shared_weights(graphs: list[Part]):
+def shared_weights(graphs: list[GraphFolder]):
     """A part's graphs have the same weights at the same places, so that linking keeps one copy."""
     for first, other in _siblings(graphs):
         files = [graph.of_kind(".data")[:1] for graph in (first, other)]
@@ -869,9 +734,9 @@ def sanitized(name: str) -> str:
     return name.replace("/", "_").replace(".", "_")
 
 
-def _runs(graphs: list[Part]) -> Iterator[list[Part]]:
+def _runs(graphs: list[GraphFolder]) -> Iterator[list[GraphFolder]]:
     """The graphs that follow one another, part after part, of each length and context; one alone is no run."""
-    runs: dict[tuple, list[Part]] = {}
+    runs: dict[tuple, list[GraphFolder]] = {}
     for graph in graphs:
         if graph.called:
             runs.setdefault(graph.called[:3], []).append(graph)
@@ -880,9 +745,9 @@ def _runs(graphs: list[Part]) -> Iterator[list[Part]]:
             yield sorted(run, key=lambda part: part.called[3])  # type: ignore[index]
 
 
-def _siblings(graphs: list[Part]) -> Iterator[tuple[Part, Part]]:
+def _siblings(graphs: list[GraphFolder]) -> Iterator[tuple[GraphFolder, GraphFolder]]:
     """The graphs of each part, the first of them with each other one."""
-    parts: dict[tuple[int, int], list[Part]] = {}
+    parts: dict[tuple[int, int], list[GraphFolder]] = {}
     for graph in graphs:
         if graph.called:
             parts.setdefault(graph.called[3:], []).append(graph)

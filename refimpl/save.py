@@ -25,24 +25,13 @@ from refimpl.importance import Importance
 from refimpl.model import Model, load
 from refimpl.quantize import Recipe, Scheme, plan, quantizing
 from refimpl.quantized_files import MANIFEST, VERSION, describe_matrix
-from refimpl.weights import QuantizedWeight, expected_shapes, read_ahead, rounded_by
+from refimpl.weights import QuantizedWeight, Weight, expected_shapes, read_ahead, rounded_by
 
 SHARD_BYTES = 500_000_000  # what an interrupted run does again at most
 
 
-@dataclass(frozen=True)
-class Stored:
+class Stored(Weight):
     """An array to be written as it is."""
-
-    array: np.ndarray
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.array.shape
-
-    @property
-    def dtype(self) -> np.dtype:
-        return self.array.dtype
 
     def tiles(self) -> Iterator[np.ndarray]:
         """Its bytes in order, a few MiB at a time."""

@@ -58,12 +58,6 @@ def families(options):
 CASES = [pytest.param(name, *kind.values, id=f"{name}-{kind.id}") for kind in KINDS for name in families(*kind.values)]
 
 
-def engine_of(options):
-    if options.get("profile") == "matmulnbits" and "onnxruntime" not in ENGINES:
-        pytest.skip("MatMulNBits is onnxruntime's operator")
-    return FAST
-
-
 @pytest.mark.parametrize("family, options", CASES)
 def test_every_module_and_every_tap_alone(family, options, saved, tiny_model):
     """Each tap is a graph alone, and each module in turn; the second layer follows the first, as others do theirs."""
@@ -73,7 +67,7 @@ def test_every_module_and_every_tap_alone(family, options, saved, tiny_model):
     groups = [rows, ["*.1"], ["*.1.mlp", "*.1.self_attn"], ["model"], ["model.layers"]]
     for group in groups if not options else groups[:3]:
         parts, folder = saved(family, graphs=group, **options, **({"tokens": 5} if options else {}))
-        assert (report := verify(folder, engine_of(options))), report
+        assert (report := verify(folder, FAST)), report
         chosen = matching_modules(config, group)
         kinds = ("prompt_ar5",) if options else ("prompt_ar8", "token_ar1")
         assert list(parts) == [f"{kind}_cl24_{name}" for kind in kinds for name in chosen]
@@ -93,7 +87,7 @@ def test_every_tap_as_a_probe(family, options, saved, tiny_model):
             outputs = ends(parts, spec.name)[1]
             assert outputs[: len(spec.whole.outputs)] == [value.name for value in spec.whole.outputs]
             assert {value.tap for value in spec.outputs} >= set(spec.taps) & set(probe)
-    report = verify(folder, engine_of(options))
+    report = verify(folder, FAST)
     assert report, report
     for way in ("isolated", "chained"):
         shown = {tensor.name.split("/")[2] for tensor in report.tensors if f"/{way}/" in tensor.name}
