@@ -14,9 +14,11 @@ import pytest
 from conftest import write_checkpoint
 from onnx import TensorProto, numpy_helper
 from onnx.reference import ReferenceEvaluator
+from safetensors.numpy import save_file
 
 import refimpl
 from export import emit, verify
+from export.graph import Parameter
 from export.parts import split
 from golden.compare import compare
 from golden.tolerance import tolerances
@@ -24,6 +26,7 @@ from kernels import formats
 from refimpl.errors import InputError
 from refimpl.names import shape, taps
 from refimpl.quantize import QuantizedWeight
+from refimpl.weights import Weight, map_safetensors
 
 PROMPT = [3, 1, 4, 15, 9, 26]
 
@@ -300,6 +303,20 @@ def test_memory_does_not_grow_with_the_weights(tmp_path):
         found.append([int(number) for number in done.stdout.split()])
     (small, peak_small), (large, peak_large) = found
     assert large - small > 300 and peak_large - peak_small < 40, found
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's count of mapped pages")
+def test_what_has_been_read_of_a_file_is_let_go(tmp_path):
+    """Mapped pages count as a process's memory until it says that it is done with them."""
+
+    def mapped():
+        return int(re.search(r"RssFile:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) >> 10
+
+    save_file({"w": np.ones((1 << 12, 1 << 12), np.float32)}, tmp_path / "w.safetensors")
+    weight = Weight(map_safetensors(tmp_path / "w.safetensors")["w"])
+    before = mapped()
+    assert sum(float(tile.sum()) for tile in Parameter.whole("w", weight).tiles()) == 1 << 24
+    assert mapped() - before < 32  # of 64 MiB
 
 
 def test_tied_and_random_heads(tmp_path):
