@@ -28,7 +28,7 @@ from export.parts import GraphSpec, Part, Plan, carry, host_inputs
 from export.profiles import Profile, checked_forms, profile_named
 from export.qdq import quantized
 from golden.bundle import sha256 as digest
-from golden.tolerance import Tolerance, tolerances
+from golden.tolerance import Tolerance, largest_scores, tolerances
 from kernels.affine import Rounding
 from kernels.ops import NumPyOps
 from refimpl.calibrate import calibrate
@@ -39,7 +39,7 @@ from refimpl.model import Model
 from refimpl.names import taps
 from refimpl.quantize import QuantizedWeight
 from refimpl.simulate import SimulatedModel
-from refimpl.trace import feeding
+from refimpl.trace import Tap, feeding, silent
 
 FORMAT = "refimpl export 1"
 PROMPT = "登鹳雀楼->王之涣\n夜雨寄北->"  # from the model card of Baichuan2-7B-Base
@@ -238,7 +238,8 @@ class Parts:
         rounding: Rounding = "even" if self.profile.on_grids else "away"  # as ONNX does, or AIMET
         # Exact sums of integers: the same bits whatever BLAS there is.
         simulation = SimulatedModel(self.model, self.encodings, rounding, integer=True) if self.encodings else None
-        cases = goldens(self.model, self.plan, self.prompt, simulation, self.given) if golden else (
+        scores: dict[str, float] = {}
+        cases = goldens(self.model, self.plan, self.prompt, simulation, self.given, scores) if golden else (
             (spec, dict[str, Arrays]()) for run in self.plan.runs for spec in run)  # fmt: skip
         for spec, case in tqdm(cases, "exporting", len(self), unit="graph", disable=None, leave=False):
             graph, data_set = folder / spec.name, folder / TEST_DATA.format(spec.name)
@@ -262,17 +263,18 @@ class Parts:
                     write(data_set / f"{kind}_{i}.pb", numpy_helper.from_array(array, name))
         if self.encodings:
             save(folder / "encodings.json", self.encodings)
-        text = json.dumps(self._manifest(files, golden), indent=1, ensure_ascii=False)
+        text = json.dumps(self._manifest(files, golden, scores), indent=1, ensure_ascii=False)
         (folder / "manifest.json").write_text(text, encoding="utf-8")
 
-    def _manifest(self, files: Mapping[str, Mapping], golden: bool) -> dict[str, Any]:
+    def _manifest(self, files: Mapping[str, Mapping], golden: bool, scores: Mapping[str, float]) -> dict[str, Any]:
         plan, config = self.plan, self.model.config
+        scores = {name: float(f"{size:.3g}") for name, size in scores.items()}  # the same on any machine
         # Positions and sums go no further than what is no padding: masked places add exactly nothing.
         tokens = max(spec.real + spec.past for run in plan.runs for spec in run)
         limits: dict[str, Tolerance] = {}
         for spec in plan.runs[0]:  # a graph alone begins with the golden's tensors, and inherits from nothing before
             fed = set(taps(config)).difference(spec.taps) if spec.cut else False
-            rules = tolerances(config, "float32", tokens, fed)
+            rules = tolerances(config, "float32", tokens, fed, scores)
             limits |= {value.tap: rules[value.tap] for value in spec.outputs if value.tap}
         return {
             "format": FORMAT,
@@ -285,7 +287,7 @@ class Parts:
             "quantization": quantization(self.model),
             "golden": golden and {
                 "prompt": self.prompt, "outputs": "NumPy in float64 from the stored inputs, then float32",
-                "simulated": self.encodings is not None,
+                "simulated": self.encodings is not None, "scores": scores,
             },
             "tolerances": {name: asdict(limit) for name, limit in limits.items()},
             "graphs": {
@@ -313,13 +315,14 @@ Arrays = dict[str, np.ndarray]
 
 def goldens(
     model: Model, plan: Plan, prompt: list[int], simulation: SimulatedModel | None = None,
-    given: Mapping[str, Arrays] | None = None,
+    given: Mapping[str, Arrays] | None = None, scores: dict[str, float] | None = None,
 ) -> Iterator[tuple[GraphSpec, dict[str, Arrays]]]:  # fmt: skip
     """Each graph with its golden "input" and "output", run by run: the first reads the prompt, each other goes on.
 
     It goes on with the likeliest token, and then, where more are asked for, with the prompt again. Outputs are what
     NumPy computes in float64 from the very inputs, rounded to float32, and the next part is given those. A graph alone
     is given what the model, run up to there, has in its place. `given`: the inputs of a graph, where they are known.
+    `scores` learns how large the attention scores of each layer are.
 
     With a `simulation` of a quantized device there is also what that says: "simulated", of the golden inputs, and
     "simulated_chained", of what it said of the graphs before.
@@ -339,7 +342,7 @@ def goldens(
                 return {v.name: carry(spec, v, flow) if v.source else host[v.name] for v in spec.inputs}
 
             inputs = given[spec.name] if given else linked(flow)
-            outputs = oracle(model, spec, inputs)
+            outputs = oracle(model, spec, inputs, measuring(spec, {} if scores is None else scores))
             case = {"input": inputs, "output": outputs}
             if simulation:
                 case["simulated"] = simulate_graph(simulation, spec, inputs)
@@ -351,10 +354,22 @@ def goldens(
         after_prompt, after_simulated = after_prompt or flow, after_simulated or simulated
 
 
-def oracle(model: Model, spec: GraphSpec, inputs: Arrays) -> Arrays:
+def oracle(model: Model, spec: GraphSpec, inputs: Arrays, tap: Tap = silent) -> Arrays:
     """What NumPy computes in float64 of the inputs of a graph, rounded to the types of its outputs."""
-    computed = spec.computed(model.weights, NumPyOps("float64"), spec.filled(inputs), feeding(inputs))
+    computed = spec.computed(model.weights, NumPyOps("float64"), spec.filled(inputs), feeding(inputs, then=tap))
     return {v.name: np.ascontiguousarray(computed[v.name], v.dtype) for v in spec.outputs}
+
+
+def measuring(spec: GraphSpec, scores: dict[str, float]) -> Tap:
+    """Keeps how large the attention scores are that a graph computes; those of padding do not count."""
+
+    def tap(name: str, x: np.ndarray) -> np.ndarray:
+        if name.endswith(".scores") and name in spec.taps:
+            (size,) = largest_scores({name: x[..., -spec.real :, :]}).values()
+            scores[name] = max(size, scores.get(name, 0.0))
+        return x
+
+    return tap
 
 
 def around_graphs(model: Model, run: Sequence[GraphSpec], ids: Sequence[int], flow: Arrays) -> Arrays:

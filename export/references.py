@@ -32,7 +32,7 @@ from export.emit import Arrays
 from export.encodings import read_encodings, simulate_graph
 from export.executor import Engine
 from export.parts import GraphSpec
-from export.verify import as_trace, engine_called, read_arrays, read_manifest, run_graph
+from export.verify import as_trace, engine_called, read_arrays, read_manifest, read_scores, run_graph
 from golden.compare import compare
 from kernels.affine import Encoding
 from kernels.ops import NumPyOps
@@ -98,6 +98,11 @@ class References:
     def limits(self):
         """Tap -> the tolerance of a float run."""
         return self._manifest[1]
+
+    @cached_property
+    def scores(self) -> dict[str, float]:
+        """Tap -> the largest attention score of a layer in the golden run."""
+        return read_scores(self.folder)
 
     @cached_property
     def specs(self) -> dict[str, GraphSpec]:

@@ -195,7 +195,8 @@ class Trial:
             inside = {f"model.layers.{layer}" for layer in spec.part.layers}
             outside = [name for name in known if ".".join(name.split(".")[:3]) not in inside]
             fed = outside if way == "isolated" else ()
-            self._rules[key] = tolerances(spec.config, self.dtype, spec.real + spec.past, fed)
+            scores = self.references.scores
+            self._rules[key] = tolerances(spec.config, self.dtype, spec.real + spec.past, fed, scores)
         return self._rules[key][tap]
 
     @cached_property

@@ -177,6 +177,18 @@ def read_manifest(folder: Path, weights: bool = True) -> tuple[Plan, dict[str, T
     return plan, limits
 
 
+def read_scores(folder: Path) -> dict[str, float]:
+    """Tap -> the largest attention score of a layer in the golden run of an export; {} if that was not recorded.
+
+    Raises InputError for what cannot be one.
+    """
+    path = folder / "manifest.json"
+    found = (read_json(path).get("golden") or {}).get("scores", {})
+    if not isinstance(found, dict) or not all(type(x) is float and 0 <= x < 2.0**128 for x in found.values()):
+        raise InputError(f"{path} is damaged: the sizes of scores are {found!s:.60}; export again")
+    return found
+
+
 def file_names(spec: GraphSpec, simulated: bool, chained: bool = True) -> list[str]:
     """The files of a graph, relative to the export."""
     names = [f"{spec.name}/model.onnx", f"{spec.name}/model.data"]

@@ -34,7 +34,7 @@ import numpy as np
 from tqdm import tqdm
 
 from golden.bundle import Case, Golden, expect_name, expect_new, read, sha256, write
-from golden.tolerance import tolerances
+from golden.tolerance import largest_scores, tolerances
 from refimpl.config import Config, read_config
 from refimpl.errors import InputError, at_most
 from refimpl.files import read_json
@@ -113,7 +113,9 @@ def make(
         "config": sha256(folder / "config.json"),
         "notes": source.notes,
     }  # fmt: skip
-    write(out, config, cases, traces, provenance, {dtype: tolerances(config, dtype, longest) for dtype in dtypes})
+    scores = largest_scores(*traces.values())
+    rules = {dtype: tolerances(config, dtype, longest, scores=scores) for dtype in dtypes}
+    write(out, config, cases, traces, provenance, rules)
     return read(out)
 
 

@@ -13,6 +13,12 @@ A bound is a rule of (config, number format, tap), never a number picked by hand
   no random error; it counts as the n for which SAFETY * sqrt(n) = 2 * S.
 - SAFETY = 8: both sides round (x 1.4), a row may be smaller than what it is a sum of, and a layer may amplify a
   relative error, as a SwiGLU does that multiplies two outliers.
+- A softmax amplifies, too: exp turns the absolute error of a score into a relative one of its probability, so scores
+  of size M with a relative error e make probabilities with one of M e. Up to M = SAFETY that is covered; of larger
+  scores `probs` and what follows have the variance that `scores` inherit and their own once more, by (M / SAFETY)^2.
+  What was amplified is not counted again in later layers: attention is a part of the stream, and a probability near 1
+  moves little. (With scores of 50 in each of 16 random layers a run needs up to its bound; with hundreds in more
+  than a few, it is chaos, and no bound holds.) M is a fact of the reference, not of the config: what was recorded.
 
 A correct run needs a twentieth to a tenth of its bound, and less than 0.4 of it in the worst tensor of all; a dropped
 NormHead, swapped RoPE halves or a mask off by one exceed that of float32 a thousandfold. `tests/test_compare.py` and
@@ -86,22 +92,41 @@ ROUNDINGS = {
 }
 
 
-def tolerances(config: Config, dtype: str, tokens: int, fed: bool | Container[str] = False) -> dict[str, Tolerance]:
+def tolerances(
+    config: Config, dtype: str, tokens: int, fed: bool | Container[str] = False,
+    scores: Mapping[str, float] | None = None,
+) -> dict[str, Tolerance]:  # fmt: skip
     """The Tolerance of every tap of a model that computes in `dtype` over up to `tokens` tokens.
 
     `fed`: the run goes on with the reference's tensors instead of its own, with all of them or with those of these
-    names, so each tensor shows its own error and what it inherits from others. Raises InputError for a format that is
-    not in `ROUNDINGS`.
+    names, so each tensor shows its own error and what it inherits from others. `scores`: tap -> the largest attention
+    score of a layer, see `largest_scores`; what is not in it is taken to be small. Raises InputError for a format that
+    is not in `ROUNDINGS`.
     """
     replaced = taps(config) if fed is True else fed or ()
     if dtype not in ROUNDINGS:
         raise InputError(f"there is no rounding rule for {dtype!r}, expected one of {', '.join(ROUNDINGS)}")
-    inherited, rules = 0.0, {}
+    inherited, amplified, rules = 0.0, 0.0, {}
     for name in taps(config):
-        own = _variance(name.rsplit(".", 1)[-1], config, dtype, tokens)
-        rules[name] = _rule(dtype, inherited + own)
-        inherited += 0.0 if name in replaced else own
+        at, _, module = name.rpartition(".")
+        own = _variance(module, config, dtype, tokens)
+        largest = (scores or {}).get(f"{at}.scores", 0.0) if module == "probs" else 0.0
+        more = inherited * (max(largest / SAFETY, 1.0) ** 2 - 1)
+        rules[name] = _rule(dtype, inherited + own, amplified + more)
+        if name not in replaced:
+            inherited, amplified = inherited + own, amplified + more
     return rules
+
+
+def largest_scores(*traces: Mapping[str, Any]) -> dict[str, float]:
+    """Tap -> the largest finite size of an attention score, before the mask, for all `scores` that the traces have."""
+    sizes: dict[str, float] = {}
+    for trace in traces:
+        for name, x in trace.items():
+            if name.endswith(".scores"):
+                size = float(np.max(np.abs(x), where=np.isfinite(x), initial=0))
+                sizes[name] = max(size, sizes.get(name, 0.0))
+    return sizes
 
 
 def stated(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, Tolerance]:
@@ -110,7 +135,7 @@ def stated(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, Tolerance]:
     The first of these that there is: the tolerance stored with `b` if it is a golden and `a` is of the same format
     or a finer one; the rule for the config in either one's `meta`; the rule for the deepest of the five families.
     The format is the coarser one of the two. Whole numbers must be equal. If `a` was fed, with `b` it is taken to be,
-    nothing stored holds, and rules do not count what `b` replaced.
+    nothing stored holds, and rules do not count what `b` replaced. How large scores are, the rules know from `b`.
     """
     of_a, of_b = getattr(a, "meta", {}), getattr(b, "meta", {})
     fed = b if of_a.get("fed") else ()
@@ -118,6 +143,7 @@ def stated(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, Tolerance]:
     tokens = max((np.shape(x)[1] for x in b.values() if np.ndim(x) == 3), default=0)
     config, tokens = (Config(**keys), tokens) if keys else (_DEEPEST, _DEEPEST.max_position_embeddings)
     rules: dict[str, dict[str, Tolerance]] = {}
+    scores: dict[str, float] | None = None
     found = {}
     for name in b:
         own = _coarser(of_b.get("dtype"), b[name].dtype)
@@ -127,7 +153,10 @@ def stated(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, Tolerance]:
         elif name in stored and dtype == own:
             found[name] = Tolerance(**stored[name])
         else:
-            rule = rules.setdefault(dtype, tolerances(config, dtype, tokens, fed))
+            if dtype not in rules:
+                scores = largest_scores(b) if scores is None else scores
+                rules[dtype] = tolerances(config, dtype, tokens, fed, scores)
+            rule = rules[dtype]
             found[name] = rule.get(name) or max(rule.values(), key=lambda tolerance: tolerance.relative)
             if not keys:
                 reason = f"no config is known; {dtype} rounding in Baichuan2-13B over {tokens} tokens"
@@ -147,10 +176,11 @@ def _coarser(*dtypes: np.dtype | str | None) -> str:
     return max(names, key=lambda name: ROUNDINGS[name].unit if name in ROUNDINGS else 0)
 
 
-def _rule(dtype: str, variance: float) -> Tolerance:
+def _rule(dtype: str, variance: float, amplified: float) -> Tolerance:
     form = ROUNDINGS[dtype]
-    relative = SAFETY * form.unit * math.sqrt(variance)
-    reason = f"{SAFETY} * {form.text} * sqrt({variance:.0f}): {dtype} rounding"
+    relative = SAFETY * form.unit * math.sqrt(variance + amplified)
+    by = f" + {amplified:.0f}): {dtype} rounding, amplified by large scores" if amplified else f"): {dtype} rounding"
+    reason = f"{SAFETY} * {form.text} * sqrt({variance:.0f}{by}"
     return Tolerance(min(relative, LARGEST), reason if relative < LARGEST else f"{reason}, cut at {LARGEST}")
 
 

@@ -16,7 +16,7 @@ from hypothesis.extra.numpy import array_shapes
 
 from golden import Report, Tolerance, compare, tolerances
 from golden.compare import TINY, row_length
-from golden.tolerance import ROUNDINGS, SAFETY, stated
+from golden.tolerance import ROUNDINGS, SAFETY, largest_scores, stated
 from kernels.ops import NumPyOps
 from refimpl import InputError, Trace
 from refimpl.config import Config
@@ -459,6 +459,60 @@ def test_the_bound_follows_the_model():
     assert all(rule.judges for rule in tolerances(Config(), "bfloat16", 16, fed=True).values())
     with pytest.raises(InputError, match="no rounding rule for 'float8'"):
         tolerances(Config(), "float8", 16)
+
+
+def loud(model, monkeypatch, factor):
+    """Queries and keys are so many times larger."""
+    changed = {}
+    for name, weight in model.weights.items():
+        if name.endswith("W_pack.weight"):
+            rows = np.array(weight.array)
+            rows[: len(rows) * 2 // 3] *= factor
+            changed[name] = Weight(rows)
+    monkeypatch.setattr(model, "weights", model.weights.replace(changed))
+
+
+def test_scores_are_amplified_by_their_size(tiny_model, monkeypatch):
+    """A softmax makes relative errors of absolute ones, so that scores of hundreds need more than a fixed rule."""
+    model = tiny_model("Baichuan2-7B")
+    loud(model, monkeypatch, np.float32(8))
+    prompts = np.random.default_rng(0).integers(0, 96, (12, 12))
+    excess, without = [], []
+    for ids in prompts:
+        trace, reference = model.trace(ids), model.trace(ids, "float64")
+        sizes = largest_scores(reference)
+        assert sizes.keys() == {f"model.layers.{i}.self_attn.scores" for i in (0, 1)} and min(sizes.values()) > 100
+        report = compare(trace, reference)
+        assert report, report
+        excess.append(report.worst[0].excess)
+        without.append(compare(trace, reference, tolerances(model.config, "float32", 12)).worst[0].excess)
+        assert compare(trace, reference, tolerances(model.config, "float32", 12, scores=sizes)) and (
+            stated(trace, reference) == tolerances(model.config, "float32", 12, scores=sizes)
+        )
+    assert max(without) > 1.5, "this is what the size is for"
+    assert 0.05 < max(excess) < 0.5
+    swapped_halves(model, monkeypatch)
+    assert compare(model.trace(ids), reference).worst[0].excess > 1e3
+
+
+def test_small_scores_change_no_bound():
+    config = Config(num_hidden_layers=3)
+    names = [f"model.layers.{i}.self_attn.scores" for i in range(3)]
+    plain = tolerances(config, "float32", 16)
+    assert plain == tolerances(config, "float32", 16, scores=dict.fromkeys(names, float(SAFETY)))
+    large = tolerances(config, "float32", 16, scores=dict.fromkeys(names, 10.0 * SAFETY))
+    assert plain["model.layers.0.self_attn.scores"] == large["model.layers.0.self_attn.scores"]
+    for i, name in enumerate(n.replace("scores", "probs") for n in names):
+        amplified = sum(99 * plain[n].relative ** 2 for n in names[: i + 1])  # each layer's once
+        assert large[name].relative == pytest.approx(math.sqrt(plain[name].relative ** 2 + amplified))
+    assert "amplified by large scores" in large["lm_head"].reason and large["lm_head"].judges
+    fed = tolerances(config, "float32", 16, fed=True, scores=dict.fromkeys(names, 1e3))
+    assert fed == tolerances(config, "float32", 16, fed=True), "scores that are given have no error to amplify"
+
+
+def test_the_size_of_scores_is_of_what_is_finite():
+    traces = [{"a.scores": np.array([[-3.0, np.nan]]), "a.probs": np.ones(2)}, {"a.scores": np.float32([[2, np.inf]])}]
+    assert largest_scores(*traces) == {"a.scores": 3.0} and not largest_scores()
 
 
 def test_a_position_is_bounded_by_its_worst_case():

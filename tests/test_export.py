@@ -20,8 +20,9 @@ import refimpl
 from export import emit, verify
 from export.graph import Parameter
 from export.parts import split
+from export.verify import read_scores
 from golden.compare import compare
-from golden.tolerance import tolerances
+from golden.tolerance import largest_scores, tolerances
 from kernels import formats
 from refimpl.errors import InputError
 from refimpl.names import shape, taps
@@ -110,6 +111,21 @@ def test_goldens_are_what_the_model_says(tiny_model, family, tmp_path):
         assert (report := compare(found, expected, tolerances(model.config, "float32", tokens=24))), report
     past = read(tmp_path / "x", "token_ar1_cl24_2_of_2", "input")["past_key_0_in"]
     assert (past[..., -6:] == prompt["past_key_0_out"][..., -6:]).all() and not past[..., :-6].any()
+
+
+def test_the_size_of_attention_scores_is_on_record(tiny_model, tmp_path):
+    model = tiny_model("Baichuan2-7B")
+    emit(model, tokens=(8, 1), context=24, parts=2, prompt=PROMPT).save(tmp_path / "x")
+    following = read(tmp_path / "x", "token_ar1_cl24_1_of_2", "input")["input_ids"]
+    found = read_scores(tmp_path / "x")
+    whole = largest_scores(model.trace([*PROMPT, int(following[0, 0])], "float64"))
+    assert found.keys() == whole.keys()
+    for name, size in found.items():  # later and padded tokens are among the keys, and so it may be larger
+        assert 0.99 * whole[name] < size < 3 * whole[name]
+    emit(model, tokens=8, context=24, graphs="*.0.self_attn.scores").save(tmp_path / "alone")
+    assert read_scores(tmp_path / "alone").keys() == {"model.layers.0.self_attn.scores"}
+    emit(model, tokens=8, context=24, graphs="*.mlp").save(tmp_path / "mlp")
+    assert read_scores(tmp_path / "mlp") == {}
 
 
 def test_graphs_alone(tiny_model, tmp_path):

@@ -15,6 +15,7 @@ from safetensors.numpy import load_file, save_file
 import refimpl
 from golden import Tolerance, check, compare, read
 from golden.bundle import Case, sha256
+from golden.tolerance import largest_scores, tolerances
 from refimpl import InputError, names
 from refimpl.config import FAMILIES
 
@@ -65,6 +66,21 @@ def test_a_class_of_transformers_agrees_with_ours(family, tmp_path, tiny_folder)
     for name, tap in names.taps(model.config).items():
         assert trace[name].shape == names.shape(tap, model.config, 1, len(IDS), len(IDS)), name
         assert trace[name].dtype == np.float64, name
+
+
+def test_tolerances_know_how_large_the_scores_are(tmp_path):
+    """Stored with the golden: rounding is amplified where attention scores are hundreds."""
+    folder = write_checkpoint(tmp_path / "loud", "Baichuan2-7B")
+    tensors = load_file(folder / "model.safetensors")
+    for name in tensors:
+        if name.endswith("W_pack.weight"):
+            tensors[name][:128] *= np.float32(8)
+    save_file(tensors, folder / "model.safetensors")
+    truth = make(folder, tmp_path / "g", {"one": IDS}, dtypes=("float32",)).trace()
+    rules = tolerances(refimpl.load(folder).config, "float32", len(IDS), scores=largest_scores(truth))
+    assert {n: Tolerance(**stored) for n, stored in truth.meta["tolerance"].items()} == rules
+    assert "amplified" in rules["lm_head"].reason
+    assert check(folder, tmp_path / "g")
 
 
 @pytest.mark.parametrize("family", REMOTE)

@@ -12,6 +12,7 @@ from onnx import numpy_helper
 from export import emit, verify
 from export.ops import OnnxOps
 from export.parts import Part
+from export.verify import read_scores
 from refimpl.errors import InputError
 from refimpl.weights import Weight
 
@@ -189,6 +190,20 @@ def test_a_damaged_manifest_is_one_line(saved, spoil, said):
     with pytest.raises(InputError) as error:
         verify(saved, "reference")
     assert said in str(error.value) and "\n" not in str(error.value)
+
+
+def test_sizes_of_scores_are_read_or_refused(saved):
+    """Exports of before have none; then scores count as small."""
+    path = saved / "manifest.json"
+    manifest = json.loads(path.read_text())
+    for wrong in ([], {"a": "1"}, {"a": -1.0}, {"a": float("nan")}, {"a": 1e300}):
+        manifest["golden"]["scores"] = wrong
+        path.write_text(json.dumps(manifest))
+        with pytest.raises(InputError, match="the sizes of scores are"):
+            read_scores(saved)
+    del manifest["golden"]["scores"]
+    path.write_text(json.dumps(manifest))
+    assert read_scores(saved) == {} and verify(saved, "reference")
 
 
 @pytest.mark.parametrize("kind", ["garbage", "elsewhere", "other shape"])
