@@ -41,7 +41,7 @@ from export.trial import SIMULATED, Trial, misfit
 from export.verdict import DERIVED
 from export.verify import read_manifest
 from golden.compare import finite
-from refimpl.encodings import near
+from refimpl.encodings import Encodings, Float16, near
 from refimpl.errors import InputError, at_most
 from refimpl.model import Model
 from refimpl.names import taps
@@ -225,7 +225,7 @@ class Finding:
             if 0 < len(bad) < len(numbers):
                 parts.append(f"{what}{'s' if len(bad) > 1 else ''} {at_most(bad, 6)} of {len(numbers)}")
         place = f", {', '.join(parts)}" if parts else ""
-        at = f"{one.value:.6g} at {one.index}, expected {one.reference:.6g}".replace(",)", ")")
+        at = f"{one.value:.5g} at {one.index}, expected {one.reference:.5g}".replace(",)", ")")
         return (f"It has {one.sqnr:.1f} dB to {TEXTS[one.kind]}, {self.excess:.2g} times what is allowed{place}; "
                 f"worst {at}.")  # fmt: skip
 
@@ -263,6 +263,17 @@ class Judge:
     @cached_property
     def outputs(self) -> list[Place]:
         return [one for one in self.flow.places.values() if one.is_output]
+
+    @cached_property
+    def grids_digest(self) -> str:
+        """The sha256 of the encodings that the device is judged by; "" without any."""
+        grids, said = self.references.encodings or Encodings({}), Arrays()
+        for name in grids:
+            grid = grids[name]
+            what = f"{name}, {grid.bits} bits"
+            said |= {what: np.empty(0)} if isinstance(grid, Float16) else {
+                f"steps of {what}": grid.steps, f"offset of {what}": grid.offset}  # fmt: skip
+        return arrays_digest([said]) if said else ""
 
     def expect_goldens(self) -> None:
         """Raises InputError if the graph itself, the reference where there is no model, does not give its goldens."""
@@ -498,7 +509,7 @@ class Bisection:
         files = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(graph.glob("model.*"))
                  if path.name != "model.data"}  # fmt: skip
         references = self.judge.references
-        judged = [references.model is not None, references.encodings is not None, self.judge.dtype]
+        judged = [references.model is not None, self.judge.grids_digest, self.judge.dtype]
         data = (self.flow.folder / "model.data").stat()
         fed = arrays_digest([self.judge.inputs])
         return digest([self.label, graph.name, files, data.st_size, data.st_mtime_ns, fed, judged, refimpl.__version__])
@@ -532,6 +543,7 @@ def bisect(
     dtype: str = "float32",
     thresholds: Thresholds = DERIVED,
     label: str | None = None,
+    encodings: Encodings | None = None,
 ) -> Finding:
     """The first wrong tensor that `executor` computes for the export in `folder`, and the operation that gives it.
 
@@ -545,6 +557,7 @@ def bisect(
     - `dtype`, `thresholds`: as in `export.trial.judge`
     - `label`: who the executor is; then what a run showed is kept in `bisect.jsonl` beside the export, and a search
       that was interrupted goes on
+    - `encodings`: the grids of a quantized device, by default those that the export has stored
 
     Raises InputError for a folder that is no export of the model, what the executor cannot run, and no such graph;
     without a model also for graphs that are not as they were exported, or do not give their goldens.
@@ -552,7 +565,7 @@ def bisect(
     if type(probes) is not int or probes < 1:
         raise InputError(f"probes is {probes!r:.40}, expected how many taps a run may show, 1 or more")
     folder = Path(folder)
-    references = References(folder, model, engine="reference" if model is None else "auto")
+    references = References(folder, model, encodings, engine="reference" if model is None else "auto")
     specs = references.specs
     if graph is not None and graph not in specs:
         raise InputError(f"there is no graph {graph!a:.99} in {folder}{near(graph, set(specs))}")

@@ -404,8 +404,13 @@ def scale_of_parts(e: Evidence) -> Iterator[Guess]:
         axes = tuple(axis for axis in range(e.expected.ndim) if axis != e.head_axis)
         factors = _fits(e.device, e.expected, axes)
         off = np.flatnonzero(np.abs(factors.reshape(-1) - 1) > 1e-3)
-        said = at_most([f"head {i} by {factors.flat[i]:.3g}" for i in off], 4)
-        yield Guess(f"heads have scales of their own that are off: {said}", factors * e.expected)
+        turned_over = np.flatnonzero(np.abs(factors.reshape(-1) + 1) <= 1e-3)
+        if len(off) and np.array_equal(off, turned_over):
+            said = f"head{'s' * (len(off) > 1)} {at_most(off, 8)} {'have' if len(off) > 1 else 'has'} the opposite sign"
+        else:
+            said = at_most([f"head {i} by {factors.flat[i]:.3g}" for i in off], 4)
+            said = f"heads have scales of their own that are off: {said}"
+        yield Guess(said, factors * e.expected)
     if e.spec.real >= ROWS_TO_FIT:
         factors = _fits(e.device, e.expected, tuple(range(e.expected.ndim - 1)))
         if e.head_axis is not None:

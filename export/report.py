@@ -117,7 +117,7 @@ def _run_of(graph: str) -> str:
 
 
 def _story(verdict: Verdict) -> str:
-    lines = [*verdict.story.split("\n"), *verdict.remarks] if verdict.story else list(verdict.remarks)
+    lines = [*verdict.story.split("\n"), *verdict.unmeasured, *verdict.remarks]
     logits = [t for t in verdict.tensors if t.kl is not None]
     rows = "".join(
         f"<tr><td>{escape(f'{t.graph}, {t.way}')}<td>{t.kl:.3g}<td>{t.cost_kl:.3g}<td>{t.top1:.1%}<td>{t.cost_top1:.1%}"

@@ -142,9 +142,10 @@ class Verdict:
                 f"the {count} operations from {self.suspects[0]} to {self.suspects[-1]}")  # fmt: skip
             lines.append(f"{until} is one of {among}.")
         elif guilty.operation in KEPT and self._follows(guilty):
-            lines.append(
-                "What follows from it is right, so its output alone is wrong: its layout, name, scale or copy."
-            )
+            # what all keys have in common, or keys and queries, is nothing to a softmax of their products
+            unseen = "" if guilty.operation == KEPT[2] else "; or attention does not see the error"
+            lines.append("What follows from it is right, so its output alone is wrong: its layout, name, scale or copy"
+                         f"{unseen}.")  # fmt: skip
         cause = self.causes.get(guilty.name)
         lines.append(f"Likely cause: {cause}." if cause else "No known pattern explains it.")
         others = [name for name in self.causes if name != guilty.name]
@@ -164,9 +165,9 @@ class Verdict:
     def _extent(self, guilty: Figures) -> str:
         """Which tokens and heads are off, and by how much."""
         parts = _wrong_in(guilty)
-        lsb = (
-            f", up to {guilty.lsb_max:.0f} codes off, {guilty.lsb_over:.0%} by more than one" if guilty.lsb_max else ""
-        )
+        most = guilty.lsb_max or 0
+        over = f", {guilty.lsb_over:.0%} by more than one" if most > 1 else ""
+        lsb = f", up to {most:.0f} code{'s' * (most > 1)} off{over}" if most else ""
         cost = f"; quantization alone costs {guilty.cost_sqnr:.1f} dB" if guilty.kind not in ("float",) else ""
         if parts:
             place = f"Wrong in {', '.join(parts)}"
@@ -199,7 +200,13 @@ class Verdict:
         logits = [t for t in self.tensors if t.kl is not None]
         last = [f"logits of {t.graph}, {t.way}: KL {t.kl:.2g} nats, same top-1 {t.top1:.1%} (quantization alone: "
                 f"{t.cost_kl:.2g}, {t.cost_top1:.1%})" for t in logits]  # fmt: skip
-        return "\n".join(filter(None, [self.summary, self.story, *last, *self.remarks, self.table()]))
+        return "\n".join(filter(None, [self.summary, self.story, *last, *self.unmeasured, *self.remarks, self.table()]))
+
+    @property
+    def unmeasured(self) -> list[str]:
+        """A line for logits of which there is neither KL nor top-1."""
+        return [f"logits of {t.graph}, {t.way}: no KL and no top-1, for they are not to be compared: {t.problem}"
+                for t in self.tensors if t.tap == "lm_head" and t.kl is None]  # fmt: skip
 
     @property
     def report(self) -> Report:

@@ -16,6 +16,7 @@ from onnx import helper, numpy_helper
 from export import emit, session
 from export.bisect import JOURNAL, Judge, Search, bisect
 from export.dataflow import Dataflow
+from export.encodings import write_encodings
 from export.executor import Engine, ends
 from export.figures import Thresholds
 from export.references import References
@@ -369,6 +370,68 @@ def test_an_interrupted_search_goes_on(saved, tmp_path, unexplained):
     assert len(third.runs) <= 1, "once more the run that showed it, for its cause"
 
 
+def shifted(value, by):
+    """A fault: a constant is added to a value."""
+
+    def edit(graph):
+        scaled([value])(graph)
+        for node in graph.node:
+            if node.name.endswith(".fault"):
+                node.op_type = "Add"
+        for one in graph.initializer:
+            if one.name == "fault":
+                one.CopyFrom(numpy_helper.from_array(np.array(by, np.float32), "fault"))
+
+    return edit
+
+
+def test_what_a_softmax_hides_is_found_in_the_graph(tiny_model, tmp_path, unexplained):
+    """The same number is added to all keys: the keys that are given are wrong, and nothing else is."""
+    model = tiny_model("Baichuan2-7B")
+    folder = emit(model, tokens=(4,), context=12, parts=1, prompt=[1, 2, 3, 4]).save(tmp_path / "x")
+    device = Faulty(tmp_path, shifted(f"{LAYER}.self_attn.key", 0.5))
+    found = bisect(folder, device, model)
+    assert found.guilty == f"{LAYER}.self_attn.key" and found.runs[0].wrong == ("past_key_1_out",), found
+    assert len(found.runs) <= found.bound
+
+
+def test_encodings_may_come_from_a_file(tiny_model, tmp_path, unexplained):
+    """The grids of a device whose graphs know none. A search by other grids is another search."""
+    model = tiny_model("Baichuan2-7B").truncated(1)
+    encodings, others = (calibrate(model, np.arange(n) % 90) for n in (48, 9))
+    common = dict(tokens=(4,), context=12, parts=1)
+    folder = emit(model, **common).save(tmp_path / "x")
+    rounding = emit(model, **common, profile="qdq", encodings=encodings, probe="*").save(tmp_path / "device")
+    edit, place = scaled(["model.layers.0.mlp.act_fn.raw"]), "model.layers.0.mlp.act_fn"
+
+    class Quantized:
+        """It has grids whatever it is asked for."""
+
+        runs = 0
+
+        def run(self, graph, inputs):
+            type(self).runs += 1
+            model = onnx.load(rounding / graph.name / "model.onnx")
+            edit(model.graph)
+            onnx.save(model, tmp_path / "wrong.onnx")
+            engine = ort.InferenceSession(tmp_path / "wrong.onnx")
+            names = list(ends(graph)[1])
+            return [dict(zip(names, engine.run(names, inputs[0]), strict=True))]
+
+    ort = pytest.importorskip("onnxruntime")
+    found = bisect(folder, Quantized(), model, label="phone", encodings=encodings)
+    assert found.guilty == place and found.kind in ("simulation", "even"), found
+    before = Quantized.runs
+    again = bisect(folder, Quantized(), model, label="phone", encodings=encodings)
+    assert str(again) == str(found) and Quantized.runs <= before + 1, "once more the run that showed it"
+    before = Quantized.runs
+    for other in (others, None):  # without any, it is wrong from its first operation on
+        found = bisect(folder, Quantized(), model, label="phone", encodings=other)
+        assert Quantized.runs >= before + len(found.runs), "nothing of another search is taken for this one's"
+        before = Quantized.runs
+    assert found.guilty != place
+
+
 def test_a_quantized_device_behind_the_hub(tiny_model, tmp_path, monkeypatch, unexplained):
     """The loopback hub computes on the grids of the encodings, so nothing but the simulation tells right from wrong."""
     import backoff._sync
@@ -424,7 +487,7 @@ def test_bad_input(saved, tmp_path):
         bisect(folder, Transposed(), model)
 
 
-def test_the_command(tiny_folder, saved, capsys):
+def test_the_command(tiny_folder, saved, tmp_path, capsys):
     folder, _ = saved
     model = ["--model", str(tiny_folder("Baichuan2-7B"))]
     assert main(["bisect", str(folder), *model]) == 0
@@ -435,7 +498,17 @@ def test_the_command(tiny_folder, saved, capsys):
     (flow.folder / "model.onnx").write_bytes(proto.SerializeToString())
     assert main(["bisect", str(folder), *model, "--json"]) == 1
     assert json.loads(capsys.readouterr().out)["guilty"] == f"{LAYER}.mlp.act_fn"
-    for wrong in (["--executor", "hub"], ["--device", "x"], ["--graph", "x"], ["--probes-per-run", "0"]):
+    encodings = tmp_path / "e.json"
+    write_encodings(calibrate(load(tiny_folder("Baichuan2-7B")), np.arange(48) % 90), encodings)
+    assert main(["bisect", str(folder), *model, "--encodings", str(encodings), "--json"]) == 1
+    assert json.loads(capsys.readouterr().out)["guilty"] == f"{LAYER}.mlp.act_fn"
+    for wrong in (
+        ["--encodings", str(folder / "manifest.json")],
+        ["--executor", "hub"],
+        ["--device", "x"],
+        ["--graph", "x"],
+        ["--probes-per-run", "0"],
+    ):
         assert main(["bisect", str(folder), *model, *wrong]) == 2
         assert len(capsys.readouterr().err.splitlines()) == 1
 

@@ -406,6 +406,46 @@ def test_token_and_head_are_named(world):
     assert "its output alone is wrong" in verdict.story
 
 
+def test_what_a_softmax_hides_is_not_only_in_the_output(world):
+    """Positions that are all one too high turn keys and queries alike, so that all but the keys is right."""
+    late = tables(by=1)(world, "float", "isolated")["isolated"]
+    verdict = world.judged({P.format(2): late[P.format(2)]})
+    assert [tensor.tap for tensor in verdict.failures] == [KEY.format(0)]
+    assert "scale or copy; or attention does not see the error." in verdict.story
+    assert verdict.causes[verdict.guilty.name].text == "RoPE's positions are 1 too high: off by one"
+    values = at(3, "past_value_1_out", lambda x, s: x * 1.1)(world, "float", "isolated")
+    assert "its layout, name, scale or copy." in world.judged(values).story, "all that is wrong with values is seen"
+
+
+def test_the_sign_of_heads_is_called_a_sign(world):
+    for heads, said in (([2], "head 2 has the opposite sign"), ([0, 3], "heads 0, 3 have the opposite sign")):
+        signs = np.where(np.isin(np.arange(4), heads), -1, 1)[:, None, None, None]
+        outputs = at(3, "past_value_1_out", lambda x, s, by=signs: x * by)(world, "simulation", "isolated")
+        verdict = world.judged(outputs)
+        assert str(verdict.causes[verdict.guilty.name]) == said
+
+
+def test_codes_are_counted_in_words(world):
+    step = float(grid(world, VALUE.format(1)).scale)
+    for by, said in ((1, ", up to 1 code off;"), (2, ", up to 2 codes off, 100% by more than one;")):
+        outputs = at(3, "past_value_1_out", lambda x, s, by=by: x + by * step)(world, "simulation", "isolated")
+        assert said in world.judged(outputs).story
+
+
+def test_logits_that_cannot_be_compared_are_told(world):
+    broken = at(4, "logits", lambda x, s: np.where(np.arange(x.shape[-1]) == 3, np.nan, x))
+    outputs = broken(world, "float", "isolated")
+    del outputs["isolated"][T.format(4)]["logits"]
+    verdict = world.judged(outputs)
+    lines = [line for line in str(verdict).split("\n") if line.startswith("logits of ")]
+    assert lines == [
+        f"logits of {P.format(4)}, isolated: no KL and no top-1, for they are not to be compared: NaN or infinity on "
+        "one side",
+        f"logits of {T.format(4)}, isolated: no KL and no top-1, for they are not to be compared: missing",
+    ]
+    assert all(line in html(verdict) for line in lines)
+
+
 @pytest.mark.filterwarnings("error:invalid value encountered in cast:RuntimeWarning")
 @pytest.mark.parametrize("way", ["isolated", "chained"])
 def test_one_nan_is_placed_and_counted(world, way):

@@ -236,6 +236,7 @@ def verify(arguments) -> int:
     option("folder", metavar="DIR", help="an export"),
     option("outputs", metavar="OUTPUTS", nargs="?", help="what the device returned already, which saves a run"),
     option("--model", metavar="MODEL", nargs="?", const="", help="what was exported (default: the graph as it is)"),
+    option("--encodings", metavar="FILE", help="of the device, if the export has none"),
     option("--graph", metavar="NAME", help="only this one (default: the first whose outputs are wrong)"),
     option("--executor", choices=("auto", "onnxruntime", "reference", "hub"), default="auto",
            help="what runs the graphs: an engine here, or a device of AI Hub"),
@@ -263,15 +264,16 @@ def bisect(arguments) -> int:
     if hub != bool(arguments.device):
         raise InputError("--executor hub and --device NAME belong together; give both, or none")
     model = None if arguments.model is None else load(arguments.model or None)
-    options = Options(compile=arguments.compile_options)
+    folder, options = Path(arguments.folder), Options(compile=arguments.compile_options)
+    encodings = device_encodings(arguments.encodings, folder, model) if arguments.encodings else None
     with ExitStack() as stack:
         device: Executor = Engine(arguments.executor)
         if hub:
-            device = stack.enter_context(Session(arguments.folder, arguments.device, arguments.api_url, options))
+            device = stack.enter_context(Session(folder, arguments.device, arguments.api_url, options))
         return report(arguments, bisect(
-            Path(arguments.folder), device, model, arguments.graph, arguments.outputs, arguments.until,
+            folder, device, model, arguments.graph, arguments.outputs, arguments.until,
             arguments.probes_per_run, arguments.dtype, Thresholds(arguments.min_sqnr),
-            label=None if hub else engine_version(arguments.executor),
+            label=None if hub else engine_version(arguments.executor), encodings=encodings,
         ))  # fmt: skip
 
 
