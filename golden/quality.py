@@ -88,22 +88,26 @@ def quality(
     dtype: str = "float32",
     executor: Executor | None = None,
     resume: str | Path | None = None,
+    cache_dtype: str | None = None,
 ) -> Quality:
     """Judges `model` by `reference` on a text (or its ids), a window at a time, so that logits never pile up.
 
     Windows are those of `refimpl.loss.windows`. `executor`, `resume`: who computes them, and where finished ones are
-    kept (`refimpl.sweep`). Raises InputError if there is nothing to predict, and for different vocabularies.
+    kept (`refimpl.sweep`). `cache_dtype`: what the judged model's cache keeps; the reference's, what is computed.
+    Raises InputError if there is nothing to predict, and for different vocabularies.
     """
     if model.config.vocab_size != reference.config.vocab_size:
         sizes = f"{model.config.vocab_size} and {reference.config.vocab_size}"
         raise InputError(f"the vocabularies have {sizes} words; only models of the same tokenizer can be compared")
-    pieces = [(model, reference, row, dtype) for row in windows(reference, ids, window)]
+    pieces = [(model, reference, row, dtype, cache_dtype) for row in windows(reference, ids, window)]
     return summary(sweep(scores, pieces, "judging", executor, resume))
 
 
-def scores(model: Model, reference: Model, ids: np.ndarray, dtype: str) -> Result:
+def scores(model: Model, reference: Model, ids: np.ndarray, dtype: str, cache_dtype: str | None = None) -> Result:
     """The figures of each token of one window that is predicted: name -> (n,) float64. See `compared`."""
-    pairs = zip(predictions(model, ids, dtype), predictions(reference, ids, dtype), strict=True)
+    pairs = zip(
+        predictions(model, ids, dtype, cache_dtype=cache_dtype), predictions(reference, ids, dtype), strict=True
+    )
     return joined([compared(a, b, following) for (a, following), (b, _) in pairs])
 
 

@@ -23,10 +23,11 @@ import numpy as np
 from numba import types
 from numba.core import event
 
-from kernels import dynamic8, fast_attention, fast_integer, fast_linear, formats
+from kernels import dynamic8, fast_attention, fast_integer, fast_linear, fast_softmax, formats
 from kernels.fast_layout import LINE, Layout, LayoutType
 from kernels.formats import Blocks
 from kernels.ops import NumPyOps, Readable
+from kernels.q8_rows import Q8Rows
 from kernels.vector import LANES
 
 
@@ -57,13 +58,13 @@ class NumbaOps(NumPyOps):
         return out.reshape(*x.shape[:-1], -1)
 
     def upcast(self, x: np.ndarray) -> np.ndarray:
-        """Float16 stays: here only a cache holds it, and the products below read it as float32."""
-        return x if x.dtype == np.float16 else super().upcast(x)
+        """What only a cache holds here, float16 and 8 bits, stays: the products below read it as float32."""
+        return x if x.dtype in (np.float16, np.int8) else super().upcast(x)
 
     def matmul(self, a: np.ndarray, b: np.ndarray) -> np.ndarray:
-        """a (B, K, R, D) @ b (B, K, D, S), where b is a transposed view of keys (B, K, S, D), float32 or float16."""
+        """a (B, K, R, D) @ b (B, K, D, S), where b is a transposed view of keys (B, K, S, D) as a cache keeps them."""
         keys = b.swapaxes(-1, -2)
-        if not _attends(a, keys) or keys.shape[-1] % 32 or keys.shape[-1] > fast_linear.CHUNK:
+        if not _attends(a, keys) or keys.shape[-1] % 32:
             return super().matmul(a, b)
         return self._attention(fast_attention.scores, keys, a, (*a.shape[:-1], keys.shape[-2]))
 
@@ -73,40 +74,51 @@ class NumbaOps(NumPyOps):
             return super().matmul(probs, value)
         return self._attention(fast_attention.context, value, probs, (*probs.shape[:-1], value.shape[-1]))
 
+    def softmax(self, x: np.ndarray) -> np.ndarray:
+        """Over the last axis."""
+        if x.dtype != np.float32 or not x.size:
+            return super().softmax(x)
+        rows = np.ascontiguousarray(x).reshape(-1, x.shape[-1])
+        out = np.empty_like(rows)
+        _softmax(many=x.size > MANY)(rows, out)
+        return out.reshape(x.shape)
+
     def split(self, x: np.ndarray, sizes: Sequence[int]) -> list[np.ndarray]:
         """The last axis cut into pieces of these sizes: slices, without what np.split looks into first."""
         ends = accumulate(sizes)
         return [x[..., end - size : end] for end, size in zip(ends, sizes, strict=True)]
 
-    def _attention(self, function, kept: np.ndarray, rows: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-        layout = _layout(kept.dtype.name, self.portable)
-        kept, heads_apart = _evenly(kept)
-        rows = np.ascontiguousarray(rows).reshape(1, -1, rows.shape[-1])
+    def _attention(self, function, kept: Any, rows: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+        kernel, layout = _attention(function, kept.dtype.name, self.portable)
+        (codes, scales), heads_apart = _evenly(kept)
+        rows = np.ascontiguousarray(rows).reshape(-1, rows.shape[-1])
         out = np.empty(shape, np.float32)
-        lines, vectors = kept.shape[-1] // layout.line, layout.line // LANES
-        kernel = _attention(function, layout)
-        kernel(layout, kept.view(np.uint8), _NOTHING, rows, out.reshape(-1, *shape[2:]), heads_apart, lines, vectors)
+        kernel(layout, codes, scales, rows, out.reshape(-1, *shape[2:]), heads_apart)
         return out
 
 
-@cache
-def _layout(codes: str, portable: bool) -> Layout:
-    return Layout(codes, portable=portable)
+def _attends(a: np.ndarray, rows: Any) -> bool:
+    return a.ndim == 4 and a.dtype == np.float32 and rows.dtype in (np.float32, np.float16, np.int8) and a.size > 0
 
 
-def _attends(a: np.ndarray, rows: np.ndarray) -> bool:
-    return a.ndim == 4 and a.dtype == np.float32 and rows.dtype in (np.float32, np.float16) and a.size > 0
+def _evenly(kept: Any) -> tuple[list[np.ndarray], int]:
+    """The bytes of keys or values (B, K, S, D), and of their scales, and how many rows one head is from the next.
+
+    They are those of a cache, in place, if its heads lie evenly, and else a copy.
+    """
+    parts = [kept.codes, kept.scales] if isinstance(kept, Q8Rows) else [kept]
+    apart = [_rows_apart(part) for part in parts]
+    if not apart[0] or apart[0] != apart[-1]:
+        parts, apart = [np.ascontiguousarray(part) for part in parts], [kept.shape[2]]
+    return [*(part.view(np.uint8) for part in parts), _NO_SCALES][:2], apart[0]
 
 
-def _evenly(kept: np.ndarray) -> tuple[np.ndarray, int]:
-    """Keys or values (B, K, S, D) whose heads lie evenly, and how many rows one is from the next: a cache as it is."""
-    item, (batch, head, row, element) = kept.itemsize, kept.strides
-    width = kept.shape[-1]
+def _rows_apart(array: np.ndarray) -> int:
+    """How many rows of an array (B, K, S, D) one head is from the next; 0 if heads do not lie so."""
+    (heads, _, width), item = array.shape[1:], array.itemsize
+    batch, head, row, element = array.strides
     even = element == item and row == width * item and head % row == 0
-    if not even or (kept.shape[0] > 1 and batch != head * kept.shape[1]):
-        kept = np.ascontiguousarray(kept)
-        head = kept.strides[1]
-    return kept, head // (width * item)
+    return head // row if even and (len(array) == 1 or batch == head * heads) else 0
 
 
 @dataclass(frozen=True)
@@ -144,7 +156,10 @@ class Matrix:
         return _product(self.layout)
 
 
+MANY = 1 << 18  # numbers from which on a softmax is worth waking the other threads: 0.05 ms on one
+
 _NOTHING = np.zeros((1, 0), np.uint8)
+_NO_SCALES = np.zeros((1, 1, 1, 0), np.uint8)
 _STORED: WeakKeyDictionary[Any, dict[bool, Matrix | None]] = WeakKeyDictionary()
 
 
@@ -231,13 +246,18 @@ def _rounded_product(layout: Layout):
 
 
 @cache
-def _attention(function, layout: Layout):
-    """The kernel for keys or values anywhere in memory."""
-    kept = types.Array(types.uint8, 4, "A", readonly=True, aligned=False)
-    none = types.Array(types.uint8, 2, "C", readonly=True, aligned=False)
-    rows, out = types.Array(types.float32, 3, "C", readonly=True), types.Array(types.float32, 3, "C")
-    kinds = (LayoutType(layout), kept, none, rows, out, types.intp, types.intp, types.intp)
-    return compiled(function, types.void(*kinds))
+def _attention(function, kept: str, portable: bool):
+    """The kernel for keys or values of a dtype, anywhere in memory, and its layout."""
+    layout = Layout(kept, "float16" if kept == "int8" else None, portable=portable)
+    part = types.Array(types.uint8, 4, "A", readonly=True, aligned=False)
+    rows, out = types.Array(types.float32, 2, "C", readonly=True), types.Array(types.float32, 3, "C")
+    return compiled(function, types.void(LayoutType(layout), part, part, rows, out, types.intp)), layout
+
+
+@cache
+def _softmax(many: bool):
+    rows = types.Array(types.float32, 2, "C", readonly=True), types.Array(types.float32, 2, "C")
+    return compiled(fast_softmax.softmax, types.void(*rows), parallel=many)
 
 
 @cache

@@ -1,16 +1,26 @@
-"""Attention over keys and values where a cache keeps them, in float32 or float16, without a copy.
+"""Attention over keys and values where a cache keeps them, in float32, float16 or 8 bits, without a copy.
 
-    scores[r, s]  = sum over d of query[r, d] * key[s, d]    summed as in fast_linear.py: keys are rows of weights
+    scores[r, s]  = sum over d of query[r, d] * key[s, d]
     context[r, d] = sum over s of probs[r, s] * value[s, d]
 
-For the context, lanes are neighbours d, and keys are taken in blocks of 64, so that rounding errors grow with S/64 and
-not with S. fma(a, b, c) is a * b + c in float32, rounded once.
+What is kept is read as the float32 that it stands for, exactly: float16, and code * scale of `Q8Rows`. Queries, probs
+and sums are float32, whatever the cache keeps. fma(a, b, c) is a * b + c in float32, rounded once.
+
+For scores, lanes are neighbours d, in vectors of 16:
+
+    lane[l]      = fma(key[s, 16 v + l], query[r, 16 v + l], lane[l])        v = 0, 1, …, from 0
+    scores[r, s] = lane l + lane l+8, of these l + l+4, then l + l+2, then l + l+1
+
+so that a product takes part in at most D/16 + 4 roundings. For the context, too, lanes are neighbours d, and keys are
+taken in blocks of 64, so that rounding errors grow with S/64 and not with S:
 
     part[d]    = fma(probs[r, s], value[s, d], part[d])              s = 64 b, 64 b + 1, … 64 b + 63, from 0
     context[d] = context[d] + part[d]                                b = 0, 1, 2, …, from 0
 
-A product takes part in at most n = min(S, 64) + S/64 + 1 roundings. What is stored in float16 is read as the float32 of
-the same value, and queries, probs and sums are float32, whatever the cache keeps.
+A product takes part in at most min(S, 64) + S/64 + 1 roundings.
+
+For one row of queries memory is the limit: keys and values are read once, in the order in which they lie, and asked for
+ahead of time. Of several rows, four share each number that was read; where there are fewer, the last stands in.
 """
 
 from __future__ import annotations
@@ -19,100 +29,190 @@ from llvmlite import ir
 from numba import prange, types
 from numba.extending import intrinsic
 
-from kernels.fast_layout import BITS, load_floats
-from kernels.fast_linear import TILE, aligned, many_tokens, one_token
+from kernels.fast_layout import BITS, LINE, Layout, load_floats
+from kernels.fast_linear import aligned, numbers
 from kernels.vector import F32, FLOATS, I64, LANES, Emitter
 
-BLOCK = 64  # keys whose products are added up before the sum goes on
-WIDTH = 4  # vectors of the head dimension that one tile takes
-COLUMNS = WIDTH * LANES
-ROWS = 4  # rows that share each value that was read
-AHEAD = 16  # keys: how early values are asked for
+PART = 32  # numbers that are read together, with the scale that they may share
+SIDE = 4  # keys, and rows of queries or of probs, whose sums are in registers together
 TASK = 256  # keys that a thread takes at a time
+AHEAD = 8192  # bytes: how early keys and values are asked for; 2048 and 4096 are slower
+BLOCK = 64  # keys whose products are added up before the sum goes on
+NARROW, WIDE = 4, 8  # vectors of the head dimension whose sums are in registers: for four rows, and for one
+COLUMNS = NARROW * LANES
 
 
-def scores(layout, keys, none, queries, out, heads_apart, lines, vectors):
-    """out (N, R, S) = the queries of a head by its keys. For Numba.
+class Kept:
+    """Rows of numbers as a cache keeps them: `parts` of 32 in each, and a scale for each part if the layout has scales.
 
-    `keys`: bytes, a view whose first is the first of head 0; head n's keys are the rows of `lines` lines, with
-    `vectors` vectors each, from n * `heads_apart` on. `queries` (1, N * R, D). `none` (1, 0): no scales.
+    A place is where a part lies, and where its scale does.
     """
-    heads, rows, size = out.shape
-    tasks = (size + TASK - 1) // TASK
-    for task in prange(heads * tasks):
-        head = task // tasks
-        start = task % tasks * TASK
-        stop = min(start + TASK, size)
-        first = head * heads_apart
-        last = first + size - 1
-        if rows == 1:
-            place = out[head, 0, start:stop]
-            one_token(layout, keys, none, none, first + start, first + stop, last, lines, queries, head, place)
-        else:
-            for s in range(start, stop, TILE):
-                end = min(s + TILE, stop)
-                place = out[head, :, s:end]
-                many_tokens(
-                    layout, keys, none, none, first + s, first + end, last, lines, vectors, queries, head * rows, place
-                )
+
+    def __init__(self, emit: Emitter, layout: Layout, kinds, arrays, parts: ir.Value):
+        self.emit, self.codes, self.scales, self.parts = emit, layout.codes, layout.scales, parts
+        self.size = BITS[layout.codes] // 8  # bytes of a number
+        zero = ir.Constant(I64, 0)
+        self.starts = [emit.address(kind, array, zero) for kind, array in zip(kinds, arrays, strict=True)]
+
+    def place(self, row: ir.Value, part: ir.Value) -> list[ir.Value]:
+        """Where a part of a row lies."""
+        return self.forward(self.starts, self.emit.builder.add(self.emit.builder.mul(row, self.parts), part))
+
+    def forward(self, place: list[ir.Value], parts: ir.Value) -> list[ir.Value]:
+        """A place so many parts further on."""
+        steps = self.emit.times(parts, PART * self.size), self.emit.times(parts, 2)
+        return [self.emit.forward(start, step) for start, step in zip(place, steps, strict=True)]
+
+    def vectors(self, place: list[ir.Value], part: int = 0) -> list[ir.Value]:
+        """The numbers of the part so many parts after a place."""
+        emit, (codes, scales) = self.emit, place
+        offsets = (PART * self.size * part + LANES * self.size * n for n in range(PART // LANES))
+        vectors = [load_floats(emit, self.codes, LANES, emit.forward(codes, offset)) for offset in offsets]
+        if not self.scales:
+            return vectors
+        scale = emit.spread(load_floats(emit, self.scales, 1, emit.forward(scales, 2 * part)))
+        return [emit.builder.fmul(vector, scale) for vector in vectors]
+
+    def prefetch(self, place: list[ir.Value], parts: int) -> None:
+        """Asks for as many bytes as `parts` have, AHEAD of a place."""
+        for offset in range(0, parts * PART * self.size, LINE):
+            self.emit.prefetch(place[0], AHEAD + offset)
 
 
 @intrinsic(prefer_literal=True)
-def _add_block(typingctx, layout, values, probs, value, prob, width, size, count, rows, context):
-    """Adds a block of `count` keys to the context of `rows` rows (a literal) and 64 of the head dimension.
+def _scores(typingctx, layout, keys, scales, key, last, width, queries, query, final, rows, sums, at):
+    """The products of 4 keys by 1 or by 4 queries (`rows`, a literal): sums[at + 4 r + k].
 
-    `value` and `prob` count elements; a row of values has `width`, rows of probs are `size` apart, of `context` 64.
+    Keys from number `key` on, none beyond `last`; queries from number `query` on, none beyond `final`.
     """
     form = layout.layout
     if not isinstance(rows, types.Literal):
         return None
 
-    def generate(ctx, builder, signature, arguments):
-        emit, item = Emitter(ctx, builder, form.portable), BITS[form.codes] // 8
-        _, values, probs, value, prob, width, size, count, _, context = arguments
-        value = emit.address(signature.args[1], values, emit.times(value, item))
-        prob = emit.address(signature.args[2], probs, prob)
-        context = emit.address(signature.args[9], context, ir.Constant(I64, 0))
-        weights = [emit.forward(prob, emit.times(size, 4 * r)) for r in range(rows.literal_value)]
-        parts = [[emit.variable(emit.floats(0.0)) for _ in range(WIDTH)] for _ in weights]
-        with emit.loop(count) as key:
-            here = emit.forward(value, emit.times(builder.mul(key, width), item))
-            emit.prefetch(here, emit.times(width, item * AHEAD))
-            loaded = [load_floats(emit, form.codes, LANES, emit.forward(here, v * LANES * item)) for v in range(WIDTH)]
-            for start, row in zip(weights, parts, strict=True):
-                weight = emit.spread(emit.load(F32, start, emit.times(key, 4)))
+    def generate(context, builder, signature, arguments):
+        emit, kinds, zero = Emitter(context, builder, form.portable), signature.args, ir.Constant(I64, 0)
+        _, *arrays, key, last, width, queries, query, final, _, sums, at = arguments
+        parts = builder.udiv(width, ir.Constant(I64, PART))
+        kept = Kept(emit, form, kinds[1:3], arrays, parts)
+        queries = emit.address(kinds[6], queries, zero)
+        starts = [emit.forward(queries, emit.times(builder.mul(n, width), 4))
+                  for n in numbers(emit, query, final, rows.literal_value)]  # fmt: skip
+        places = [kept.place(n, zero) for n in numbers(emit, key, last, SIDE)]
+        lanes = [[emit.variable(emit.floats(0.0)) for _ in places] for _ in starts]
+        with emit.loop(parts) as part:
+            kept.prefetch(kept.forward(places[0], emit.times(part, SIDE)), SIDE)
+            here = [emit.forward(start, emit.times(part, 4 * PART)) for start in starts]
+            given = [[emit.load(FLOATS, start, 4 * n) for n in range(0, PART, LANES)] for start in here]
+            for k, place in enumerate(places):
+                vectors = kept.vectors(kept.forward(place, part))
+                for row, vector in zip(lanes, given, strict=True):
+                    for a, b in zip(vectors, vector, strict=True):
+                        row[k].set(emit.fma(a, b, row[k].get()))
+        total = emit.totals([lane.get() for row in lanes for lane in row])
+        if len(starts) == 1:  # each of 4 sums fills a quarter
+            total = emit.shuffle(total, total, range(0, LANES, LANES // SIDE))
+        emit.store(total, emit.address(kinds[10], sums, at))
+        return context.get_dummy_value()
+
+    kinds = (layout, keys, scales, *[types.intp] * 3, queries, *[types.intp] * 2, rows, sums, types.intp)
+    return types.void(*kinds), generate
+
+
+def scores(layout, keys, scales, queries, out, heads_apart):
+    """out (N, R, S) = the queries of a head by its keys. For Numba.
+
+    `keys`, `scales`: bytes, views whose first is the first of head 0; head n's keys are the rows from n * `heads_apart`
+    on. `queries` (N * R, D), where D is a multiple of 32.
+    """
+    heads, rows, size = out.shape
+    width = queries.shape[1]
+    tasks = (size + TASK - 1) // TASK
+    for task in prange(heads * tasks):
+        head = task // tasks
+        start = task % tasks * TASK
+        stop = min(start + TASK, size)
+        first, query, final = head * heads_apart, head * rows, (head + 1) * rows - 1
+        last = first + size - 1
+        sums = aligned(TASK)
+        if rows == 1:
+            for s in range(start, stop, SIDE):
+                _scores(layout, keys, scales, first + s, last, width, queries, query, final, 1, sums, s - start)
+            for s in range(start, stop):
+                out[head, 0, s] = sums[s - start]
+        else:
+            for s in range(start, stop, SIDE):
+                for r in range(0, rows, SIDE):
+                    _scores(layout, keys, scales, first + s, last, width, queries, query + r, final, SIDE, sums, 0)
+                    for q in range(min(SIDE, rows - r)):
+                        for k in range(min(SIDE, stop - s)):
+                            out[head, r + q, s + k] = sums[SIDE * q + k]
+
+
+@intrinsic(prefer_literal=True)
+def _add_block(typingctx, layout, values, scales, first, count, column, width, probs, row, final, key, size, rows,
+               vectors, sums):  # fmt: skip
+    """Adds `count` keys, values from number `first` on, to sums (rows, 16 vectors) from number `column` on.
+
+    `rows` of probs from number `row` on (none beyond `final`) and in them, of `size`, from `key` on. `rows` and
+    `vectors` are literals.
+    """
+    form = layout.layout
+    if not isinstance(rows, types.Literal) or not isinstance(vectors, types.Literal):
+        return None
+
+    def generate(context, builder, signature, arguments):
+        emit, kinds, zero = Emitter(context, builder, form.portable), signature.args, ir.Constant(I64, 0)
+        _, *arrays, first, count, column, width, probs, row, final, key, size, _, _, sums = arguments
+        across, all_parts = vectors.literal_value * LANES // PART, builder.udiv(width, ir.Constant(I64, PART))
+        kept = Kept(emit, form, kinds[1:3], arrays, all_parts)
+        values = kept.place(first, builder.udiv(column, ir.Constant(I64, PART)))
+        probs = emit.address(kinds[7], probs, zero)
+        starts = [emit.forward(probs, emit.times(builder.add(builder.mul(n, size), key), 4))
+                  for n in numbers(emit, row, final, rows.literal_value)]  # fmt: skip
+        lanes = [[emit.variable(emit.floats(0.0)) for _ in range(vectors.literal_value)] for _ in starts]
+        with emit.loop(count) as n:
+            here = kept.forward(values, builder.mul(n, all_parts))
+            kept.prefetch(here, across)
+            weights = [emit.spread(emit.load(F32, start, emit.times(n, 4))) for start in starts]
+            loaded = [vector for part in range(across) for vector in kept.vectors(here, part)]
+            for weight, row in zip(weights, lanes, strict=True):
                 for part, vector in zip(row, loaded, strict=True):
                     part.set(emit.fma(weight, vector, part.get()))
-        for n, part in enumerate(part for row in parts for part in row):
-            total = emit.load(FLOATS, context, 4 * LANES * n)
-            emit.store(builder.fadd(total, part.get()), context, 4 * LANES * n)
-        return ctx.get_dummy_value()
+        place = emit.address(kinds[14], sums, zero)
+        for n, part in enumerate(part for row in lanes for part in row):
+            total = emit.load(FLOATS, place, 4 * LANES * n)
+            emit.store(builder.fadd(total, part.get()), place, 4 * LANES * n)
+        return context.get_dummy_value()
 
-    return types.void(layout, values, probs, *[types.intp] * 5, rows, context), generate
+    kinds = (layout, values, scales, *[types.intp] * 4, probs, *[types.intp] * 4, rows, vectors, sums)
+    return types.void(*kinds), generate
 
 
-def context(layout, values, none, probs, out, heads_apart, lines, vectors):
-    """out (N, R, D) = probs (1, N * R, S) by the values of a head. `values`, `heads_apart`: as keys in `scores`.
+def context(layout, values, scales, probs, out, heads_apart):
+    """out (N, R, D) = probs (N * R, S) by the values of a head. For Numba.
 
-    For Numba. D is a multiple of 64. `none`, `lines` and `vectors` are not read.
+    `values`, `scales`, `heads_apart`: as keys in `scores`. D is a multiple of 64.
     """
     heads, rows, width = out.shape
-    size, columns = probs.shape[2], width // COLUMNS
+    size = probs.shape[1]
+    wide = rows == 1 and width % (WIDE * LANES) == 0
+    step = (WIDE if wide else NARROW) * LANES
+    columns = width // step
     for task in prange(heads * columns):
-        head, column = task // columns, task % columns * COLUMNS
-        sums = aligned(ROWS * COLUMNS).reshape(ROWS, COLUMNS)
-        r = 0
-        while r < rows:
+        head, column = task // columns, task % columns * step
+        first, final = head * heads_apart, (head + 1) * rows - 1
+        sums = aligned(SIDE * COLUMNS)
+        for r in range(0, rows, SIDE):
             sums[:] = 0
-            prob = (head * rows + r) * size
-            many = rows - r >= ROWS
+            row = head * rows + r
             for key in range(0, size, BLOCK):
-                value = (head * heads_apart + key) * width + column
-                count = min(BLOCK, size - key)
-                if many:
-                    _add_block(layout, values, probs, value, prob + key, width, size, count, ROWS, sums)
+                n, here = min(BLOCK, size - key), first + key
+                if wide:
+                    _add_block(layout, values, scales, here, n, column, width,
+                               probs, row, final, key, size, 1, WIDE, sums)  # fmt: skip
                 else:
-                    _add_block(layout, values, probs, value, prob + key, width, size, count, 1, sums)
-            for q in range(ROWS if many else 1):
-                out[head, r + q, column : column + COLUMNS] = sums[q]
-            r += ROWS if many else 1
+                    _add_block(layout, values, scales, here, n, column, width,
+                               probs, row, final, key, size, SIDE, NARROW, sums)  # fmt: skip
+            for q in range(min(SIDE, rows - r)):
+                for d in range(step):
+                    out[head, r + q, column + d] = sums[step * q + d]

@@ -12,7 +12,7 @@ because a machine's caches hold whole layers. Engines that are not installed are
 
 `float32` is another model, of float32 weights (2 layers take 3.7 GB), for a prompt: `refimpl` by Numba, `numpy`, and
 `torch`, float32 matrix products alone. `attention` is one token's attention alone over caches of `--tokens` keys in
-each layer: `read`, every byte of the float16 caches, `float16`, and `float32`, which is twice as many bytes.
+each layer, kept as `float16`, `int8` and `float32`, each against `read-…`, every byte of the same caches read once.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,8 @@ import ml_dtypes
 import numpy as np
 
 from kernels.formats import Blocks
+from kernels.q8_rows import Q8Rows
+from refimpl.cache import DTYPES, room
 from refimpl.config import FAMILIES, Config
 from refimpl.errors import InputError
 from refimpl.model import Model
@@ -40,7 +42,7 @@ from refimpl.weights import QuantizedWeight, Weight, Weights, expected_shapes
 
 ENGINES = ("read", "refimpl", "refimpl-int16", "refimpl-int8", "llama.cpp", "onnxruntime", "torch")
 WHATS = {"decode": ENGINES, "prefill": ENGINES[1:], "float32": ("refimpl", "numpy", "torch"),
-         "attention": ("read", "float16", "float32")}  # fmt: skip
+         "attention": ("read-float16", "float16", "read-int8", "int8", "read-float32", "float32")}  # fmt: skip
 TOKENS = {"decode": 1, "prefill": 128, "float32": 128, "attention": 4096}
 LAYERS = {"decode": 32, "prefill": 32, "float32": 2, "attention": 16}
 
@@ -93,13 +95,14 @@ def run(
             tokens = 1
         else:
             model = synthetic(layers) if what != "float32" else dense(layers)
-            nbytes = sum(_nbytes(weight) for weight in matrices(model))
+            nbytes = dict.fromkeys(chosen, sum(_nbytes(weight) for weight in matrices(model)))
             passes = _DENSE if what == "float32" else _PASSES
             makers = {name: partial(passes[name], model, tokens, threads, Path(folder)) for name in chosen}
-        _say(f"{layers} layers of Baichuan2-7B, {what}, {nbytes / 1e9:.2f} GB, {threads} threads")
+        _say(f"{layers} layers of Baichuan2-7B, {what}, {nbytes[chosen[0]] / 1e9:.2f} GB, {threads} threads")
         rows = race({name: makers[name] for name in chosen}, rounds)
-    reference = rows.get("refimpl") or next(iter(rows.values()))
-    return [row.facts(tokens, reference, nbytes) for row in rows.values()]
+    usual = rows.get("refimpl") or next(iter(rows.values()))
+    references = {name: rows.get(f"read-{name.removeprefix('read-')}", usual) for name in rows}
+    return [row.facts(tokens, references[name], nbytes[name]) for name, row in rows.items()]
 
 
 def race(makers: dict[str, Callable[[], Callable]], rounds: int) -> dict[str, Row]:
@@ -193,22 +196,25 @@ def _nbytes(weight: Any) -> int:
     return weight.blocks.nbytes if hasattr(weight, "blocks") else weight.array.nbytes
 
 
-def _attention(layers: int, tokens: int) -> tuple[dict[str, Callable[[], Callable]], int]:
-    """One token's attention over `layers` caches of `tokens` keys; and the bytes of those in float16."""
+def _attention(layers: int, tokens: int) -> tuple[dict[str, Callable[[], Callable]], dict[str, int]]:
+    """One token's attention over `layers` caches of `tokens` keys, and reading them; and how many bytes they have."""
     from kernels import fast_read
     from kernels.fast import NumbaOps
 
-    shape = (1, 32, tokens, 128)
-    rng = np.random.default_rng(0)
-    some = rng.standard_normal(shape, np.float32)
+    some = np.random.default_rng(0).standard_normal((1, 32, tokens, 128), np.float32)
     query, ops = some[:, :, :1], NumbaOps()
 
-    def caches(dtype: str) -> list[np.ndarray]:
-        return [np.roll(some, n, 2).astype(dtype) for n in range(2 * layers)]
+    @cache
+    def caches(dtype: str) -> list[Any]:
+        kept = room(some.shape, dtype)
+        kept[:] = some
+        if dtype != "int8":
+            return [np.roll(kept, n, 2) for n in range(2 * layers)]
+        return [Q8Rows(np.roll(kept.codes, n, 2), np.roll(kept.scales, n, 2)) for n in range(2 * layers)]
 
-    half = caches("float16")
+    def attending(dtype: str) -> Callable:
+        kept = caches(dtype)
 
-    def over(kept: list[np.ndarray]) -> Callable:
         def once() -> None:
             for key, value in zip(kept[::2], kept[1::2], strict=True):
                 scores = ops.matmul(query, key.transpose(0, 1, 3, 2))
@@ -216,12 +222,17 @@ def _attention(layers: int, tokens: int) -> tuple[dict[str, Callable[[], Callabl
 
         return once
 
-    makers: dict[str, Callable[[], Callable]] = {
-        "read": lambda: lambda: [fast_read.read(array) for array in half] and None,
-        "float16": lambda: over(half),
-        "float32": lambda: over(caches("float32")),
-    }
-    return makers, sum(array.nbytes for array in half)
+    def reading(dtype: str) -> Callable:
+        parts = ([one.codes, one.scales] if isinstance(one, Q8Rows) else [one] for one in caches(dtype))
+        arrays = [array for some in parts for array in some]
+        return lambda: [fast_read.read(array) for array in arrays] and None
+
+    makers: dict[str, Callable[[], Callable]] = {}
+    nbytes = {}
+    for dtype in DTYPES:
+        makers[dtype], makers[f"read-{dtype}"] = partial(attending, dtype), partial(reading, dtype)
+        nbytes[dtype] = nbytes[f"read-{dtype}"] = 2 * layers * room(some.shape, dtype).nbytes
+    return makers, nbytes
 
 
 def _read(model: Model, tokens: int, threads: int, folder: Path) -> Callable:

@@ -2,9 +2,29 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
+from kernels.q8_rows import BLOCK, Q8Rows
 from refimpl.errors import InputError
+
+DTYPES = ("float32", "float16", "int8")  # what a cache may keep, and as what a float32 run reads it
+
+
+def room(shape: tuple[int, ...], dtype: Any) -> Any:
+    """Uninitialized room for keys or values (B, K, S, D): an array, or Q8_0's blocks of 32 for int8."""
+    return Q8Rows.empty(shape) if dtype == "int8" else np.empty(shape, dtype)
+
+
+def expect_dtype(dtype: str | None, head_dim: int) -> None:
+    """Raises InputError for what no cache of heads of this size keeps. None: what is computed."""
+    if dtype is not None and dtype not in DTYPES:
+        raise InputError(f"the cache's dtype is {dtype!r}, expected one of {', '.join(DTYPES)}")
+    if dtype == "int8" and head_dim % BLOCK:
+        raise InputError(
+            f"an int8 cache keeps blocks of {BLOCK}, and heads of {head_dim} are no multiple; take float16"
+        )
 
 
 def no_cache(layer: int, key: np.ndarray, value: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -17,27 +37,26 @@ class KVCache:
 
     `length` tokens are in it; `mask` (batch, length) says which of them are padding. The arrays (batch, K, capacity, D)
     are made when the first keys arrive, in their number format or in `dtype`; the operating system gives memory to
-    what is written only. A call that fails changes nothing that counts: `advance` comes last.
+    what is written only. What a narrower `dtype` keeps is rounded when it is written, once; a token sees itself as
+    later ones will see it. A call that fails changes nothing that counts: `advance` comes last.
     """
 
     def __init__(self, layers: int, capacity: int, batch: int = 1, dtype: str | None = None):
-        if dtype not in (None, "float32", "float16"):
-            raise InputError(f"the cache's dtype is {dtype!r}, expected 'float32' or 'float16'")
         if capacity < 1 or batch < 1:
             raise InputError(f"a cache for {batch} sequences of {capacity} tokens; expected at least one of each")
         self.layers, self.capacity, self.batch, self.dtype = layers, capacity, batch, dtype
         self.length = 0
         self.mask = np.zeros((batch, 0), np.int64)
-        self._pairs: list[tuple[np.ndarray, np.ndarray] | None] = [None] * layers
+        self._pairs: list[tuple[Any, Any] | None] = [None] * layers
 
-    def __call__(self, layer: int, key: np.ndarray, value: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def __call__(self, layer: int, key: np.ndarray, value: np.ndarray) -> tuple[Any, Any]:
         """Takes the new keys and values (B, K, T, D) of a layer; returns views of all of them, (B, K, S, D)."""
         batch, heads, tokens, dim = key.shape
         pair = self._pairs[layer]
         if pair is None or self.length == 0:
+            expect_dtype(self.dtype, dim)
             shape = (batch, heads, self.capacity, dim)
-            kinds = (self.dtype or key.dtype, self.dtype or value.dtype)
-            pair = self._pairs[layer] = np.empty(shape, kinds[0]), np.empty(shape, kinds[1])
+            pair = self._pairs[layer] = room(shape, self.dtype or key.dtype), room(shape, self.dtype or value.dtype)
         if key.dtype != (pair[0].dtype if self.dtype is None else "float32"):
             raise InputError(f"the cache holds {pair[0].dtype}, but this call computes in {key.dtype}; use one dtype")
         stop = self.length + tokens
@@ -45,7 +64,7 @@ class KVCache:
             array[:, :, self.length : stop] = new
         return pair[0][:, :, :stop], pair[1][:, :, :stop]
 
-    def __getitem__(self, layer: int) -> tuple[np.ndarray, np.ndarray]:
+    def __getitem__(self, layer: int) -> tuple[Any, Any]:
         """Views of a layer's keys and values, (B, K, length, D) each."""
         pair = self._pairs[layer]
         if pair is None or not self.length:

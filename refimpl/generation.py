@@ -85,6 +85,7 @@ def generate(
     seed: int | None = None,
     dtype: str = "float32",
     attention_mask=None,
+    cache_dtype: str | None = None,
 ) -> Iterator[Any]:
     """Yields token ids as they are found, up to and including the end-of-sequence id.
 
@@ -92,6 +93,7 @@ def generate(
     each is an array (B,), in which a sequence that has ended goes on with the padding id. What is not given comes from
     the folder's generation_config.json. Without `do_sample` the likeliest token is taken, after the repetition
     penalty; with it, `seed` makes the draws repeatable (NumPy's PCG64, so not the tokens that torch would draw).
+    `cache_dtype`: what the cache keeps, see `Model.new_cache`.
 
     Raises InputError for options out of range and for a prompt that leaves no room in the context.
     """
@@ -137,9 +139,10 @@ def generate(
             "prompt follows its last column"
         )
 
+    cache = model.new_cache(batch, tokens + wanted, cache_dtype)
+
     def steps():
         rng = np.random.default_rng(seed)
-        cache = model.new_cache(batch, tokens + wanted)
         ended = np.zeros(batch, bool)
         history = ids
         for start in range(0, tokens, PIECE):

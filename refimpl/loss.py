@@ -62,17 +62,22 @@ def windows(model: Model, ids, window: int | None = None) -> list[np.ndarray]:
 
 
 def predictions(
-    model: Model, ids, dtype: str = "float32", window: int | None = None, piece: int = 128
+    model: Model,
+    ids,
+    dtype: str = "float32",
+    window: int | None = None,
+    piece: int = 128,
+    cache_dtype: str | None = None,
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """The model's predictions over a long text: pieces of logits (n, V) and of the ids (n,) that did follow.
 
     The text is cut into `windows`; the first token of each is not predicted. A window is fed `piece` tokens at a
-    time, so that logits never pile up.
+    time, so that logits never pile up. `cache_dtype`: see `Model.new_cache`.
 
     Raises InputError if there is nothing to predict.
     """
     for row in windows(model, ids, window):
-        cache = model.new_cache(capacity=len(row))
+        cache = model.new_cache(capacity=len(row), dtype=cache_dtype)
         for begin in range(0, len(row) - 1, piece):
             end = min(begin + piece, len(row) - 1)
             yield model(row[begin:end], dtype, cache=cache)[0], row[begin + 1 : end + 1]

@@ -13,7 +13,7 @@ import numpy as np
 
 from kernels.ops import DTYPES, NumPyOps
 from refimpl import backends
-from refimpl.cache import KVCache, no_cache
+from refimpl.cache import KVCache, expect_dtype, no_cache
 from refimpl.config import Config, read_config
 from refimpl.decoder import Decoder
 from refimpl.doctor import remarks
@@ -215,9 +215,13 @@ class Model:
     def new_cache(self, batch: int = 1, capacity: int | None = None, dtype: str | None = None) -> KVCache:
         """An empty cache for `batch` sequences of up to `capacity` tokens (the model's context if not given).
 
-        `dtype`: None keeps keys and values as they are computed; "float16" rounds those of a float32 run, which takes
-        half the memory, and half the time where contexts are long.
+        `dtype`: None keeps keys and values as they are computed. Those of a float32 run may be rounded: to "float16",
+        which takes half the memory, or to "int8", Q8_0's blocks of 32 with a scale each, which take a quarter, as
+        llama.cpp has them; where contexts are long, it is the memory that takes the time.
+
+        Raises InputError for another dtype, and for one that does not fit the model's heads.
         """
+        expect_dtype(dtype, self.config.head_dim)
         longest = self.config.max_position_embeddings
         return KVCache(self.config.num_hidden_layers, longest if capacity is None else capacity, batch, dtype)
 

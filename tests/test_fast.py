@@ -10,10 +10,12 @@ import pytest
 from conftest import write_checkpoint
 
 import refimpl
-from kernels import fast_integer, formats
-from kernels.fast import NumbaOps, stored
+from kernels import fast, fast_integer, formats
+from kernels.fast import NumbaOps, _evenly, stored
 from kernels.ops import NumPyOps
 from refimpl import InputError, bench
+from refimpl.cache import room
+from refimpl.positions import LOWEST
 from refimpl.quantize import QuantizedWeight
 from refimpl.weights import NormHead, Weight
 
@@ -151,52 +153,144 @@ def test_rounding_takes_any_activation(value):
     assert np.isnan(found[0]).all() == (not np.isfinite(value)) and np.isfinite(found[1]).all()
 
 
-def attention(keys: np.ndarray, queries: np.ndarray, probs: np.ndarray, **options) -> tuple[np.ndarray, np.ndarray]:
+def attention(keys, queries: np.ndarray, probs: np.ndarray, **options) -> tuple[np.ndarray, np.ndarray]:
     ops = NumbaOps(**options)
     return ops.matmul(queries, keys.transpose(0, 1, 3, 2)), ops.weighted_sum(probs, keys)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float16"])
-@pytest.mark.parametrize("batch", [1, 2])
-def test_attention_keeps_its_bound_over_a_view_of_a_cache(dtype, batch):
+def kept_as(dtype: str, values: np.ndarray):
+    """What a cache of that dtype keeps of keys."""
+    place = room(values.shape, dtype)
+    place[:] = values
+    return place
+
+
+def same(a, b) -> bool:
+    return all(np.array_equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "int8"])
+@pytest.mark.parametrize("batch, dim", [(1, 64), (2, 64), (2, 128)])
+def test_attention_keeps_its_bound_over_a_view_of_a_cache(dtype, batch, dim):
     rng = np.random.default_rng(4)
-    room = rng.standard_normal((batch, 3, 300, 64)).astype(dtype)
+    place = kept_as(dtype, rng.standard_normal((batch, 3, 300, dim)).astype(np.float32))
     for size in [*ROWS, 65, 257, 300]:
-        keys = room[:, :, :size]
-        wide = keys.astype(np.float64)
+        keys = place[:, :, :size]
+        read = np.asarray(keys).astype(np.float32)
+        wide = read.astype(np.float64)
         for rows in (1, 2, 7):
-            queries = rng.standard_normal((batch, 3, rows, 64)).astype(np.float32)
+            queries = rng.standard_normal((batch, 3, rows, dim)).astype(np.float32)
             probs = rng.random((batch, 3, rows, size), np.float32)
             found = attention(keys, queries, probs)
             pairs = ((queries.astype(np.float64), wide.swapaxes(-1, -2)), (probs.astype(np.float64), wide))
-            for out, (a, b), n in zip(found, pairs, (64 // 16 + 4, min(size, 64) + size // 64 + 1), strict=True):
+            for out, (a, b), n in zip(found, pairs, (dim // 16 + 4, min(size, 64) + size // 64 + 1), strict=True):
                 bound = n * UNIT / (1 - n * UNIT) * (np.abs(a) @ np.abs(b))
                 assert out.dtype == np.float32 and (np.abs(out - a @ b) <= bound).all(), (size, rows)
-            for other in (attention(keys, queries, probs, portable=True), attention(keys.copy(), queries, probs)):
-                assert all(np.array_equal(a, b) for a, b in zip(found, other, strict=True))
+            assert same(found, attention(keys, queries, probs, portable=True))
+            assert same(found, attention(read, queries, probs)), "what is kept is read exactly"
             alone = attention(keys, queries[:, :, :1], probs[:, :, :1])
-            assert all(np.array_equal(a[:, :, :1], b) for a, b in zip(found, alone, strict=True))
+            assert same((out[:, :, :1] for out in found), alone)
 
 
+def test_attention_copies_no_cache():
+    """Views of a cache go to the kernel as they are; heads in another order do not lie evenly, and are copied."""
+    for dtype in ("float32", "float16", "int8"):
+        place = kept_as(dtype, np.ones((2, 3, 300, 64), np.float32))
+        arrays = [place.codes, place.scales] if dtype == "int8" else [place]
+        parts, apart = _evenly(place[:, :, :257])
+        assert apart == 300 and all(np.shares_memory(*pair) for pair in zip(parts, arrays, strict=False))
+        parts, apart = _evenly(place[:, ::-1, :257])
+        assert apart == 257 and not any(np.shares_memory(*pair) for pair in zip(parts, arrays, strict=False))
+
+
+def test_rows_of_8_bits_are_the_blocks_of_gguf():
+    quants = pytest.importorskip("gguf.quants")
+    values = activations(7, 96)
+    rows = kept_as("int8", values)
+    codes, scales = rows.codes.reshape(7, 3, 32), rows.scales[..., None]
+    ours = np.concatenate([scales.view(np.uint8), codes.view(np.uint8)], -1).reshape(7, -1)
+    theirs = quants.quantize(values, quants.GGMLQuantizationType.Q8_0)
+    assert np.array_equal(ours, theirs)
+    assert np.array_equal(np.asarray(rows), quants.dequantize(theirs, quants.GGMLQuantizationType.Q8_0))
+    assert np.array_equal(rows.swapaxes(0, 1).astype(np.float64), np.asarray(rows).T) and rows.nbytes == ours.nbytes
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 1e7])
+def test_no_block_of_8_bits_hides_what_it_cannot_hold(value):
+    values = np.ones((2, 64), np.float32)
+    values[0, 40] = value
+    found = np.asarray(kept_as("int8", values))
+    assert not np.isfinite(found[0, 32:]).any() and np.isfinite(found[0, :32]).all() and np.isfinite(found[1]).all()
+
+
+def test_softmax_keeps_its_bound():
+    rng = np.random.default_rng(6)
+    for size in [*ROWS, 511, 512, 513, 528, 545, 1100, 4097]:
+        x = (5 * rng.standard_normal((3, 2, size))).astype(np.float32)
+        exact = np.exp((x - x.max(-1, keepdims=True)).astype(np.float64))  # the twin rounds this difference, too
+        exact /= exact.sum(-1, keepdims=True)
+        found = NumbaOps().softmax(x)
+        n = min(size // 16, 32) + size // 512 + 5 + 2 * 2 + 1  # of the sum, two exponentials, the quotient
+        assert found.dtype == np.float32 and (np.abs(found - exact) <= n * UNIT * exact).all(), size
+        masked = np.concatenate([x, np.full((3, 2, 600), LOWEST, np.float32)], -1)
+        masked = NumbaOps().softmax(masked)
+        assert np.array_equal(masked[..., :size], found) and not masked[..., size:].any()
+
+
+def test_exponentials_are_within_their_bound_and_end_at_0():
+    x = np.linspace(-90, 0, 1 << 19).astype(np.float32)
+    assert len(x) > fast.MANY, "it is on one thread otherwise"
+    rows = np.stack([np.zeros_like(x), x], -1)
+    found = NumbaOps().softmax(rows).astype(np.float64)
+    found, exact = found[:, 1] / found[:, 0], np.exp(x.astype(np.float64))
+    normal = exact > 2.0**-125
+    # Each of two quotients of float32 adds half a unit.
+    assert (np.abs(found - exact)[normal] <= (2.0**-23 + 2 * UNIT) * exact[normal]).all()
+    assert (found[exact < 2.0**-126] == 0).all()
+    assert np.array_equal(NumbaOps().softmax(rows[:9]), NumbaOps().softmax(rows)[:9])
+
+
+def test_softmax_of_what_is_not_finite_is_the_twin_s():
+    inf, nan = np.inf, np.nan
+    for row in ([1, nan, 2], [inf, 1, 2], [-inf] * 3, [-inf, 0, 1], [-inf] * 20 + [3], [nan] + [1] * 20):
+        with np.errstate(invalid="ignore"):
+            found, twin = (ops.softmax(np.array([row], np.float32)) for ops in (NumbaOps(), NumPyOps("float32")))
+        assert np.allclose(found, twin, equal_nan=True), row
+
+
+# What rounding may change in a number, relatively, and four times that for what follows from it. Of 8 bits it is half a
+# step, where the largest of a block is 127 steps, and other numbers are about a third as large.
+@pytest.mark.parametrize("dtype, step", [("float16", 2.0**-11), ("int8", 3 / 254)])
 @pytest.mark.parametrize("backend", ["numpy", "numba"])
-def test_a_cache_may_keep_float16(family, tiny_folder, backend, tmp_path):
+def test_a_cache_may_keep_less(family, backend, dtype, step, tmp_path):
     model = refimpl.load(write_checkpoint(tmp_path, family, hidden_size=256), backend)
     exact = model(IDS, "float64")
-    cache = model.new_cache(dtype="float16")
+    cache, whole = model.new_cache(dtype=dtype), model.new_cache(capacity=40, dtype=dtype)
     found = np.concatenate([model(IDS[:7], cache=cache), model(IDS[7:8], cache=cache), model(IDS[8:], cache=cache)], 1)
-    assert {array.dtype for pair in map(cache.__getitem__, range(2)) for array in pair} == {np.dtype(np.float16)}
-    assert 1e-5 < np.abs(found - exact).max() / np.abs(exact).max() < 2e-3
+    assert {array.dtype for pair in map(cache.__getitem__, range(2)) for array in pair} == {np.dtype(dtype)}
+    at_once = model(IDS, cache=whole)
+    for logits in (found, at_once):
+        assert 0.02 * step < np.abs(logits - exact).max() / np.abs(exact).max() < 4 * step
+    assert backend == "numpy" or np.array_equal(at_once, found), "in pieces, a prompt has other bits"
     with pytest.raises(InputError, match="use one dtype"):
         model(IDS[:1], "bfloat16", cache=cache)
-    with pytest.raises(InputError, match="expected 'float32' or 'float16'"):
+    with pytest.raises(InputError, match="is 'int3', expected one of float32, float16, int8"):
         model.new_cache(dtype="int3")
+    ids = list(model.generate(IDS, max_new_tokens=3, cache_dtype=dtype))
+    assert ids == list(model.generate(IDS, max_new_tokens=3))
+
+
+def test_an_int8_cache_needs_whole_blocks(tiny_model):
+    model = tiny_model("Qwen2-7B")
+    with pytest.raises(InputError, match=f"keeps blocks of 32, and heads of {model.config.head_dim} are no multiple"):
+        model.generate(IDS, cache_dtype="int8")
 
 
 PROGRAM = """
 import hashlib, sys
 sys.path.insert(0, {tests!r})
 import numba, numpy as np
-from test_fast import KINDS, activations, attention, matrix
+from test_fast import KINDS, activations, attention, kept_as, matrix
 from kernels.fast import NumbaOps
 numba.set_num_threads({threads})
 digest = hashlib.sha256()
@@ -206,8 +300,10 @@ for kind in KINDS:
         for name in ("float32", "int8", "int16"):
             digest.update(NumbaOps(activations=name).linear(activations(tokens, 384), weight).tobytes())
         keys = activations(2 * 5 * 300, 64).reshape(2, 5, 300, 64)
-        for out in attention(keys, keys[:, :, :tokens], activations(10 * tokens, 300).reshape(2, 5, tokens, 300)):
-            digest.update(out.tobytes())
+        probs = NumbaOps().softmax(activations(10 * tokens, 300).reshape(2, 5, tokens, 300))
+        for dtype in ("float32", "float16", "int8"):
+            for out in (*attention(kept_as(dtype, keys), keys[:, :, :tokens], probs), probs):
+                digest.update(out.tobytes())
 print(digest.hexdigest())
 """
 
@@ -302,10 +398,12 @@ def test_who_computes(tiny_model, monkeypatch):
 
 def test_the_bench_of_attention(capsys):
     facts = bench.run("attention", 1, 2, 2, None, 64)
-    assert [row["engine"] for row in facts] == ["read", "float16", "float32"]
-    assert facts[0]["times_read"] == 1 and all(row["slowest"] <= row["fastest"] for row in facts)
+    names = ["float16", "int8", "float32"]
+    assert [row["engine"] for row in facts] == [name for dtype in names for name in (f"read-{dtype}", dtype)]
+    assert all(row[f"times_read-{row['engine'].removeprefix('read-')}"] > 0 for row in facts)
+    assert facts[0]["times_read-float16"] == 1 and all(row["slowest"] <= row["fastest"] for row in facts)
     assert "float16" in bench.show(facts) and "1 layers of Baichuan2-7B, attention" in capsys.readouterr().err
-    with pytest.raises(InputError, match="the engine is 'gpu', expected some of read,float16,float32"):
+    with pytest.raises(InputError, match="the engine is 'gpu', expected some of read-float16,float16,read-int8,int8"):
         bench.run("attention", 1, 1, 1, ("gpu",), 64)
     with pytest.raises(InputError, match="numbers from 1"):
         bench.run("attention", 1, 0, 1, None, 64)

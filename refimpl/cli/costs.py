@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from refimpl.cli.verbs import DTYPE, JSON, MODEL, SWEEP, load_model, option, verb
+from refimpl.cli.verbs import CACHE_DTYPE, DTYPE, JSON, MODEL, SWEEP, load_model, option, verb
 from refimpl.errors import InputError
 
 
@@ -25,7 +25,7 @@ from refimpl.errors import InputError
     option("--attribution", action="store_true", help="what each tensor's quantization alone adds to the KL"),
     option("--top", type=int, default=20, metavar="N", help="with it: how many tensors are shown (default: 20)"),
     option("--out", metavar="FILE.svg", help="with it: a picture, layers by modules"),
-    *(DTYPE, SWEEP, JSON),
+    *(DTYPE, CACHE_DTYPE, SWEEP, JSON),
 )
 def quality(arguments) -> int:
     """Judge a model by a reference on a text: perplexity, KL divergence, same top-1, RMS Δp, with error bars."""
@@ -39,13 +39,15 @@ def quality(arguments) -> int:
     if arguments.format and arguments.recipe:
         raise InputError("give either --format or --recipe, which says what the matrices become")
     recipe = read_recipe(Path(arguments.recipe)) if arguments.recipe else arguments.format
-    if not (arguments.against or recipe):
+    if not (arguments.against or recipe or arguments.cache_dtype):
         raise InputError("there is nothing to compare with; give --against REF, or --format q4_0, or --format all")
     names = list(FORMATS) if arguments.format == "all" else (arguments.format or "").split(",")
     if len(names) > 1 and (arguments.against or arguments.attribution):
         raise InputError(
             "several formats are judged by MODEL as it is; give one --format with --against, --attribution"
         )
+    if arguments.cache_dtype and (len(names) > 1 or arguments.attribution):
+        raise InputError("--cache-dtype is for one comparison; leave out --attribution and further formats")
     if arguments.top < 1:
         raise InputError(f"top is {arguments.top}, expected how many tensors to show")
     if arguments.out:
@@ -69,7 +71,7 @@ def quality(arguments) -> int:
                 attributed.to_json() if arguments.json else f"{attributed.whole}\n\n{attributed.table(arguments.top)}"
             )
             return 0
-        found = quality(model, reference, ids, *rest)
+        found = quality(model, reference, ids, *rest, arguments.cache_dtype)
     print(json.dumps(found.to_dict()) if arguments.json else found)
     return 0
 

@@ -5,7 +5,19 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from refimpl.cli.verbs import DTYPE, JSON, MODEL, PROMPT, SAMPLING, load_model, option, prompt_ids, typed_text, verb
+from refimpl.cli.verbs import (
+    CACHE_DTYPE,
+    DTYPE,
+    JSON,
+    MODEL,
+    PROMPT,
+    SAMPLING,
+    load_model,
+    option,
+    prompt_ids,
+    typed_text,
+    verb,
+)
 from refimpl.errors import InputError
 
 
@@ -22,7 +34,7 @@ def demo(arguments) -> int:
 
 @verb(
     r"refimpl generate -p '登鹳雀楼->王之涣\n夜雨寄北->' --max-new-tokens 8",
-    *(MODEL, PROMPT, SAMPLING, DTYPE, JSON),
+    *(MODEL, PROMPT, SAMPLING, DTYPE, CACHE_DTYPE, JSON),
 )
 def generate(arguments) -> int:
     """Continue a text."""
@@ -31,7 +43,7 @@ def generate(arguments) -> int:
 
 @verb(
     "refimpl chat -m 《静夜思》的作者是谁？",
-    *(MODEL, SAMPLING, DTYPE, JSON),
+    *(MODEL, SAMPLING, DTYPE, CACHE_DTYPE, JSON),
     option("--message", "-m", required=True),
     option("--system", help="a system message"),
 )
@@ -122,7 +134,7 @@ def _say(arguments, ids) -> int:
     new = model.generate(
         ids, max_new_tokens=arguments.max_new_tokens, do_sample=arguments.sample, temperature=arguments.temperature,
         top_k=arguments.top_k, top_p=arguments.top_p, repetition_penalty=arguments.repetition_penalty,
-        seed=arguments.seed, dtype=arguments.dtype,
+        seed=arguments.seed, dtype=arguments.dtype, cache_dtype=arguments.cache_dtype,
     )  # fmt: skip
     try:
         tokenizer = model.tokenizer

@@ -71,6 +71,9 @@ def option(*flags: str, **keywords: Any) -> Option:
 MODEL = option("model", nargs="?", metavar="MODEL", help="a checkpoint (default: the embedded model)")
 JSON = option("--json", action="store_true", help="print JSON instead of text")
 DTYPE = option("--dtype", default="float32", help="float64, float32 (default), bfloat16 or float16")
+CACHE_DTYPE = option(
+    "--cache-dtype", metavar="NAME", help="round the keys and values of a float32 run: float16, or int8 (Q8_0)"
+)
 PROMPT = [
     option("--prompt", "-p", default="", help=r"a text; \n stands for a new line"),
     option("--ids", help="token ids instead, such as 5,17,9"),
