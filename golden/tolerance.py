@@ -14,11 +14,12 @@ A bound is a rule of (config, number format, tap), never a number picked by hand
 - SAFETY = 8: both sides round (x 1.4), a row may be smaller than what it is a sum of, and a layer may amplify a
   relative error, as a SwiGLU does that multiplies two outliers.
 - A softmax amplifies, too: exp turns the absolute error of a score into a relative one of its probability, so scores
-  of size M with a relative error e make probabilities with one of M e. Up to M = SAFETY that is covered; of larger
-  scores `probs` and what follows have the variance that `scores` inherit and their own once more, by (M / SAFETY)^2.
-  What was amplified is not counted again in later layers: attention is a part of the stream, and a probability near 1
-  moves little. (With scores of 50 in each of 16 random layers a run needs up to its bound; with hundreds in more
-  than a few, it is chaos, and no bound holds.) M is a fact of the reference, not of the config: what was recorded.
+  of size M with a relative error e make probabilities with one of M e, and as it is the difference of two scores that
+  counts, of sqrt(2) M e. While that is below SAFETY it is covered; else `probs`, and what follows, have the variance
+  of their `scores` once more, by 2 (M / SAFETY)^2. What was amplified is not amplified again in later layers:
+  attention is a part of the stream, and a probability near 1 moves little. (With scores of 50 in each of 16 random
+  layers a run needs about its bound; with hundreds in more than a few layers it is chaos, and no bound holds.) M is
+  a fact of the reference and not of the config: what was recorded.
 
 A correct run needs a twentieth to a tenth of its bound, and less than 0.4 of it in the worst tensor of all; a dropped
 NormHead, swapped RoPE halves or a mask off by one exceed that of float32 a thousandfold. `tests/test_compare.py` and
@@ -111,7 +112,7 @@ def tolerances(
         at, _, module = name.rpartition(".")
         own = _variance(module, config, dtype, tokens)
         largest = (scores or {}).get(f"{at}.scores", 0.0) if module == "probs" else 0.0
-        more = inherited * (max(largest / SAFETY, 1.0) ** 2 - 1)
+        more = inherited * max(2 * (largest / SAFETY) ** 2 - 1, 0.0)
         rules[name] = _rule(dtype, inherited + own, amplified + more)
         if name not in replaced:
             inherited, amplified = inherited + own, amplified + more

@@ -23,6 +23,8 @@ from safetensors.numpy import load_file, save_file
 
 import refimpl
 from export import emit
+from export.device import Way
+from export.parts import carry
 from export.references import References
 from export.trial import judge
 from export.verdict import Verdict
@@ -246,35 +248,48 @@ class World:
 
     def faulty(self, fault: Fault) -> dict[str, dict[str, np.ndarray]]:
         """What it answers with a fault."""
-        answers = {name: dict(arrays) for name, arrays in self.healthy.items()}
-        if fault.answer and not fault.edit and not fault.feed:
-            for name in fault.graphs:
-                fault.answer(self, self.specs[name], answers[name])
-            return answers
-        for name in fault.graphs:
-            spec, graph = self.specs[name], Graph(self.protos[name], self)
-            inputs = dict(self.references.inputs(spec))
-            if fault.edit:
-                fault.edit(graph)
-            if fault.feed:
-                wrong = fault.feed(self, spec, inputs)
-                inputs = {name: np.ascontiguousarray(x, inputs[name].dtype) for name, x in wrong.items()}
-            answers[name] = self.compute(graph, inputs)
-            if fault.answer:
-                fault.answer(self, spec, answers[name])
+        mended = {name: dict(arrays) for name, arrays in self.healthy.items() if name not in fault.graphs}
+        return mended | {name: self._answer(name, self.references.inputs(self.specs[name]), fault)
+                         for name in fault.graphs}  # fmt: skip
+
+    def chained(self, fault: Fault | None = None) -> dict[str, dict[str, np.ndarray]]:
+        """What it answers, healthy or not, when each graph is given what those before it gave."""
+        answers: dict[str, dict[str, np.ndarray]] = {}
+        after_prompt: dict[str, np.ndarray] = {}
+        for run in self.references.plan.runs:
+            flow = dict(after_prompt)
+            for spec in run:
+                linked = {v.name: carry(spec, v, flow) for v in spec.inputs if v.source}
+                answers[spec.name] = self._answer(spec.name, self.references.inputs(spec) | linked, fault)
+                flow |= answers[spec.name]
+            after_prompt = after_prompt or flow
         return answers
+
+    def _answer(self, name: str, inputs: dict[str, np.ndarray], fault: Fault | None) -> dict[str, np.ndarray]:
+        spec, graph = self.specs[name], Graph(self.protos[name], self)
+        if fault is None or name not in fault.graphs:
+            return self.compute(graph, inputs)
+        if fault.edit:
+            fault.edit(graph)
+        if fault.feed:
+            wrong = fault.feed(self, spec, dict(inputs))
+            inputs = {name: np.ascontiguousarray(x, inputs[name].dtype) for name, x in wrong.items()}
+        outputs = self.compute(graph, inputs)
+        if fault.answer:
+            fault.answer(self, spec, outputs)
+        return outputs
 
     def step(self, tap: str) -> float:
         """Of its grid, 0 if it has none."""
         grid = self.references.grids.get(tap)
         return float(grid.scale) if grid else 0.0
 
-    def judged(self, answers: dict[str, dict[str, np.ndarray]], probes: bool = True) -> Verdict:
+    def judged(self, answers: dict[str, dict[str, np.ndarray]], probes: bool = True, way: Way = "isolated") -> Verdict:
         """The verdict on all taps, or on what parts give."""
         if not probes:
             outputs = {name: {value.name for value in spec.outputs} for name, spec in self.specs.items()}
             answers = {g: {n: x for n, x in arrays.items() if n in outputs[g]} for g, arrays in answers.items()}
-        return judge(self.export, answers, self.model, self.encodings)
+        return judge(self.export, answers, self.model, self.encodings, way=way)
 
 
 @dataclass(frozen=True)
@@ -307,9 +322,10 @@ class Outcome:
         return cause is not None and cause.name in self.fault.cause and self.fault.says in cause.text
 
 
-def tried(world: World, fault: Fault, probes: bool = True) -> Outcome:
+def tried(world: World, fault: Fault, probes: bool = True, way: Way = "isolated") -> Outcome:
     """A fault, judged."""
-    return Outcome(fault, world.judged(world.faulty(fault), probes), probes)
+    answers = world.faulty(fault) if way == "isolated" else world.chained(fault)
+    return Outcome(fault, world.judged(answers, probes, way), probes)
 
 
 # The catalogue

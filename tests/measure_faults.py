@@ -2,8 +2,9 @@
 
 For each fault whether it is detected, whether it is localised to its operation, and whether its cause has the right
 name; from all taps, as probes show them, and from what the parts give alone. Then false alarms: healthy devices over
-seeds of weights, prompts, threads, both engines and all settings. `--seeds 3` tries the faults on more models;
-`--table` is the catalogue as README has it; `-k NAME` only those with that name in theirs.
+seeds of weights, prompts, threads, both engines, isolated and chained, and all settings. `--seeds 3` tries the faults
+on more models, `--chained` along the chain, `--engine reference` in ONNX's own evaluator; `--table` is the catalogue
+as README has it; `-k NAME` only those with that name in theirs.
 """
 
 import argparse
@@ -15,8 +16,11 @@ from pathlib import Path
 from faults import FAULTS, SETTINGS, Outcome, World
 from tqdm import tqdm
 
+from export.device import Way
+from export.hub import WAYS
 
-def measured(seeds: int, only: str, engine: str) -> list[tuple[int, Outcome, Outcome]]:
+
+def measured(seeds: int, only: str, engine: str, way: Way) -> list[tuple[int, Outcome, Outcome]]:
     """Each fault on each model: what all taps say, and what the outputs of parts say."""
     found, worlds = [], {}
     rows = [fault for fault in FAULTS if only in fault.name]
@@ -26,8 +30,8 @@ def measured(seeds: int, only: str, engine: str) -> list[tuple[int, Outcome, Out
                 at = Path(folder) / f"{seed} {fault.setting}"
                 worlds[seed, fault.setting] = World(at, fault.setting, seed, engine=engine)
             world = worlds[seed, fault.setting]
-            answers = world.faulty(fault)
-            taps, outputs = (Outcome(fault, world.judged(answers, probes), probes) for probes in (True, False))
+            answers = world.faulty(fault) if way == "isolated" else world.chained(fault)
+            taps, outputs = (Outcome(fault, world.judged(answers, probes, way), probes) for probes in (True, False))
             found.append((seed, taps, outputs))
     return found
 
@@ -42,8 +46,9 @@ def alarms(seeds: int) -> tuple[int, list[str]]:
             for engine, threads in engines:
                 world.engine, world.threads = engine, threads
                 world.__dict__.pop("healthy", None)
-                for probes in (True, False):
-                    verdict = world.judged(world.healthy, probes)
+                for probes, way in product((True, False), WAYS):
+                    answers = world.healthy if way == "isolated" else world.chained()
+                    verdict = world.judged(answers, probes, way)
                     count += 1
                     if not verdict:
                         raised.append(
@@ -64,11 +69,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--engine", default="onnxruntime", choices=["onnxruntime", "reference"])
+    parser.add_argument("--chained", action="store_true", help="graphs are given what those before them gave")
     parser.add_argument("--table", action="store_true")
     parser.add_argument("--healthy", type=int, default=1, metavar="SEEDS", help="of healthy devices; 0 for none")
     parser.add_argument("-k", default="", metavar="NAME")
     arguments = parser.parse_args()
-    found = measured(arguments.seeds, arguments.k, arguments.engine)
+    found = measured(arguments.seeds, arguments.k, arguments.engine, "chained" if arguments.chained else "isolated")
     if arguments.table:
         print("| fault | device | begins at | cause | from taps | from outputs |\n|---|---|---|---|---|---|")
     for seed, taps, outputs in found:

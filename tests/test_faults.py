@@ -1,6 +1,7 @@
 """The catalogue of faults: each is found, localised, named; no healthy device is suspected. More: measure_faults.py."""
 
 import json
+from itertools import product
 
 import pytest
 from faults import FAULTS, SETTINGS, World, tried
@@ -24,8 +25,45 @@ def worlds(tmp_path_factory):
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_healthy_devices_are_not_suspected(worlds, setting):
     world = worlds(setting)
-    for probes in (True, False):
-        verdict = world.judged(world.healthy, probes)
+    for probes, way in product((True, False), ("isolated", "chained")):
+        verdict = world.judged(world.healthy if way == "isolated" else world.chained(), probes, way)
+        assert verdict and not verdict.causes, verdict
+
+
+SOME = ["block axis", "GELU for SiLU", "zero point of keys + 1", "RoPE base 1e6", "one slot of the cache stale",
+        "past not handed on", "heads of values exchanged", "mask off by one", "NormHead missing"]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SOME)
+def test_a_fault_is_found_in_the_chain(worlds, name):
+    """Where each graph is given what those before it gave: it is born there, and later graphs hand it on."""
+    fault = next(fault for fault in FAULTS if fault.name == name)
+    outcome = tried(worlds(fault.setting), fault, way="chained")
+    assert outcome.detected and outcome.localised and outcome.named, outcome.verdict
+    assert outcome.verdict.guilty.way == "chained" and outcome.verdict.guilty.born == "here"
+    after = [t for t in outcome.verdict.failures if t.graph not in fault.graphs]
+    assert all(t.born == "inherited" for t in after)
+
+
+@pytest.mark.parametrize("name", SOME)
+def test_a_fault_is_found_in_onnx_s_own_evaluator(worlds, tmp_path, monkeypatch, name):
+    fault = next(fault for fault in FAULTS if fault.name == name)
+    world = worlds(fault.setting)
+    monkeypatch.setattr(world, "engine", "reference")
+    world.__dict__.pop("healthy", None)
+    outcome = tried(world, fault)
+    world.__dict__.pop("healthy")
+    assert outcome.detected and outcome.localised and outcome.named, outcome.verdict
+
+
+@pytest.mark.parametrize("way", ["isolated", "chained"])
+def test_healthy_devices_of_another_engine_are_not_suspected(worlds, monkeypatch, way):
+    for setting in ("grids", "GQA"):
+        world = worlds(setting)
+        monkeypatch.setattr(world, "engine", "reference")
+        world.__dict__.pop("healthy", None)
+        verdict = world.judged(world.healthy if way == "isolated" else world.chained(), way=way)
+        world.__dict__.pop("healthy", None)
         assert verdict and not verdict.causes, verdict
 
 
