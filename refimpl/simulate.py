@@ -69,6 +69,12 @@ class SimulatedModel(Model):
 
     simulate = quantize
 
+    def new_cache(self, batch: int = 1, capacity: int | None = None, dtype: str | None = None) -> KVCache:
+        """An empty cache, which keeps what stands on grids. Raises InputError for a dtype that would round it again."""
+        if dtype not in (None, "float32"):
+            raise InputError(f"the cache's dtype is {dtype!r}, but a simulation keeps keys and values on its grids")
+        return super().new_cache(batch, capacity)
+
     def operations(self, dtype="float32") -> SimulatedOps:
         """The operations, and with `quantizing()` the tap, of one run; for a run of a part of the model, too."""
         return SimulatedOps(dtype, self.encodings, self.config, self.rounding, self.integer)

@@ -224,6 +224,8 @@ def test_a_prompt_in_pieces_is_the_prompt_at_once(family, encoded):
     """The past is kept on the grid of the new. Masked keys weigh e^-50 instead of nothing, a last bit of a sum."""
     model, encodings = encoded(family)
     simulated = model.simulate(encodings, integer=True)
+    with pytest.raises(InputError, match="keeps keys and values on its grids"):
+        simulated.new_cache(dtype="int8")
     cache = simulated.new_cache()
     pieces = [simulated(IDS[a:b], cache=cache) for a, b in itertools.pairwise([0, 5, 6, len(IDS)])]
     whole = simulated(IDS)
