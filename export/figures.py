@@ -42,8 +42,8 @@ class Thresholds:
     """When a tensor fails. Without any number here: when it is beyond what rounding explains (see above).
 
     `min_sqnr`: dB of device against reference; `max_lsb`: codes that any value may be off by; `max_over`: share of
-    values that may be off by more than one code. What is given takes the place of the rule; a tensor without a grid
-    has no codes, and is judged by the rest.
+    values that may be off by more than one code. What is given takes the place of the rule; a tensor of which none of
+    it says anything, such as one without a grid, which has no codes, is judged by the rule.
     """
 
     min_sqnr: float | None = None
@@ -59,15 +59,23 @@ class Thresholds:
         """What a tensor needs over what is allowed: above 1 fails."""
         if figures.problem:
             return math.inf
+        if found := self._given(figures):
+            return max(found)
+        return figures.rows if figures.kind == "float" else max(figures.rows / ROWS, figures.typical / TYPICAL)
+
+    def judge(self, figures: Figures) -> bool:
+        """Whether any number here says something of a tensor, rather than the rule."""
+        return bool(self._given(figures))
+
+    def _given(self, figures: Figures) -> list[float]:
+        """The excess over each number that says something of the tensor."""
         found = []
         if self.min_sqnr is not None:
             found.append(10 ** ((self.min_sqnr - figures.sqnr) / 20) if figures.sqnr > -math.inf else math.inf)
         for limit, value in ((self.max_lsb, figures.lsb_max), (self.max_over, figures.lsb_over)):
             if limit is not None and value is not None:
                 found.append(value / limit if limit else math.inf if value else 0.0)
-        if self != Thresholds():
-            return max(found, default=0.0)
-        return figures.rows if figures.kind == "float" else max(figures.rows / ROWS, figures.typical / TYPICAL)
+        return found
 
 
 @dataclass(frozen=True)

@@ -119,12 +119,20 @@ class Verdict:
         first = self.worst[0]
         by = f"worst {first.name}, {first.problem or f'{self.excess(first):.2g} of what is allowed'}"
         if self:
-            rule = "what rounding explains" if self.thresholds == DERIVED else "the given limits"
-            return f"agrees: {len(self.tensors)} tensors within {rule}; {like}; {by}"
+            return f"agrees: {len(self.tensors)} tensors within {self._rule}; {like}; {by}"
         guilty = self.guilty
         assert guilty is not None
         said = guilty.problem or f"{self.excess(guilty):.2g} times what is allowed"
         return f"differs: {len(self.failures)} of {len(self.tensors)} tensors; the first is {guilty.name}, {said}"
+
+    @property
+    def _rule(self) -> str:
+        """What the tensors were judged by."""
+        given = sum(map(self.thresholds.judge, self.tensors))
+        others = len(self.tensors) - given
+        if not given:
+            return "what rounding explains" + ("" if self.thresholds == DERIVED else ", for none has codes to count")
+        return "the given limits" + (f", {others} without codes within what rounding explains" if others else "")
 
     @property
     def story(self) -> str:
@@ -174,7 +182,7 @@ class Verdict:
         elif len(guilty.tokens) == 1:
             place = "Wrong in its one token"
         else:
-            place = "Wrong by a little everywhere" if self.thresholds == DERIVED else "Beyond the given limits"
+            place = "Beyond the given limits" if self.thresholds.judge(guilty) else "Wrong by a little everywhere"
         return f"{place}: {guilty.sqnr:.1f} dB to {TEXTS[self.kind]}{lsb}{cost}."
 
     def table(self, limit: int = 20) -> str:

@@ -580,6 +580,21 @@ def test_a_run_is_saved_and_judged_again(world, faulty, tmp_path):
         assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("limits", [Thresholds(max_lsb=3), Thresholds(max_over=0.5), Thresholds(max_lsb=0, max_over=0)])
+def test_limits_in_codes_let_nothing_pass_that_has_none(world, limits):
+    """Floats have no codes to count, so the rule judges them; and so it does what has no grid beside what has one."""
+    right = world.healthy("float", "isolated")
+    assert "explains, for none has codes" in judge(world.folder, right, thresholds=limits).summary
+    wrong = {"isolated": {P.format(2): {name: 0 * x + 9 for name, x in right["isolated"][P.format(2)].items()}}}
+    for verdict in (judge(world.folder, wrong, thresholds=limits), judge(world.folder, wrong).judged(limits)):
+        assert len(verdict.failures) == len(verdict.tensors) and "Wrong in all" in verdict.story
+    healthy = world.judged(world.healthy("simulation", "isolated"), thresholds=Thresholds(max_lsb=1))
+    [*codes, bare] = healthy.tensors[:3]
+    mixed = replace(healthy, tensors=(*codes, replace(bare, lsb_max=None, lsb_over=None)))
+    assert mixed and "the given limits, 1 without codes within what rounding explains" in mixed.summary
+    assert not replace(mixed, tensors=(*codes, replace(mixed.tensors[-1], rows=1e3)))
+
+
 def test_another_model_is_refused(world, tmp_path):
     other = refimpl.load(write_checkpoint(tmp_path / "m", "Baichuan2-7B", 1, num_hidden_layers=3, hidden_size=128))
     with pytest.raises(InputError, match="does not compute the goldens"):
