@@ -31,6 +31,7 @@ from typing import Any
 import numpy as np
 
 from kernels import dynamic8, fp4, int4, int8, lpbq, matmulnbits, nf4, q4_0, q4_1, q4_k, q8_0, qlinear4, qlinear8
+from kernels import search as numpy_search
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ class Format:
     @property
     def options(self) -> tuple[str, ...]:
         """The keywords that `quantize` takes for this format."""
-        return tuple(k for k in inspect.signature(self.module.quantize).parameters if k not in ("x", "last"))
+        return tuple(k for k in inspect.signature(self.module.quantize).parameters if k not in ("x", "last", "backend"))
 
 
 _SCALE, _HALF, _SIX_BITS = Part("float32", 32), Part("float16", 16), Part("uint8", 6, every=32)
@@ -257,6 +258,7 @@ def quantize(
     axis: int | None = None,
     importance: np.ndarray | None = None,
     double: bool = False,
+    backend: ModuleType = numpy_search,
     **options: Any,
 ) -> Blocks:
     """A float matrix (O, I) in blocks of a format.
@@ -264,7 +266,8 @@ def quantize(
     `block_size`: a number, "channel" (a row is a block) or "tensor" (INT4 only); by default the format's usual one.
     `axis`: 1, blocks along the rows, is the default; 0 down the columns (INT4 only). `importance`: (I,), what an
     error in each input column costs, for a search, by default of 16 scales (see search.py). `double`: NF4 and FP4
-    with 8-bit scales. The other options are the keywords of the format's own `quantize`.
+    with 8-bit scales. `backend`: `search` or its twin `fast_search`: who rounds the formats that have a search, to the
+    same bytes. The other options are the keywords of the format's own `quantize`.
 
     Raises ValueError for an unknown format, axis or option, a block size that does not fit, a weight that is NaN or
     infinite, and a scale that the format cannot hold.
@@ -296,6 +299,8 @@ def quantize(
         importance = _cut(np.broadcast_to(importance, weight.shape), unit, axis)
     if form.whole_row and "block_size" in form.options:
         options["block_size"] = block_size
+    if "search" in form.options:
+        options["backend"] = backend
     parts = _quantize_units(form, _cut(x, unit, axis), importance, weight.size % unit if axis is None else 0, options)
     if not all(np.isfinite(parts[part]).all() for part in parts if parts[part].dtype.kind == "f"):
         largest = float(np.abs(x).max())

@@ -18,19 +18,27 @@ array([[ 7, 14,  0,  3]], dtype=uint8)
 
 from __future__ import annotations
 
+from types import ModuleType
+
 import numpy as np
 
 from kernels import nf4
+from kernels import search as numpy_search
 
 _POSITIVE = np.array([0, 0.0625, 8, 12, 4, 6, 2, 3], np.float32) / np.float32(12)
 VALUES = np.concatenate([_POSITIVE, -_POSITIVE]) + np.float32(0)  # the second zero is positive too
+RULE = nf4.rule_of("fp4", VALUES)
 
 
 def quantize(
-    x: np.ndarray, last: int | None = None, search: int = 0, importance: np.ndarray | None = None
+    x: np.ndarray,
+    last: int | None = None,
+    search: int = 0,
+    importance: np.ndarray | None = None,
+    backend: ModuleType = numpy_search,
 ) -> dict[str, np.ndarray]:
     """Blocks (n, b) of float32 as `codes` (n, b) uint8 in 0 … 15 and `scales` (n, 1) float32; options as in nf4.py."""
-    return nf4.quantize_to(VALUES, x, last, search, importance)
+    return nf4.quantize_to(RULE, x, last, search, importance, backend)
 
 
 def dequantize(codes: np.ndarray, scales: np.ndarray, code: np.ndarray = VALUES) -> np.ndarray:

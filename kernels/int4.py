@@ -31,51 +31,57 @@ onnxruntime and onnx's ReferenceEvaluator give the same codes, and dequantizing 
 
 from __future__ import annotations
 
+from types import ModuleType
+
 import numpy as np
 
-from kernels.search import best_scales
+from kernels import search as numpy_search
+from kernels.search import Rule, clip, ends, largest, nonzero, trials
+
+
+def _symmetric(scale, low):
+    return nonzero(scale), np.float32(0), scale
+
+
+def _asymmetric(scale, low):
+    by = nonzero(scale)
+    return by, clip(np.rint(np.float32(-8) - low / by), -8, 7), scale
+
+
+def _level(x, by, zero):
+    return clip(np.rint(x / by) + zero, -8, 7) - zero
+
+
+SYMMETRIC = Rule("int4", _symmetric, _level, "int8")
+ASYMMETRIC = Rule("int4 with zero points", _asymmetric, _level, "int8")
 
 
 def quantize(
-    x: np.ndarray, symmetric: bool = True, search: int = 0, importance: np.ndarray | None = None
+    x: np.ndarray,
+    symmetric: bool = True,
+    search: int = 0,
+    importance: np.ndarray | None = None,
+    backend: ModuleType = numpy_search,
 ) -> dict[str, np.ndarray]:
     """Blocks (n, b) of float32 as `codes` (n, b) int8, `scales` (n, 1) float32; asymmetric, `zero_points` (n, 1) int8.
 
     A block of zeros has scale 0 and codes 0. `search`, `importance`: see search.py.
     """
     if symmetric:
-        scales = np.abs(x).max(-1, keepdims=True) / np.float32(7)
-        low = None
-    else:
-        low = np.minimum(x.min(-1, keepdims=True), np.float32(0))
-        scales = (np.maximum(x.max(-1, keepdims=True), np.float32(0)) - low) / np.float32(15)
-
-    def encode(scales: np.ndarray) -> dict[str, np.ndarray]:
-        zero_points = None
-        if low is not None:
-            zero_points = np.clip(np.rint(-8 - low / _nonzero(scales)), -8, 7).astype(np.int8)
-        return round_to(x, scales, zero_points)
-
-    return best_scales(x, scales, encode, lambda parts: dequantize(**parts), search, importance)
-
-
-def round_to(x: np.ndarray, scales: np.ndarray, zero_points: np.ndarray | None = None) -> dict[str, np.ndarray]:
-    """QuantizeLinear: the codes of blocks (n, b) for given scales and zero points, and those with them."""
-    codes = np.rint(x / _nonzero(scales))
-    parts = dict(codes=codes, scales=scales)
-    if zero_points is not None:
-        parts.update(codes=codes + zero_points, zero_points=zero_points)
-    return {**parts, "codes": np.clip(parts["codes"], -8, 7).astype(np.int8)}
+        scales = np.abs(largest(x)) / np.float32(7)
+        found = backend.best_scales(x, trials(scales, search), SYMMETRIC, importance)
+        return dict(codes=found.codes, scales=found.scales)
+    low, high = ends(x)
+    low, high = np.minimum(low, np.float32(0)), np.maximum(high, np.float32(0))
+    scales = (high - low) / np.float32(15)
+    found = backend.best_scales(x, trials(scales, search), ASYMMETRIC, importance, low)
+    return dict(codes=found.codes, scales=found.scales, zero_points=found.lows.astype(np.int8))
 
 
 def dequantize(codes: np.ndarray, scales: np.ndarray, zero_points: np.ndarray | None = None) -> np.ndarray:
     """DequantizeLinear: blocks (n, b) of float32, one rounding each, of (code - zero point) * scale."""
     centred = codes if zero_points is None else codes - zero_points
     return centred.astype(np.float32) * scales
-
-
-def _nonzero(scales: np.ndarray) -> np.ndarray:
-    return np.where(scales != 0, scales, np.float32(1))
 
 
 def pack(codes: np.ndarray) -> np.ndarray:

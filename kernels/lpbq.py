@@ -26,33 +26,48 @@ as in its encodings files: only k * s is rounded to float32. Rounding s first wo
 
 from __future__ import annotations
 
-from dataclasses import replace
+from types import ModuleType
 
 import numpy as np
 
 from kernels import affine, int4
-from kernels.search import weighted_error
+from kernels import search as numpy_search
+from kernels.search import Rule, half_up
+
+
+def _grid(scale, low):
+    return scale, np.float32(0), scale
+
+
+def _level(x, by, zero):
+    return half_up(x / by + np.float32(8)) - np.float32(8)  # affine.py has it in general
+
+
+RULE = Rule("lpbq", _grid, _level, "int8")
 
 
 def quantize(
-    x: np.ndarray, block_size: int, search: int = 0, importance: np.ndarray | None = None
+    x: np.ndarray,
+    block_size: int,
+    search: int = 0,
+    importance: np.ndarray | None = None,
+    backend: ModuleType = numpy_search,
 ) -> dict[str, np.ndarray]:
     """Rows (n, I) of float32 as `codes` (n, I) int8, `scales` (n, 1) float64, `block_scales` (n, I/block_size) uint8.
 
     Any `search` tries all 16 integers for each block and takes that of the least error, weighted by `importance`.
     """
     grid = affine.for_weight(x, 4, block_size, lpbq=True)
-    chosen = np.asarray(grid.block_scale)
-    if search:
-        blocks = x.reshape(-1, block_size)
-        weights = None if importance is None else importance.reshape(blocks.shape)
-        trials = np.arange(1, affine.LPBQ_STEPS + 1)
-        grids = [replace(grid, block_scale=np.full_like(chosen, k)) for k in trials]
-        rounded = (affine.fake_quantize(x, g).reshape(blocks.shape) for g in grids)
-        errors = [weighted_error(blocks, values, weights) for values in rounded]
-        chosen = trials[np.argmin(errors, axis=0)].reshape(chosen.shape)
-    codes = affine.integers(x, replace(grid, block_scale=chosen))
-    return dict(codes=codes.astype(np.int8), scales=grid.scale[:, None], block_scales=chosen.astype(np.uint8))
+    assert grid.block_scale is not None
+    blocks, scales = x.reshape(-1, block_size), grid.scale[:, None]
+    numbers = np.arange(1, affine.LPBQ_STEPS + 1)[:, None, None] if search else grid.block_scale[None]
+    steps = (scales * numbers).astype(np.float32)
+    steps = np.broadcast_to(steps, (len(steps), *grid.block_scale.shape)).reshape(len(steps), -1)
+    weights = None if importance is None else importance.reshape(blocks.shape)
+    found = backend.best_scales(blocks, steps, RULE, weights, fits=0)
+    chosen = found.which + 1 if search else grid.block_scale
+    chosen = chosen.reshape(grid.block_scale.shape).astype(np.uint8)
+    return dict(codes=found.codes.reshape(x.shape), scales=scales, block_scales=chosen)
 
 
 def dequantize(codes: np.ndarray, scales: np.ndarray, block_scales: np.ndarray) -> np.ndarray:

@@ -23,40 +23,51 @@ python/tools/quantization/matmul_nbits_quantizer.py; docs/ContribOperators.md: c
 
 from __future__ import annotations
 
+from types import ModuleType
+
 import numpy as np
 
 from kernels import int4
-from kernels.search import best_scales, reciprocal
+from kernels import search as numpy_search
+from kernels.search import Rule, ends, half_up, nonzero, reciprocal, trials
+
+
+def _symmetric(scale, low):
+    return reciprocal(scale), np.float32(8), scale
+
+
+def _asymmetric(scale, low):
+    return reciprocal(scale), half_up(-low / nonzero(scale)), scale
+
+
+def _level(x, by, zero):
+    return half_up(x * by + zero) - zero
+
+
+SYMMETRIC = Rule("matmulnbits", _symmetric, _level)
+ASYMMETRIC = Rule("matmulnbits with zero points", _asymmetric, _level)
 
 
 def quantize(
-    x: np.ndarray, symmetric: bool = True, search: int = 0, importance: np.ndarray | None = None
+    x: np.ndarray,
+    symmetric: bool = True,
+    search: int = 0,
+    importance: np.ndarray | None = None,
+    backend: ModuleType = numpy_search,
 ) -> dict[str, np.ndarray]:
     """Blocks (n, b) of float32 as `codes` (n, b) uint8, `scales` (n, 1) float32, if asymmetric `zero_points` uint8.
 
     `search`, `importance`: see search.py.
     """
-    high, low = x.max(-1, keepdims=True), x.min(-1, keepdims=True)
+    low, high = ends(x)
     if symmetric:
-        first = np.where(np.abs(high) > np.abs(low), high, low) / np.float32(-8)
-    else:
-        low = np.minimum(low, np.float32(0))
-        first = (np.maximum(high, np.float32(0)) - low) / np.float32(15)
-
-    def encode(scales: np.ndarray) -> dict[str, np.ndarray]:
-        if symmetric:
-            return dict(codes=_rounded(x * reciprocal(scales) + np.float32(8)), scales=scales)
-        zero_points = _rounded(-low / np.where(scales != 0, scales, np.float32(1)))
-        codes = _rounded(x * reciprocal(scales) + zero_points.astype(np.float32))
-        return dict(codes=codes, scales=scales, zero_points=zero_points)
-
-    return best_scales(x, first, encode, lambda parts: dequantize(**parts), search, importance)
-
-
-def _rounded(x: np.ndarray) -> np.ndarray:
-    """To the nearest of 0 … 15, halves upwards, which is away from zero for what is not clipped."""
-    whole = np.floor(x)
-    return np.clip(whole + (x - whole >= 0.5), 0, 15).astype(np.uint8)
+        scales = np.where(np.abs(high) > np.abs(low), high, low) / np.float32(-8)
+        found = backend.best_scales(x, trials(scales, search), SYMMETRIC, importance)
+        return dict(codes=found.codes, scales=found.scales)
+    low, high = np.minimum(low, np.float32(0)), np.maximum(high, np.float32(0))
+    scales = (high - low) / np.float32(15)
+    found = backend.best_scales(x, trials(scales, search), ASYMMETRIC, importance, low)
+    return dict(codes=found.codes, scales=found.scales, zero_points=found.lows.astype(np.uint8))
 
 
 def dequantize(codes: np.ndarray, scales: np.ndarray, zero_points: np.ndarray | None = None) -> np.ndarray:

@@ -28,10 +28,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
+from types import ModuleType
 
 import numpy as np
 
-from kernels.search import best_scales
+from kernels import search as numpy_search
+from kernels.search import Rule, clip, largest, trials
 
 VALUES = np.array(
     [
@@ -43,16 +45,40 @@ VALUES = np.array(
 )  # fmt: skip
 
 BINS = 4096  # of [-1, 1], in the search for the nearest value
+TINY = np.float32(1e-38)
+
+
+def rule_of(name: str, values: np.ndarray) -> Rule:
+    """How blocks are rounded to 16 values, of which the largest magnitude is 1."""
+    key = values.tobytes()
+
+    def grid(scale, low):
+        return np.float32(1) / np.maximum(scale, TINY), np.float32(0), scale
+
+    def level(x, by, zero):
+        return _nearest(key, worth=True)(clip(x * by, -1, 1))
+
+    def code(x, by, zero):
+        return _nearest(key)(clip(x * by, -1, 1))
+
+    return Rule(name, grid, level, values=values, code=code)
+
+
+RULE = rule_of("nf4", VALUES)
 
 
 def quantize(
-    x: np.ndarray, last: int | None = None, search: int = 0, importance: np.ndarray | None = None
+    x: np.ndarray,
+    last: int | None = None,
+    search: int = 0,
+    importance: np.ndarray | None = None,
+    backend: ModuleType = numpy_search,
 ) -> dict[str, np.ndarray]:
     """Blocks (n, b) of float32 as `codes` (n, b) uint8 in 0 … 15 and `scales` (n, 1) float32.
 
     `last`: how many weights the last block has, the rest being padding. `search`, `importance`: see search.py.
     """
-    return quantize_to(VALUES, x, last, search, importance)
+    return quantize_to(RULE, x, last, search, importance, backend)
 
 
 def dequantize(codes: np.ndarray, scales: np.ndarray, code: np.ndarray = VALUES) -> np.ndarray:
@@ -61,29 +87,22 @@ def dequantize(codes: np.ndarray, scales: np.ndarray, code: np.ndarray = VALUES)
 
 
 def quantize_to(
-    values: np.ndarray, x: np.ndarray, last: int | None, search: int, importance: np.ndarray | None
+    rule: Rule, x: np.ndarray, last: int | None, search: int, importance: np.ndarray | None, backend: ModuleType
 ) -> dict[str, np.ndarray]:
-    """Blocks (n, b) as codes of any 16 `values`, of which the largest magnitude is 1: NF4 and FP4 in one."""
-    tiny = np.float32(1e-38)
-    nearest = _nearest(values.tobytes())
-
-    def encode(scales: np.ndarray) -> dict[str, np.ndarray]:
-        relative = np.clip(x * (np.float32(1) / np.maximum(scales, tiny)), -1, 1)
-        return dict(codes=nearest(relative), scales=scales)
-
-    scales = np.abs(x).max(-1, keepdims=True)
+    """Blocks (n, b) as codes of 16 values: NF4 and FP4 in one."""
+    scales = np.abs(largest(x))
     incomplete = last is not None and last < x.shape[1]
     if incomplete:
-        scales[-1] = np.maximum(scales[-1], tiny)
-    parts = best_scales(x, scales, encode, lambda p: dequantize(**p, code=values), search, importance)
+        scales[-1] = np.maximum(scales[-1], TINY)
+    found = backend.best_scales(x, trials(scales, search), rule, importance)
     if incomplete:
-        parts["codes"][-1] = nearest(np.clip(x[-1] / parts["scales"][-1], -1, 1))
-    return parts
+        found.codes[-1] = rule.codes(x[-1] / found.scales[-1], np.float32(1), np.float32(0))
+    return dict(codes=found.codes, scales=found.scales)
 
 
 @cache
-def _nearest(values: bytes) -> Callable[[np.ndarray], np.ndarray]:
-    """The function from numbers in [-1, 1] to the codes of the nearest values; midway, of the smaller.
+def _nearest(values: bytes, worth: bool = False) -> Callable[[np.ndarray], np.ndarray]:
+    """The function from numbers in [-1, 1] to the codes of the nearest values, or to these; midway, of the smaller.
 
     It is `searchsorted` among the midpoints, several times as fast: [-1, 1] is cut into bins so narrow that none, with
     a little room for the rounding of its number, has two midpoints. So a bin leaves one comparison.
@@ -97,9 +116,11 @@ def _nearest(values: bytes) -> Callable[[np.ndarray], np.ndarray]:
         raise ValueError("two of the values are too near to each other")
     edges = np.append(middles, np.float32(np.inf))[below]
     codes = order[np.minimum([below, below + 1], len(order) - 1)].astype(np.uint8)
-    lower, upper = codes
+    lower, upper = numbers[codes] if worth else codes
 
     def nearest(relative: np.ndarray) -> np.ndarray:
+        if not relative.flags.c_contiguous:  # in the order in which they lie in memory
+            return nearest(relative.T).T
         bins = ((relative + np.float32(1)) * np.float32(BINS / 2)).astype(np.intp)
         return np.where(relative > edges.take(bins), upper.take(bins), lower.take(bins))
 

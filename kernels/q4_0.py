@@ -20,22 +20,33 @@ float32 scale, and only then it is rounded to float16: so do llama.cpp and gguf-
 
 from __future__ import annotations
 
+from types import ModuleType
+
 import numpy as np
 
-from kernels.search import best_scales, reciprocal
+from kernels import search as numpy_search
+from kernels.search import Rule, clip, half, largest, reciprocal, trials
 
 BLOCK = np.dtype([("scales", "<f2"), ("packed", "u1", 16)])
 
 
-def quantize(x: np.ndarray, search: int = 0, importance: np.ndarray | None = None) -> dict[str, np.ndarray]:
+def _grid(scale, low):
+    return reciprocal(scale), np.float32(8), half(scale)
+
+
+def _level(x, by, zero):
+    return clip(np.trunc(x * by + np.float32(8.5)), 0, 15) - zero
+
+
+RULE = Rule("q4_0", _grid, _level)
+
+
+def quantize(
+    x: np.ndarray, search: int = 0, importance: np.ndarray | None = None, backend: ModuleType = numpy_search
+) -> dict[str, np.ndarray]:
     """Blocks (n, 32) of float32 as `codes` (n, 32) uint8 and `scales` (n, 1) float16. Options: see search.py."""
-
-    def encode(scales: np.ndarray) -> dict[str, np.ndarray]:
-        codes = np.clip(np.trunc(x * reciprocal(scales) + np.float32(8.5)), 0, 15).astype(np.uint8)
-        return dict(codes=codes, scales=scales.astype(np.float16))
-
-    largest = np.take_along_axis(x, np.abs(x).argmax(-1)[:, None], -1)
-    return best_scales(x, largest / np.float32(-8), encode, lambda parts: dequantize(**parts), search, importance)
+    found = backend.best_scales(x, trials(largest(x) / np.float32(-8), search), RULE, importance)
+    return dict(codes=found.codes, scales=found.scales.astype(np.float16))
 
 
 def dequantize(codes: np.ndarray, scales: np.ndarray) -> np.ndarray:

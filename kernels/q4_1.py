@@ -16,20 +16,25 @@ The codes are made with the float32 numbers, and only then these are rounded to 
 
 from __future__ import annotations
 
+from types import ModuleType
+
 import numpy as np
 
 from kernels import q4_0
-from kernels.search import best_lines, reciprocal
+from kernels import search as numpy_search
+from kernels.search import FITS, LINE_FACTORS, ends, reciprocal, trials
 
 BLOCK = np.dtype([("scales", "<f2"), ("mins", "<f2"), ("packed", "u1", 16)])
 
 
-def quantize(x: np.ndarray, search: int = 0, importance: np.ndarray | None = None) -> dict[str, np.ndarray]:
+def quantize(
+    x: np.ndarray, search: int = 0, importance: np.ndarray | None = None, backend: ModuleType = numpy_search
+) -> dict[str, np.ndarray]:
     """Blocks (n, 32) of float32 as `codes` (n, 32) uint8, `scales`, `mins` (n, 1) float16. Options: see search.py."""
-    mins = x.min(-1, keepdims=True)
-    scales = (x.max(-1, keepdims=True) - mins) / np.float32(15)
+    mins, highest = ends(x)
+    scales = (highest - mins) / np.float32(15)
     if search:
-        scales, mins = best_lines(x, scales, mins, search, importance)
+        _, scales, mins, _ = backend.best_lines(x, trials(scales, search, *LINE_FACTORS), mins.T, importance, FITS)
     codes = np.clip(np.trunc((x - mins) * reciprocal(scales) + np.float32(0.5)), 0, 15).astype(np.uint8)
     return dict(codes=codes, scales=scales.astype(np.float16), mins=mins.astype(np.float16))
 

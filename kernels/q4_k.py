@@ -29,44 +29,41 @@ dequantize_row_q4_K.
 from __future__ import annotations
 
 import itertools
+from types import ModuleType
 
 import numpy as np
 
-from kernels.search import best_lines, reciprocal, weighted_error
+from kernels import search as numpy_search
+from kernels.search import FITS, LINE_FACTORS, ends, reciprocal, trials
 
 BLOCK = np.dtype([("scales", "<f2"), ("dmins", "<f2"), ("six_bits", "u1", 12), ("packed", "u1", 128)])
 
 
-def quantize(x: np.ndarray, search: int = 8, importance: np.ndarray | None = None) -> dict[str, np.ndarray]:
+def quantize(
+    x: np.ndarray, search: int = 8, importance: np.ndarray | None = None, backend: ModuleType = numpy_search
+) -> dict[str, np.ndarray]:
     """Blocks (n, 256) of float32 as `codes` (n, 256) uint8, `scales` (d) and `dmins` (n, 1) float16, and `sub_scales`
     and `sub_mins` (n, 8) uint8 in 0 … 63. `search` spans are tried for each sub-block; 0: the full one alone.
     """
     subs = x.reshape(-1, 32)
     importance = None if importance is None else importance.reshape(-1, 32)
-    mins = np.minimum(subs.min(-1, keepdims=True), np.float32(0))
-    scales = (subs.max(-1, keepdims=True) - mins) / np.float32(15)
+    lowest, highest = ends(subs)
+    mins = np.minimum(lowest, np.float32(0))
+    scales = (highest - mins) / np.float32(15)
     if search:
-        scales, mins = best_lines(subs, scales, mins, search, importance, highest=0.0)
-    scales, mins = scales.reshape(-1, 8), -mins.reshape(-1, 8)
+        factors = trials(scales, search, *LINE_FACTORS)
+        _, scales, mins, _ = backend.best_lines(subs, factors, mins.T, importance, FITS, highest=0.0)
+    scales, mins = scales.reshape(-1, 8), np.float32(0) - mins.reshape(-1, 8)
     d, dmins = ((a.max(-1, keepdims=True) / np.float32(63)).astype(np.float16) for a in (scales, mins))
     near_scales, near_mins = (np.rint(a * reciprocal(b.astype(np.float32))) for a, b in ((scales, d), (mins, dmins)))
 
-    best: dict[str, np.ndarray] = {}
-    least = np.full((len(subs), 1), np.inf)
-    for step, min_step in itertools.product((0, -1, 1), repeat=2) if search else [(0, 0)]:
-        six_bits = [np.clip(a + b, 0, 63).astype(np.uint8) for a, b in ((near_scales, step), (near_mins, min_step))]
-        scale, low = (a.reshape(-1, 1) for a in _lines(d, dmins, *six_bits))
-        codes = subs + low
-        codes *= reciprocal(scale)
-        np.clip(np.rint(codes, out=codes), 0, 15, out=codes)
-        error = weighted_error(subs, scale * codes - low, importance)
-        trial = dict(codes=codes.astype(np.uint8), sub_scales=six_bits[0], sub_mins=six_bits[1])
-        better = error < least
-        least = np.where(better, error, least)
-        for name, part in trial.items():
-            part = part.reshape(len(subs), -1)
-            np.copyto(best.setdefault(name, part.copy()), part, where=better)
-    return dict(scales=d, dmins=dmins, **{name: part.reshape(len(x), -1) for name, part in best.items()})
+    steps = np.array([*itertools.product((0, -1, 1), repeat=2)] if search else [(0, 0)], np.float32).T[..., None, None]
+    pairs = [np.clip(near + step, 0, 63) for near, step in zip((near_scales, near_mins), steps, strict=True)]
+    lines = [part.reshape(len(part), -1) for part in _lines(d, dmins, *pairs)]  # of each pair (9, n * 8)
+    found = backend.best_lines(subs, lines[0], -lines[1], importance)
+    chosen = [np.take_along_axis(part.reshape(len(part), -1), found.which.T, 0) for part in pairs]
+    sub_scales, sub_mins = (part.reshape(-1, 8).astype(np.uint8) for part in chosen)
+    return dict(codes=found.codes.reshape(x.shape), scales=d, dmins=dmins, sub_scales=sub_scales, sub_mins=sub_mins)
 
 
 def dequantize(

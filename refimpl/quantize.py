@@ -22,12 +22,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
+from types import ModuleType
 from typing import Any, TypeAlias
 
 import numpy as np
 from tqdm import tqdm
 
 from kernels import formats
+from kernels import search as numpy_search
 from kernels.ops import Readable
 from refimpl import backends
 from refimpl.errors import InputError, at_most
@@ -108,23 +110,20 @@ class Scheme:
         """Whether importance can matter: the format has a search, and it is not turned off."""
         return "importance" in formats.FORMATS[self.format].options and self.search != 0
 
-    @property
-    def compiled(self) -> bool:
-        """Whether `kernels.fast_quantize` has it: Q4_0, rounded to nearest."""
-        return self.format == "q4_0" and not self.search
-
     def layout(self, shape: tuple[int, ...]) -> tuple[dict[str, Any], dict[str, tuple]]:
         """See `formats.layout`."""
         return formats.layout(self.format, shape, self.block_size, self.axis, self.symmetric, self.nested)
 
-    def quantize(self, values: np.ndarray, importance: np.ndarray | None) -> formats.Blocks:
+    def quantize(
+        self, values: np.ndarray, importance: np.ndarray | None, backend: ModuleType = numpy_search
+    ) -> formats.Blocks:
         """A matrix, or rows of one, in blocks; scales of 8 bits are of whole matrices and made afterwards."""
         options: dict[str, Any] = {} if self.symmetric else {"symmetric": False}
         if self.search is not None and "search" in formats.FORMATS[self.format].options:
             options["search"] = TRIES if self.search == "mse" else self.search
         if self.takes_importance:
             options["importance"] = importance
-        return formats.quantize(values, self.format, self.block_size, self.axis, **options)
+        return formats.quantize(values, self.format, self.block_size, self.axis, backend=backend, **options)
 
     def tile_rows(self, shape: tuple[int, ...]) -> int:
         """How many rows a tile has; all of them where a block goes from the first to the last."""
@@ -231,12 +230,11 @@ def quantizing(
     The blocks do not depend on the number of threads: tiles are cut by shape alone, and each has its place.
     """
     columns = _columns(weights, schemes, importance)
-    tile = _tile
-    if backends.choose(None, weights) == "numba" and any(scheme.compiled for scheme in schemes.values()):
-        from kernels import fast_quantize
+    backend: ModuleType = numpy_search
+    if backends.choose(None, weights) != "numpy":
+        from kernels import fast_search
 
-        fast_quantize.prepare()
-        tile = _compiled_tile
+        backend = fast_search
     order = list(schemes)
     running: dict[str, tuple[dict[str, np.ndarray], list]] = {}
 
@@ -249,7 +247,7 @@ def quantizing(
 
         def fill(at: int) -> None:
             rows = slice(at, at + step)
-            formats.place(tile(weight, rows, scheme, columns.get(name)), whole, at, weight.shape[0])
+            formats.place(_tile(weight, rows, scheme, columns.get(name), backend), whole, at, weight.shape[0])
 
         step = scheme.tile_rows(weight.shape)
         running[name] = whole, [pool.submit(fill, at) for at in range(0, weight.shape[0], step)]
@@ -276,23 +274,14 @@ def quantizing(
         pool.shutdown(cancel_futures=True)
 
 
-def _tile(weight: Any, rows: slice, scheme: Scheme, importance: np.ndarray | None) -> formats.Blocks:
+def _tile(
+    weight: Any, rows: slice, scheme: Scheme, importance: np.ndarray | None, backend: ModuleType
+) -> formats.Blocks:
     if isinstance(weight, NormHead):  # of these rows alone: it would find the lengths of all first, in each thread
         weight, rows = NormHead(weight.array[rows]), slice(None)
     with np.errstate(over="ignore"):  # an infinite weight is refused, in words
         values = weight.read(np.dtype(np.float16 if scheme.official else np.float32), rows)
-    return scheme.quantize(values, importance)
-
-
-def _compiled_tile(weight: Any, rows: slice, scheme: Scheme, importance: np.ndarray | None) -> formats.Blocks:
-    """The same, from the bytes as they are stored, where there is a kernel for them."""
-    from kernels import fast_quantize
-
-    if scheme.compiled and importance is None and isinstance(weight, Weight):
-        array, divisors = type(weight)(weight.array[rows]).in_place
-        if array.dtype in (fast_quantize.BFLOAT16, np.float32):
-            return fast_quantize.quantize_q4_0(array, divisors)
-    return _tile(weight, rows, scheme, importance)
+    return scheme.quantize(values, importance, backend)
 
 
 def _columns(

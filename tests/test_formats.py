@@ -294,7 +294,8 @@ def test_q4_k_takes_the_best_of_nine_pairs_of_six_bit_numbers(weighed):
     parts = q4_k.quantize(x, importance=importance)
     subs, weigh = x.reshape(-1, 32), None if importance is None else importance.reshape(-1, 32)
     low = np.minimum(subs.min(1, keepdims=True), 0)
-    scales, mins = search.best_lines(subs, (subs.max(1, keepdims=True) - low) / np.float32(15), low, 8, weigh, 0.0)
+    spans = search.trials((subs.max(1) - low[:, 0]) / np.float32(15), 8, *search.LINE_FACTORS)
+    _, scales, mins, _ = search.best_lines(subs, spans, low.T, weigh, search.FITS, 0.0)
     moved = 0
     for i, block in enumerate(subs.astype(np.float64)):
         d, dmin = (float(parts[name][i // 8, 0]) for name in ("scales", "dmins"))
@@ -523,7 +524,7 @@ def test_the_search_of_one_scale_is_near_the_best_of_all():
     block = np.random.default_rng(5).standard_normal((1, 32)).astype(np.float32)
     found = formats.error_between(block, formats.dequantize(formats.quantize(block, "int4", search=24))).rms
     scales = np.linspace(0.5, 1.2, 20001, dtype=np.float32)[:, None] * np.abs(block).max() / np.float32(7)
-    rounded = int4.dequantize(**int4.round_to(np.repeat(block, len(scales), 0), scales))
+    rounded = scales * np.rint(block / scales).clip(-8, 7)
     assert found <= np.sqrt(np.square(block - rounded).mean(-1).min()) * 1.01
 
 

@@ -18,7 +18,7 @@ from safetensors.numpy import load_file, save_file
 
 import refimpl
 from golden.quality import read_documents
-from kernels import fast_quantize, formats
+from kernels import fast_search, formats
 from refimpl import InputError, cli, shards
 from refimpl import quantize as module
 from refimpl.importance import Importance, observe_importance, read_importance, write_importance
@@ -176,7 +176,9 @@ def test_what_is_loaded_is_what_was_quantized(tmp_path, wide, way):
     assert (tmp_path / "twice" / held).read_bytes() == (tmp_path / "saved" / held).read_bytes()
 
 
-def test_tiles_and_threads_do_not_show(wide, monkeypatch):
+@pytest.mark.parametrize("backend", ["numpy", "numba"])
+def test_tiles_and_threads_do_not_show(wide, monkeypatch, backend):
+    monkeypatch.setenv("REFIMPL_BACKEND", backend)
     model = refimpl.load(wide)
     weight = model.weights["model.layers.0.mlp.up_proj.weight"].read(F32)
     for way in WAYS:
@@ -192,39 +194,18 @@ def test_tiles_and_threads_do_not_show(wide, monkeypatch):
                 assert np.array_equal(found.arrays()[part], array), (way, elements, part)
 
 
-@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
-def test_the_compiled_quantizer_gives_the_same_bytes(dtype):
-    rng = np.random.default_rng(0)
-    weight = (rng.standard_normal((40, 96)) * rng.lognormal(sigma=3, size=(40, 1))).astype(dtype)
-    weight[0, :32], weight[1], weight[2, 5] = 0, 1e-45, 3e4  # nothing, too small for a reciprocal, an outlier
-    weight[3, :32], weight[3, 32:64] = [2, -2] * 16, [-2, 2] * 16  # the first of two that are as large
-    weight[4] = np.linspace(-1, 1, 96).astype(dtype)
-    lengths = rng.uniform(0.5, 2, 40).astype(np.float32)
-    for divisors in (None, lengths):
-        found = fast_quantize.quantize_q4_0(weight, divisors)
-        values = weight.astype(np.float32)
-        twin = formats.quantize(values if divisors is None else values / divisors[:, None], "q4_0")
-        assert found.header() == twin.header()
-        assert np.array_equal(found.packed, twin.packed) and np.array_equal(found.scales, twin.scales)
-    for row, bad in enumerate((np.nan, -np.nan, np.inf, -np.inf)):
-        broken = weight.copy()
-        broken[row, 50] = bad
-        with pytest.raises(ValueError, match="a weight is NaN or infinite"):
-            fast_quantize.quantize_q4_0(broken)
-    with pytest.raises(ValueError, match="overflows for weights as large as"):
-        fast_quantize.quantize_q4_0(np.full((1, 32), 1e30, dtype))
-
-
 @pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
 def test_either_backend_quantizes_to_the_same_folder(tmp_path, monkeypatch, dtype):
     folder = write_checkpoint(tmp_path / "source", "Baichuan2-7B", dtype=dtype)
-    kernel, used = fast_quantize.quantize_q4_0, []
-    monkeypatch.setattr(fast_quantize, "quantize_q4_0", lambda *a: (used.append(a), kernel(*a))[1])
-    for backend in ("numpy", "numba"):
+    kernel, used = fast_search.best_scales, []
+    monkeypatch.setattr(fast_search, "best_scales", lambda *a, **k: (used.append(a), kernel(*a, **k))[1])
+    recipe = {"lm_head": "q4_0", "*.mlp.*": {"format": "q4_0", "search": "mse"}, "*.W_pack": "nf4", "*": "q8_0"}
+    for backend in ("numpy", "numba", "numba-int8"):
         monkeypatch.setenv("REFIMPL_BACKEND", backend)
-        quantize_checkpoint(folder, tmp_path / backend, {"lm_head": "q4_0", "*.mlp.*": "q4_0", "*": "q8_0"})
-        assert bool(used) == (backend == "numba" and dtype != np.float16)
-    assert files(tmp_path / "numpy") == files(tmp_path / "numba")
+        used.clear()
+        quantize_checkpoint(folder, tmp_path / backend, recipe)
+        assert bool(used) == (backend != "numpy")
+    assert files(tmp_path / "numpy") == files(tmp_path / "numba") == files(tmp_path / "numba-int8")
 
 
 def test_every_family(tmp_path, family, tiny_folder):
