@@ -11,7 +11,7 @@ vectors of 16 floats. Activations are laid out to match (`Layout.arranged`), so 
     bfloat16 float16               32 numbers     number 16 j + l                                       j = 0, 1
     float32                        16 numbers     number l
 
-    value = float32((number of the code - zero point) * scale)            what formats.py dequantizes, to the bit
+    value = float32((number of the code - zero point) * scale)            what formats.py dequantizes
 
 Each block of 32, 64 or 128 neighbours may have a scale and a zero point, in arrays of their own:
 
@@ -21,6 +21,8 @@ Each block of 32, 64 or 128 neighbours may have a scale and a zero point, in arr
 from __future__ import annotations
 
 from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
 
 import numpy as np
 from llvmlite import ir
@@ -68,6 +70,11 @@ class Layout:
         return 8 * LINE // BITS[self.codes]
 
     @property
+    def scaled(self) -> bool:
+        """Whether the sum of a lane's products in a line is multiplied by a scale: see `values`."""
+        return self.scales is not None and self.rounded is None
+
+    @property
     def sizes(self) -> tuple[int, int, int]:
         """The bytes of a line: of codes, of their scales, of their zero points."""
         scale, zero = (BITS[dtype] // 8 if dtype else 0 for dtype in (self.scales, self.zeros))
@@ -82,17 +89,24 @@ class Layout:
             return x.reshape(*lines, LANES, self.line // LANES).transpose(0, 1, 3, 2)
         return x.reshape(*lines, self.line)
 
-    def values(self, emit: Emitter, line: ir.Value, scales: ir.Value, zeros: ir.Value) -> list[ir.Value]:
-        """The vectors of a line. It lies at an address, its scales and zero points, if there are any, at others."""
-        values = self._numbers(emit, line)
+    def values(
+        self, emit: Emitter, line: ir.Value, scales: ir.Value, zeros: ir.Value
+    ) -> tuple[list[ir.Value], ir.Value | None]:
+        """The vectors of a line, and one by which all of them are to be multiplied, if there is such.
+
+        The line lies at an address, its scales and zero points, if there are any, at others. A lane has numbers of one
+        block: so its scale can wait until they are summed, unless each value is rounded once more.
+        """
+        values, scale = self._numbers(emit, line), None
         blocks = self.line // self.block
         if self.zeros:
             zero = emit.spread(load_floats(emit, self.zeros, blocks, zeros))
             values = [emit.builder.fsub(value, zero) for value in values]
         if self.scales:
             scale = emit.spread(load_floats(emit, self.scales, blocks, scales))
-            values = [emit.builder.fmul(value, scale) for value in values]
-        return [emit.rounded(value, self.rounded) for value in values] if self.rounded else values
+        if scale is not None and self.rounded:
+            values, scale = [emit.rounded(emit.builder.fmul(value, scale), self.rounded) for value in values], None
+        return values, scale
 
     def _numbers(self, emit: Emitter, line: ir.Value) -> list[ir.Value]:
         count = self.line // LANES
@@ -118,12 +132,16 @@ def load_floats(emit: Emitter, dtype: str, count: int, pointer: ir.Value) -> ir.
     return loaded if dtype == "float32" else emit.half(loaded) if dtype == "float16" else emit.bfloat(loaded)
 
 
+# Numba keeps what it compiled as long as the function's own file is the same. The instructions come from other files.
+SOURCES = sha256(b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py")))).hexdigest()[:16]
+
+
 class LayoutType(types.Type):
     """A layout as Numba sees it: each is a type of its own, for which kernels are compiled; no bytes at run time."""
 
     def __init__(self, layout: Layout):
         self.layout = layout
-        super().__init__(name=repr(layout))
+        super().__init__(name=f"{layout!r} of {SOURCES}")
 
     def __str__(self) -> str:
         return str(self.layout)

@@ -3,15 +3,18 @@
     out[t, o] = sum over i of x[t, i] * w[o, i]      x float32 and exact; w the float32 that formats.py dequantizes
 
 One token or many, a product is the same number to the bit: at any number of threads, on any machine, for a prompt at
-once and in pieces. For that the order of each sum is fixed. A row is taken in chunks of 512 numbers, in vectors of 16,
-whose lanes are those of fast_layout.py; fma(a, b, c) is a * b + c in float32, rounded once:
+once and in pieces. For that the order of each sum is fixed.
+A row is taken in chunks of 512 numbers, a chunk in lines, a line in vectors of 16, whose lanes are those of
+fast_layout.py; fma(a, b, c) is a * b + c in float32, rounded once:
 
-    lane[l]  = fma(w, x, lane[l])           vector after vector of a chunk, from 0
-    total    = lane l + lane l+8, of these l + l+4, then l + l+2, then l + l+1
-    out      = out + total                  chunk after chunk, from 0
+    part[l]  = w * x, then fma(w, x, part[l])     vector after vector of a line; w without the scale of its block
+    lane[l]  = fma(part[l], scale[l], lane[l])    line after line of a chunk, from 0
+    total[l] = total[l] + lane[l]                 chunk after chunk, from 0
+    out      = lane l + lane l+8 of the total, of these l + l+4, then l + l+2, then l + l+1
 
-So a product takes part in at most n = min(I/16, 32) + 4 + I/512 roundings, and the error is at most n u / (1 - n u)
-times the sum of |w x|, with u = 2^-24.
+Where there are no scales, lane[l] = fma(w, x, lane[l]) vector after vector. So a product takes part in at most
+n = 32 + I/512 + 4 roundings, w's own among them, and the error is at most n u / (1 - n u) times the sum of |w x|, with
+u = 2^-24.
 
 **One token** reads each weight once: the speed of memory is the limit. Four rows go together through their lines, one
 load of x for all four, and the next four rows are asked for ahead of time, in the order in which they lie.
@@ -19,15 +22,16 @@ load of x for all four, and the next four rows are asked for ahead of time, in t
 **Several tokens** share the work of reading a weight. For 16 rows and a chunk, weights become a tile of floats that
 stays in the first cache (32 KiB); then 4 rows by 4 tokens at a time, 16 sums in registers take 8 loads for 16 fma:
 
-             x: 4 tokens            for each vector of a chunk, 4 + 4 loads, 16 fma
+             x: 4 tokens            for each vector of a line, 4 + 4 loads, 16 fma
     tile   ┌─────────────┐
-    4 rows │ 16 vectors  │          for each chunk, the 16 vectors are folded into one, lane 4 r + t
-           └─────────────┘
+    4 rows │ 16 vectors  │          for each line, 16 fma with its scales
+           └─────────────┘          for each chunk, 16 totals in the second cache, folded in the end
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import chain
 
 import numpy as np
 from llvmlite import ir
@@ -40,6 +44,7 @@ from kernels.vector import FLOATS, I64, LANES, Emitter
 CHUNK = 512  # numbers of a row that are added up before their sum joins the others
 TILE = 16  # rows that are unpacked at a time for several tokens
 TASK = 32  # rows that a thread takes at a time for one token
+TOKENS = 128  # tokens that take turns over a tile, so that their sums stay in the second cache (128 KiB)
 SIDE = 4  # rows, and tokens, whose sums are in registers together
 
 
@@ -53,8 +58,8 @@ class Rows:
             start, length = emit.address(kind, array, zero), emit.times(lines, size)
             self.starts.append([emit.forward(start, emit.builder.mul(number, length)) for number in numbers])
 
-    def values(self, row: int, line: ir.Value) -> list[ir.Value]:
-        """The vectors of a line."""
+    def values(self, row: int, line: ir.Value) -> tuple[list[ir.Value], ir.Value | None]:
+        """The vectors of a line, and its scales: see `Layout.values`."""
         places = [self.emit.forward(starts[row], self.emit.times(line, size))
                   for starts, size in zip(self.starts, self.layout.sizes, strict=True)]  # fmt: skip
         return self.layout.values(self.emit, *places)
@@ -66,6 +71,23 @@ class Rows:
                 place = self.emit.forward(starts[0], self.emit.times(line, count * size))
                 for offset in range(0, count * size, LINE):
                     self.emit.prefetch(place, offset)
+
+
+class Sum:
+    """Products summed up in 16 lanes, line by line: the lanes of a chunk at the top of this file, or of all chunks."""
+
+    def __init__(self, emit: Emitter, scaled: bool = False):
+        self.emit, self.scaled, self.lanes = emit, scaled, emit.variable(emit.floats(0.0))
+        self.part: ir.Value | None = None
+
+    def begin(self) -> None:
+        self.part = None if self.scaled else self.lanes.get()
+
+    def add(self, weights: ir.Value, x: ir.Value) -> None:
+        self.part = self.emit.fma(weights, x, self.part) if self.part else self.emit.builder.fmul(weights, x)
+
+    def end(self, scale: ir.Value | None) -> None:
+        self.lanes.set(self.emit.fma(self.part, scale, self.lanes.get()) if self.scaled else self.part)
 
 
 def numbers(emit: Emitter, first: ir.Value, last: ir.Value, count: int) -> list[ir.Value]:
@@ -87,69 +109,99 @@ def _one_token(typingctx, layout, weights, scales, zeros, row, last, lines, x, t
         ahead = Rows(emit, form, kinds[1:4], arrays, lines, [builder.add(row, ir.Constant(I64, SIDE))])
         x = emit.address(kinds[7], x, builder.mul(token, emit.times(lines, form.line)))
         sums = emit.address(kinds[9], sums, zero)
-        total = emit.variable(emit.floats(0.0))
+        totals = [emit.variable(emit.floats(0.0)) for _ in range(SIDE)]
         with emit.pieces(lines, CHUNK // form.line) as (first, count):
-            lanes = [emit.variable(emit.floats(0.0)) for _ in range(SIDE)]
+            sums_of_chunk = [Sum(emit, form.scaled) for _ in totals]
             with emit.loop(count) as n:
                 line = builder.add(first, n)
                 ahead.prefetch(line, SIDE)
                 here = emit.forward(x, emit.times(line, 4 * form.line))
                 vectors = [emit.load(FLOATS, here, 4 * at) for at in range(0, form.line, LANES)]
-                for r, lane in enumerate(lanes):
-                    for value, vector in zip(rows.values(r, line), vectors, strict=True):
-                        lane.set(emit.fma(value, vector, lane.get()))
-            total.set(builder.fadd(total.get(), emit.totals([lane.get() for lane in lanes])))
-        emit.store(total.get(), sums)
+                for r, lane in enumerate(sums_of_chunk):
+                    values, scale = rows.values(r, line)
+                    lane.begin()
+                    for value, vector in zip(values, vectors, strict=True):
+                        lane.add(value, vector)
+                    lane.end(scale)
+            for total, lane in zip(totals, sums_of_chunk, strict=True):
+                total.set(builder.fadd(total.get(), lane.lanes.get()))
+        emit.store(emit.totals([total.get() for total in totals]), sums)
         return context.get_dummy_value()
 
     return types.void(layout, weights, scales, zeros, *[types.intp] * 3, x, types.intp, sums), generate
 
 
+def _places(emit: Emitter, layout: Layout, kind, tile: ir.Value, row: ir.Value) -> tuple[ir.Value, ir.Value]:
+    """Where the floats of a row of the tile are, and its scales, one vector a line: these lie behind all floats."""
+    scales = emit.times(row, CHUNK // layout.line * LANES)
+    behind = emit.builder.add(scales, ir.Constant(I64, TILE * CHUNK))
+    return emit.address(kind, tile, emit.times(row, CHUNK)), emit.address(kind, tile, behind)
+
+
 @intrinsic
-def _unpack(typingctx, layout, weights, scales, zeros, row, last, lines, first, count, tile, at):
-    """`count` lines of a row, from line `first` on, as floats at `at` in the tile."""
+def _unpack(typingctx, layout, weights, scales, zeros, row, last, lines, first, count, tile, r):
+    """`count` lines of a row, from line `first` on, as floats in row r of the tile, and their scales."""
     form = layout.layout
 
     def generate(context, builder, signature, arguments):
         emit = Emitter(context, builder, form.portable)
-        _, *arrays, row, last, lines, first, count, tile, at = arguments
+        _, *arrays, row, last, lines, first, count, tile, r = arguments
         rows = Rows(emit, form, signature.args[1:4], arrays, lines, numbers(emit, row, last, 1))
-        tile = emit.address(signature.args[9], tile, at)
+        floats, factors = _places(emit, form, signature.args[9], tile, r)
         with emit.loop(count) as n:
-            here = emit.forward(tile, emit.times(n, 4 * form.line))
-            for j, value in enumerate(rows.values(0, builder.add(first, n))):
+            here = emit.forward(floats, emit.times(n, 4 * form.line))
+            values, scale = rows.values(0, builder.add(first, n))
+            for j, value in enumerate(values):
                 emit.store(value, here, 4 * LANES * j)
+            if scale is not None:
+                emit.store(scale, factors, emit.times(n, 4 * LANES))
         return context.get_dummy_value()
 
     return types.void(layout, weights, scales, zeros, *[types.intp] * 5, tile, types.intp), generate
 
 
 @intrinsic
-def _multiply(typingctx, tile, row, x, token, last, width, vectors, sums, at):
-    """Adds to sums[at …], lane 4 r + t: `vectors` vectors of 4 rows of the tile by 4 rows of x, `width` floats each."""
+def _multiply(typingctx, layout, tile, row, x, token, last, width, count, sums, at):
+    """Adds to vector 4 r + t of sums, from element `at` on: `count` lines of 4 rows of the tile by 4 rows of x.
+
+    x (…, width); rows beyond `last` are not read.
+    """
+    form = layout.layout
 
     def generate(context, builder, signature, arguments):
-        emit = Emitter(context, builder, portable=True)
-        tile, row, x, token, last, width, vectors, sums, at = arguments
-        tile = emit.address(signature.args[0], tile, emit.times(row, CHUNK))
-        x = emit.address(signature.args[2], x, ir.Constant(I64, 0))
-        sums = emit.address(signature.args[7], sums, at)
+        emit = Emitter(context, builder, form.portable)
+        _, tile, row, x, token, last, width, count, sums, at = arguments
+        floats, factors = _places(emit, form, signature.args[1], tile, row)
+        x = emit.address(signature.args[3], x, ir.Constant(I64, 0))
+        sums = emit.address(signature.args[8], sums, at)
         width = emit.times(width, 4)
         tokens = [emit.forward(x, builder.mul(n, width)) for n in numbers(emit, token, last, SIDE)]
-        lanes = [[emit.variable(emit.floats(0.0)) for _ in range(SIDE)] for _ in range(SIDE)]
-        with emit.loop(vectors) as n:
-            offset = emit.times(n, 4 * LANES)
-            weights = [emit.load(FLOATS, tile, builder.add(offset, ir.Constant(I64, 4 * CHUNK * r)))
-                       for r in range(SIDE)]  # fmt: skip
-            for t, start in enumerate(tokens):
-                vector = emit.load(FLOATS, start, offset)
-                for r, weight in enumerate(weights):
-                    lanes[r][t].set(emit.fma(weight, vector, lanes[r][t].get()))
-        total = emit.totals([lane.get() for row in lanes for lane in row])
-        emit.store(builder.fadd(emit.load(FLOATS, sums), total), sums)
+        # While 16 rows take their turns over these 4 tokens, each 4 rows ask for one of the next 4.
+        turn = builder.urem(builder.udiv(row, ir.Constant(I64, SIDE)), ir.Constant(I64, SIDE))
+        ahead = emit.forward(tokens[0], builder.mul(builder.add(turn, ir.Constant(I64, SIDE)), width))
+        lanes = [[Sum(emit, form.scaled) for _ in range(SIDE)] for _ in range(SIDE)]
+        with emit.loop(count) as n:
+            for lane in chain(*lanes):
+                lane.begin()
+            for v in range(0, form.line, LANES):
+                here = builder.add(emit.times(n, 4 * form.line), ir.Constant(I64, 4 * v))
+                inputs = [emit.load(FLOATS, start, here) for start in tokens]
+                emit.prefetch(ahead, here)
+                for r, row_lanes in enumerate(lanes):
+                    weights = emit.load(FLOATS, emit.forward(floats, 4 * CHUNK * r), here)
+                    for lane, vector in zip(row_lanes, inputs, strict=True):
+                        lane.add(weights, vector)
+            for r, row_lanes in enumerate(lanes):
+                place = emit.forward(factors, 4 * LANES * (CHUNK // form.line) * r)
+                scale = emit.load(FLOATS, place, emit.times(n, 4 * LANES)) if form.scaled else None
+                for lane in row_lanes:
+                    lane.end(scale)
+        for n, lane in enumerate(chain(*lanes)):
+            total = emit.load(FLOATS, sums, 4 * LANES * n)
+            emit.store(builder.fadd(total, lane.lanes.get()), sums, 4 * LANES * n)
         return context.get_dummy_value()
 
-    return types.void(tile, types.intp, x, *[types.intp] * 4, sums, types.intp), generate
+    return types.void(layout, tile, types.intp, x, *[types.intp] * 4, sums, types.intp), generate
 
 
 @njit(inline="never")
@@ -170,6 +222,21 @@ def one_token(layout, weights, scales, zeros, start, stop, last, lines, x, token
             out[row - start + r] = sums[SIDE * r]
 
 
+@intrinsic
+def _fold(typingctx, sums, at, out):
+    """out (16): the sums of the lanes of 16 vectors, from sums[at] on."""
+
+    def generate(context, builder, signature, arguments):
+        emit = Emitter(context, builder, portable=True)
+        sums, at, out = arguments
+        sums = emit.address(signature.args[0], sums, at)
+        vectors = [emit.load(FLOATS, sums, 4 * LANES * n) for n in range(LANES)]
+        emit.store(emit.totals(vectors), emit.address(signature.args[2], out, ir.Constant(I64, 0)))
+        return context.get_dummy_value()
+
+    return types.void(sums, types.intp, out), generate
+
+
 @njit(inline="never")
 def many_tokens(layout, weights, scales, zeros, start, stop, last, lines, vectors, x, first, out):
     """out (T, stop - start): up to 16 rows from `start` on by T rows of x, from `first` on in each chunk. For Numba.
@@ -177,24 +244,29 @@ def many_tokens(layout, weights, scales, zeros, start, stop, last, lines, vector
     x (chunks, tokens, width): see `chunked`. `vectors`: how many vectors a line has.
     """
     chunks, all_tokens, width = x.shape
-    tokens = len(out)
-    groups, per_chunk = (tokens + SIDE - 1) // SIDE, CHUNK // (LANES * vectors)
-    tile = aligned(TILE * CHUNK)
-    sums = aligned(groups * SIDE * TILE)  # (groups, rows, 4)
-    sums[:] = 0
-    for chunk in range(chunks):
-        line = chunk * per_chunk
-        count = min(per_chunk, lines - line)
-        for r in range(min(TILE, stop - start)):
-            _unpack(layout, weights, scales, zeros, start + r, last, lines, line, count, tile, r * CHUNK)
-        token = chunk * all_tokens + first
-        for group in range(groups):
-            for r in range(0, min(TILE, stop - start), SIDE):
-                at = (group * TILE + r) * SIDE
-                _multiply(tile, r, x, token + group * SIDE, token + tokens - 1, width, count * vectors, sums, at)
-    for t in range(tokens):
-        for r in range(stop - start):
-            out[t, r] = sums[(t // SIDE * TILE + r) * SIDE + t % SIDE]
+    rows, per_chunk = stop - start, CHUNK // (LANES * vectors)
+    tile = aligned(TILE * (CHUNK + LANES * per_chunk))
+    sums = aligned(min(len(out) + SIDE - 1, TOKENS) * TILE * LANES)  # (tokens / 4, TILE, 4, LANES)
+    square = aligned(SIDE * SIDE)
+    for begin in range(0, len(out), TOKENS):
+        tokens = min(TOKENS, len(out) - begin)
+        sums[:] = 0
+        for chunk in range(chunks):
+            line = chunk * per_chunk
+            count = min(per_chunk, lines - line)
+            for r in range(rows):
+                _unpack(layout, weights, scales, zeros, start + r, last, lines, line, count, tile, r)
+            token = chunk * all_tokens + first + begin
+            for t in range(0, tokens, SIDE):
+                for r in range(0, rows, SIDE):
+                    at = (t * TILE + r * SIDE) * LANES
+                    _multiply(layout, tile, r, x, token + t, token + tokens - 1, width, count, sums, at)
+        for t in range(0, tokens, SIDE):
+            for r in range(0, rows, SIDE):
+                _fold(sums, (t * TILE + r * SIDE) * LANES, square)
+                for n in range(min(SIDE, tokens - t)):
+                    for m in range(min(SIDE, rows - r)):
+                        out[begin + t + n, r + m] = square[SIDE * m + n]
 
 
 def product(layout, weights, scales, zeros, x, out, lines, vectors):

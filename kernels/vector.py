@@ -164,10 +164,16 @@ class Emitter:
         return total
 
     def nibble(self, words: ir.Value, bit: int, values: Sequence[float]) -> ir.Value:
-        """`values[n]` as float32 in each lane, where n is the number in its four bits from `bit` on."""
-        if all(value - values[0] == n for n, value in enumerate(values)):
+        """`values[n]` as float32 in each lane, where n is the number in its four bits from `bit` on.
+
+        With AVX-512 there are two ways for numbers that count, which keep different units of a core busy. A permutation
+        is the shorter one where no shift is needed, or one in any case.
+        """
+        permuted = self.avx512 and not 0 < bit <= 16
+        if not permuted and all(value - values[0] == n for n, value in enumerate(values)):
             return self._counted(words, bit, flip=0, lowest=values[0])
-        if list(values) == [*range(8), *range(-8, 0)]:  # two's complement: with its upper bit turned, it counts
+        if not permuted and list(values) == [*range(8), *range(-8, 0)]:
+            # Two's complement: with its upper bit turned, it counts.
             return self._counted(words, bit, flip=8, lowest=-8.0)
         if self.avx512:  # the permutation looks at the low four bits of each lane
             shifted = self.builder.lshr(words, self.ints(bit)) if bit else words
