@@ -248,8 +248,8 @@ def grids_of(encodings: Encodings, config: Config) -> dict[str, Any]:
 
 
 def sanitised(name: str) -> str:
-    """A name as compilers write it, without the underscores that they put in front."""
-    return "".join(c if c.isalnum() else "_" for c in name).lstrip("_")
+    """A name as compilers write it, without the underscores that they put in front or behind."""
+    return "".join(c if c.isalnum() else "_" for c in name).strip("_")
 
 
 def _fitted(entry: Entry, value: Value, spec: GraphSpec, grid: Any, strict: bool = True) -> tuple[np.ndarray, str]:

@@ -46,16 +46,19 @@ def of_mapping(arrays: Mapping[str, Any]) -> Iterator[Entry]:
     for name, array in arrays.items():
         source = f"the output {name!a:.99}"
         if isinstance(array, list | tuple) and (not array or hasattr(array[0], "dtype")):
-            _expect_one(len(array), source)
+            _expect_samples(len(array), source)
             array = array[0]
         array = np.asarray(array)
         yield Entry(str(name), source, array.shape, array.dtype, array.nbytes, partial(np.asarray, array))
 
 
-def of_file(path: Path, largest: int) -> Iterator[Entry]:
-    """The entries of one file. Raises InputError for a kind that is not known, and for one that is damaged."""
+def of_file(path: Path, largest: int, samples: int = 1) -> Iterator[Entry]:
+    """The entries of one file; of AI Hub's datasets `samples` of each tensor, one after the other.
+
+    Raises InputError for a kind that is not known, and for one that is damaged.
+    """
     kinds: dict[str, Callable[[], Iterator[Entry]]] = {
-        ".h5": lambda: _of_hdf5(path), ".hdf5": lambda: _of_hdf5(path), ".npz": lambda: _of_npz(path),
+        ".h5": lambda: _of_hdf5(path, samples), ".hdf5": lambda: _of_hdf5(path, samples), ".npz": lambda: _of_npz(path),
         ".npy": lambda: _of_npy(path), ".raw": lambda: _of_raw(path), ".bin": lambda: _of_raw(path),
         ".pb": lambda: _of_pb(path, largest),
     }  # fmt: skip
@@ -93,7 +96,7 @@ def in_folder(path: Path, largest: int) -> Iterator[Entry]:
     inside = sorted(path.iterdir())
     results = [child for child in inside if child.is_dir() and child.name.startswith("Result_")]
     if results:
-        _expect_one(len(results), str(path))
+        _expect_samples(len(results), str(path))
         inside = sorted(results[0].iterdir())
     files = [child for child in inside if child.suffix in SUFFIXES and child.is_file()]
     if not files:
@@ -104,9 +107,9 @@ def in_folder(path: Path, largest: int) -> Iterator[Entry]:
         yield from of_file(file, largest)
 
 
-def _expect_one(samples: int, source: str) -> None:
-    if samples != 1:
-        raise InputError(f"{source} has {samples} samples, but the export has golden inputs for 1; give that one")
+def _expect_samples(found: int, source: str, given: int = 1) -> None:
+    if found != given:
+        raise InputError(f"{source} has {found} samples, but there were inputs for {given}; give what they gave")
 
 
 def _of_npy(path: Path) -> Iterator[Entry]:
@@ -201,7 +204,7 @@ def _plain(dtype: np.dtype) -> np.dtype:
     return dtype
 
 
-def _of_hdf5(path: Path) -> Iterator[Entry]:
+def _of_hdf5(path: Path, samples: int) -> Iterator[Entry]:
     """AI Hub's datasets. Only hard links are followed; nothing virtual, external or compressed but by gzip is read."""
     import h5py
 
@@ -209,21 +212,26 @@ def _of_hdf5(path: Path) -> Iterator[Entry]:
         data = _held(h5py, file, "data", h5py.Group, str(path))
         if len(data) > ENTRIES:
             raise InputError(f"{path} has {len(data)} tensors, expected at most {ENTRIES}")
-        found: list[tuple[int, Entry]] = []
+        found: list[tuple[int, list[Entry]]] = []
         for key in data:
             group = _held(h5py, data, key, h5py.Group, str(path))
             name, order = _attribute(group, "name", str), _attribute(group, "order", int, len(found))
             source = f"{name!a:.99} of {path}"
-            _expect_one(_attribute(group, "batch_count", int, len(group)), source)
-            stored = _held(h5py, group, "batch_0", h5py.Dataset, source)
-            _expect_harmless(stored, source)
+            _expect_samples(_attribute(group, "batch_count", int, len(group)), source, samples)
+            found.append((order, [_hdf5_entry(h5py, path, group, i, name, source) for i in range(samples)]))
+    yield from (entry for _, column in sorted(found, key=lambda pair: pair[0]) for entry in column)
 
-            def read(at=stored.name, source=source) -> np.ndarray:
-                with h5py.File(path, "r") as file:
-                    return _hdf5_array(file[at], source)
 
-            found.append((order, Entry(name, source, stored.shape, _plain(stored.dtype), stored.nbytes, read)))
-    yield from (entry for _, entry in sorted(found, key=lambda pair: pair[0]))
+def _hdf5_entry(h5py: Any, path: Path, group: Any, sample: int, name: str, source: str) -> Entry:
+    stored = _held(h5py, group, f"batch_{sample}", h5py.Dataset, source)
+    _expect_harmless(stored, source)
+    at = stored.name
+
+    def read() -> np.ndarray:
+        with h5py.File(path, "r") as file:
+            return _hdf5_array(file[at], source)
+
+    return Entry(name, source, stored.shape, _plain(stored.dtype), stored.nbytes, read)
 
 
 def _held(h5py: Any, group: Any, key: str, kind: type, source: str) -> Any:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
+import math
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,7 +15,8 @@ from pathlib import Path
 
 import numpy as np
 
-from export.client import one_line
+from export.device import sanitised
+from export.entries import of_file
 from export.executor import Arrays, ends
 from golden.bundle import sha256
 from refimpl.errors import InputError
@@ -131,11 +132,6 @@ def arrays_digest(samples: Sequence[Arrays]) -> str:
     )
 
 
-def plain(name: str) -> str:
-    """A name as compilers write it, which have letters, digits and underscores only."""
-    return re.sub(r"\W", "_", name).strip("_")
-
-
 def io_spec(spec: Mapping[str | None, Iterable]) -> dict[str, list]:
     """A model's inputs or outputs, as the server tells them: graph -> [name, dtype, shape, scale, zero point]."""
     return {graph or "": [list(tensor) for tensor in tensors] for graph, tensors in (spec or {}).items()}
@@ -152,35 +148,20 @@ def named_outputs(path: Path, source: Source, samples: int, grids: Sequence = ()
 
     Raises InputError for what is no such file, or does not have the graph's outputs.
     """
-    import h5py
-    from qai_hub.util.dataset_entries_converters import h5_to_dataset_entries
-
-    try:
-        with h5py.File(path, "r") as file:
-            sizes: list[int] = []
-            file.visititems(lambda _, x: sizes.append(x.size) if isinstance(x, h5py.Dataset) else None)
-            expected = samples * sum(int(np.prod(shape)) for shape in source.outputs.values())
-            if sum(sizes) > expected:
-                raise ValueError(f"it has {sum(sizes)} numbers, {samples} samples of the graph's outputs {expected}")
-            entries = h5_to_dataset_entries(file)
-    except Exception as error:  # a file from elsewhere: h5py has an error for each way to be damaged
-        raise InputError(f"{path.name} is no file of outputs of {source.name}: {one_line(str(error))[:200]}") from None
-    mine = {plain(name): name for name in source.outputs}
-    if {plain(name) for name in entries} != set(mine):
-        if len(entries) != len(mine):
-            raise InputError(f"AI Hub gave {len(entries)} outputs of {source.name}, the graph has {len(mine)}")
-        mine = {plain(theirs): own for theirs, own in zip(entries, source.outputs, strict=True)}
-    steps = {mine.get(plain(n)): (s, z) for n, _, _, s, z in grids if s}
+    entries = list(of_file(path, max(map(math.prod, source.outputs.values())), samples))
+    tensors = [entries[i : i + samples] for i in range(0, len(entries), samples)]
+    if len(tensors) != len(source.outputs):
+        raise InputError(f"AI Hub gave {len(tensors)} outputs of {source.name}, the graph has {len(source.outputs)}")
+    theirs, mine = [sanitised(first.name) for first, *_ in tensors], {sanitised(name): name for name in source.outputs}
+    own = [mine[name] for name in theirs] if set(theirs) == set(mine) else list(source.outputs)
+    steps = {sanitised(name): (scale, zero) for name, _, _, scale, zero in grids if scale}
     columns: dict[str, list[np.ndarray]] = {}
-    for theirs, arrays in entries.items():
-        own = mine[plain(theirs)]
-        if len(arrays) != samples:
-            raise InputError(f"AI Hub gave {len(arrays)} samples of {own} of {source.name}, expected {samples}")
-        for array in arrays:
-            if array.shape != source.outputs[own]:
-                raise InputError(f"AI Hub gave {own} of {source.name} as {array.shape}, expected {source.outputs[own]}")
-        if arrays and arrays[0].dtype.kind == "u" and own in steps:
-            scale, zero = steps[own]
+    for called, name, column in zip(theirs, own, tensors, strict=True):
+        if odd := [entry.shape for entry in column if entry.shape != source.outputs[name]]:
+            raise InputError(f"AI Hub gave {name} of {source.name} as {odd[0]}, expected {source.outputs[name]}")
+        arrays = [entry.read() for entry in column]
+        if arrays[0].dtype.kind == "u" and called in steps:
+            scale, zero = steps[called]
             arrays = [((array - np.float64(zero)) * scale) for array in arrays]
-        columns[own] = [array.astype(np.float32) for array in arrays]
+        columns[name] = [array.astype(np.float32) for array in arrays]
     return [dict(zip(columns, sample, strict=True)) for sample in zip(*columns.values(), strict=True)]

@@ -25,8 +25,9 @@ from typing import Any, TypeVar
 from tqdm import tqdm
 
 from export.client import PUBLIC, advice, configured, connect, likely, one_line, scratch, transient, version
+from export.device import sanitised
 from export.executor import Arrays
-from export.jobs import Options, Source, arrays_digest, digest, io_spec, named_outputs, of_graph, plain
+from export.jobs import Options, Source, arrays_digest, digest, io_spec, named_outputs, of_graph
 from export.ledger import Entry, Ledger
 from golden.bundle import sha256
 from refimpl.errors import InputError, at_most
@@ -379,8 +380,8 @@ class Session:
         told = of_graph(self.ledger.get(target).get("inputs"), source.name)
         if not told:
             return {name: name for name in source.inputs}
-        mine = {plain(name): name for name in source.inputs}
-        theirs = {name: (mine.get(plain(name)), tuple(shape or ())) for name, _, shape, *_ in told}
+        mine = {sanitised(name): name for name in source.inputs}
+        theirs = {name: (mine.get(sanitised(name)), tuple(shape or ())) for name, _, shape, *_ in told}
         if len(theirs) != len(mine) or any(
             name is None or (shape and shape != source.inputs[name]) for name, shape in theirs.values()
         ):
