@@ -6,6 +6,7 @@ first; reading then takes no more bytes than were said. Nothing is executed, and
 
 from __future__ import annotations
 
+import io
 import math
 import zipfile
 import zlib
@@ -26,6 +27,7 @@ from refimpl.errors import InputError, at_most
 SUFFIXES = {".h5", ".hdf5", ".npz", ".npy", ".raw", ".bin", ".pb"}
 ENTRIES = 100_000  # of a file or a folder: more is no run of one model
 HEADER = 1 << 16  # bytes of what a file says beside its numbers
+NPY_HEADER = 10_000  # of a .npy, as NumPy itself has it; it looks only after it has read what the file claims
 GZIP, SHUFFLE = 1, 2  # HDF5's numbers of these filters
 
 
@@ -146,10 +148,14 @@ def _of_npz(path: Path) -> Iterator[Entry]:
 def _npy_header(file: Any) -> tuple[tuple[int, ...], np.dtype, int]:
     """Shape, dtype and place of the numbers. The header is parsed as a literal; objects are refused."""
     version = npy.read_magic(file)
-    reader = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}.get(version)
-    if reader is None:
+    kinds = {(1, 0): (2, npy.read_array_header_1_0), (2, 0): (4, npy.read_array_header_2_0)}
+    if version not in kinds:
         raise ValueError(f"the .npy version is {version}")
-    dims, fortran, dtype = reader(file)
+    width, reader = kinds[version]
+    length = file.read(width)
+    if (claimed := int.from_bytes(length, "little")) > NPY_HEADER:
+        raise ValueError(f"its header claims {claimed} bytes, expected at most {NPY_HEADER}")
+    dims, fortran, dtype = reader(io.BytesIO(length + file.read(claimed)))
     if fortran and sum(axis > 1 for axis in dims) > 1:
         raise UnfitError("its numbers are in Fortran's order, expected C's")
     return dims, _plain(dtype), file.tell()

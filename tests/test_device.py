@@ -270,6 +270,13 @@ def test_hostile_npz(parts, tmp_path):
         (b"no header", "damaged"),
     ]:
         refused(parts, spoil_npz(tmp_path / "a.npz", "logits", data), match, graph=LAST)
+    header = b"\x93NUMPY\x02\x00" + (50 << 20).to_bytes(4, "little") + b" " * (50 << 20)
+    (tmp_path / "logits.npy").write_bytes(header)
+    for path in (spoil_npz(tmp_path / "b.npz", "logits", header), tmp_path / "logits.npy"):
+        tracemalloc.start()
+        refused(parts, path, "its header claims 52428800 bytes, expected at most 10000; fetch it again", graph=LAST)
+        assert tracemalloc.get_traced_memory()[1] < 2 << 20, path
+        tracemalloc.stop()
     (tmp_path / "a.npz").write_bytes(b"PK\x03\x04 nothing")
     refused(parts, tmp_path / "a.npz", "damaged")
     (tmp_path / "a.txt").write_text("logits")
