@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 import refimpl
 from export.causes import CAUSES, Evidence, likely_causes
-from export.dataflow import Dataflow, Place
+from export.dataflow import Dataflow, Known, Place
 from export.device import Answer
 from export.emit import Arrays
 from export.executor import Engine, Executor, ends
@@ -51,46 +51,10 @@ KEPT = 64 << 20  # bytes of references that are kept between runs; what is large
 
 
 @dataclass
-class Search:
-    """What may be at fault, from what has been seen: place -> whether it is right.
+class Search(Known):
+    """What may be at fault, and what to show next. `hidden`: places that the fault is gone with when they are shown."""
 
-    `hidden`: places that the fault is gone with when they are shown.
-    """
-
-    flow: Dataflow
-    seen: dict[str, bool] = field(default_factory=dict)
     hidden: set[str] = field(default_factory=set)
-
-    @property
-    def guilty(self) -> str | None:
-        """The first place in computing order that is known to be wrong."""
-        return next((name for name in self.flow.places if self.seen.get(name) is False), None)
-
-    @property
-    def right(self) -> set[str]:
-        """What has been seen to be right, and what follows from that: all that goes wholly into something right.
-
-        What goes partially into something right may be wrong in the rest of it; but what it follows from is right.
-        """
-        after: dict[str, dict[str, bool]] = {name: {} for name in self.flow.places}
-        for name, sources in self.flow.behind.items():
-            for source, partial in sources.items():
-                after[source][name] = partial
-        found: set[str] = set()
-        tells: set[str] = set()  # that what it follows from is right
-        for name in reversed(self.flow.places):
-            right = any(one in tells for one, partial in after[name].items() if not partial)
-            right |= bool(after[name]) and found.issuperset(after[name])
-            if self.seen.get(name, right):
-                found.add(name)
-            if name in found or any(one in tells for one, partial in after[name].items() if partial):
-                tells.add(name)
-        return found
-
-    @property
-    def candidates(self) -> set[str]:
-        """The places of which one is the first to be wrong."""
-        return set(self.flow.ancestors[self.guilty]) - self.right if self.guilty else set()
 
     def next(self, probes: int = 1, alone: bool = False) -> list[str]:
         """What to show in the next run: with one of them, that which leaves the fewest candidates at the worst.

@@ -172,7 +172,7 @@ class Evidence:
         seen: dict[str, np.ndarray] = {}
 
         def change(name: str, x: Any) -> Any:
-            if last_name(name) in hypothesis.at:
+            if name in self.suspects and last_name(name) in hypothesis.at:
                 other = hypothesis.change(Operation(self, name, x, seen))
                 grid = self.references.grids.get(name) if self.kind in ("simulation", "even") else None
                 if other is not None and grid is not None:  # where it ends, it ends for what is wrong, too
@@ -306,7 +306,8 @@ def stale(e: Evidence) -> Iterator[Guess]:
             value = next((value for value in spec.outputs if value.tap == e.tap), None)
             if value is None or spec.real < tokens:
                 continue
-            other = np.moveaxis(unpadded(value, e.references.golden(spec)[value.name], spec), axis, 0)[-tokens:]
+            given = e.run(e.references.inputs(spec), spec)[value.name]
+            other = np.moveaxis(unpadded(value, given, spec), axis, 0)[-tokens:]
             yield Guess(f"it is the output of {spec.name}: of an earlier call, or of the other graph of the binary",
                         np.moveaxis(other, 0, axis).astype(np.float64))  # fmt: skip
 

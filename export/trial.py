@@ -76,7 +76,7 @@ def judge(
         "encodings": len(encodings) if encodings else None, "dtype": dtype,
         "prompt": f"{references.plan.prompt} tokens",
     }  # fmt: skip
-    inside = {name: tuple(spec.taps) for name, spec in references.specs.items() if spec.cut}
+    inside = {name: tuple(spec.taps) for name, spec in references.specs.items()}
     verdict = Verdict(tuple(tensors), kind, references.plan.config, {}, tuple(remarks), about, thresholds, inside)
     return replace(verdict, causes=trial.causes(kind, verdict))
 

@@ -33,7 +33,7 @@ from refimpl.encodings import Recipe
 from refimpl.positions import rope_tables
 
 TOKENS, CONTEXT, PARTS, BLOCK = (12, 1), 16, 3, 16
-GRAPH = "{}_cl16_{}_of_3"  # the embedding; layer 0; layer 1 and the head
+GRAPH = "{}_cl16_{}_of_{}"  # the embedding; layer 0; layer 1 and the head. Or, of two, both layers and the head
 LAYER = "model.layers.0"
 ATTENTION, MLP = f"{LAYER}.self_attn", f"{LAYER}.mlp"
 PROMPT, TOKEN = "prompt_ar12", "token_ar1"
@@ -147,15 +147,6 @@ class Fault:
     feed: Callable[[World, Any, dict], dict] | None = None
     answer: Callable[[World, Any, dict], None] | None = None
 
-    @property
-    def graphs(self) -> list[str]:
-        """Those that it is in."""
-        return [GRAPH.format(run, self.graph) for run in self.runs]
-
-    @property
-    def guilty(self) -> str:
-        return GRAPH.format(self.runs[0], self.graph)
-
 
 # The settings
 
@@ -183,6 +174,7 @@ class World:
     prompt: int | None = None  # seed of other ids than the embedded line
     engine: str = "onnxruntime"
     threads: int = 1
+    parts: int = PARTS
     _healthy: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -201,7 +193,7 @@ class World:
         common: dict[str, Any] = {
             "tokens": TOKENS,
             "context": CONTEXT,
-            "parts": PARTS,
+            "parts": self.parts,
             "prompt": ids if ids is None else ids.tolist(),
         }
         self.export = emit(self.model, **common).save(self.folder / "export")
@@ -210,6 +202,14 @@ class World:
         self.references = References(self.export, self.model, self.encodings)
         self.specs = self.references.specs
         self.protos = {name: onnx.load(device / name / "model.onnx") for name in self.specs}
+
+    def graph(self, run: str, number: int) -> str:
+        """The name of a graph of the prompt or of the token, by its number in three parts."""
+        return GRAPH.format(run, min(number, self.parts), self.parts)
+
+    def graphs(self, fault: Fault) -> list[str]:
+        """Those that a fault is in."""
+        return [self.graph(run, fault.graph) for run in fault.runs]
 
     def _adjust(self, source: Path) -> None:
         if self.setting not in ("firm", "loud", "quiet"):
@@ -248,9 +248,9 @@ class World:
 
     def faulty(self, fault: Fault) -> dict[str, dict[str, np.ndarray]]:
         """What it answers with a fault."""
-        mended = {name: dict(arrays) for name, arrays in self.healthy.items() if name not in fault.graphs}
+        mended = {name: dict(arrays) for name, arrays in self.healthy.items() if name not in self.graphs(fault)}
         return mended | {name: self._answer(name, self.references.inputs(self.specs[name]), fault)
-                         for name in fault.graphs}  # fmt: skip
+                         for name in self.graphs(fault)}  # fmt: skip
 
     def chained(self, fault: Fault | None = None) -> dict[str, dict[str, np.ndarray]]:
         """What it answers, healthy or not, when each graph is given what those before it gave."""
@@ -267,7 +267,7 @@ class World:
 
     def _answer(self, name: str, inputs: dict[str, np.ndarray], fault: Fault | None) -> dict[str, np.ndarray]:
         spec, graph = self.specs[name], Graph(self.protos[name], self)
-        if fault is None or name not in fault.graphs:
+        if fault is None or name not in self.graphs(fault):
             return self.compute(graph, inputs)
         if fault.edit:
             fault.edit(graph)
@@ -294,11 +294,15 @@ class World:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What the verdict said of a fault: whether it was found, where it was looked for, and what it was called."""
+    """What the verdict said of a fault: whether it was found, where it was looked for, and what it was called.
+
+    `graph`: the first that it is in.
+    """
 
     fault: Fault
     verdict: Verdict
     probes: bool
+    graph: str
 
     @property
     def detected(self) -> bool:
@@ -308,7 +312,7 @@ class Outcome:
     def localised(self) -> bool:
         """To the operation; of outputs alone, to operations between two outputs among which it is."""
         guilty = self.verdict.guilty
-        if guilty is None or guilty.graph != self.fault.guilty:
+        if guilty is None or guilty.graph != self.graph:
             return False
         return (
             guilty.tap == self.fault.where[0]
@@ -325,7 +329,7 @@ class Outcome:
 def tried(world: World, fault: Fault, probes: bool = True, way: Way = "isolated") -> Outcome:
     """A fault, judged."""
     answers = world.faulty(fault) if way == "isolated" else world.chained(fault)
-    return Outcome(fault, world.judged(answers, probes, way), probes)
+    return Outcome(fault, world.judged(answers, probes, way), probes, world.graphs(fault)[0])
 
 
 # The catalogue
@@ -690,7 +694,7 @@ def changed(name: str, change: Callable):
 
 
 def stale_logits(world, spec, outputs):
-    outputs["logits"] = world.healthy[GRAPH.format(PROMPT, 3)]["logits"][:, -1:]
+    outputs["logits"] = world.healthy[world.graph(PROMPT, 3)]["logits"][:, -1:]
 
 
 fault("keys and values exchanged", "the names of two outputs are swapped", f"{ATTENTION}.key",

@@ -20,7 +20,7 @@ from export.device import Way
 from export.hub import WAYS
 
 
-def measured(seeds: int, only: str, engine: str, way: Way) -> list[tuple[int, Outcome, Outcome]]:
+def measured(seeds: int, only: str, engine: str, way: Way, parts: int) -> list[tuple[int, Outcome, Outcome]]:
     """Each fault on each model: what all taps say, and what the outputs of parts say."""
     found, worlds = [], {}
     rows = [fault for fault in FAULTS if only in fault.name]
@@ -28,10 +28,12 @@ def measured(seeds: int, only: str, engine: str, way: Way) -> list[tuple[int, Ou
         for seed, fault in tqdm(list(product(range(seeds), rows)), "faults", unit="fault", disable=None):
             if (seed, fault.setting) not in worlds:
                 at = Path(folder) / f"{seed} {fault.setting}"
-                worlds[seed, fault.setting] = World(at, fault.setting, seed, engine=engine)
+                worlds[seed, fault.setting] = World(at, fault.setting, seed, engine=engine, parts=parts)
             world = worlds[seed, fault.setting]
             answers = world.faulty(fault) if way == "isolated" else world.chained(fault)
-            taps, outputs = (Outcome(fault, world.judged(answers, probes, way), probes) for probes in (True, False))
+            graph = world.graphs(fault)[0]
+            taps, outputs = (Outcome(fault, world.judged(answers, probes, way), probes, graph)
+                             for probes in (True, False))  # fmt: skip
             found.append((seed, taps, outputs))
     return found
 
@@ -70,11 +72,13 @@ def main() -> int:
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--engine", default="onnxruntime", choices=["onnxruntime", "reference"])
     parser.add_argument("--chained", action="store_true", help="graphs are given what those before them gave")
+    parser.add_argument("--parts", type=int, default=3, choices=[2, 3], help="2: both layers are in one graph")
     parser.add_argument("--table", action="store_true")
     parser.add_argument("--healthy", type=int, default=1, metavar="SEEDS", help="of healthy devices; 0 for none")
     parser.add_argument("-k", default="", metavar="NAME")
     arguments = parser.parse_args()
-    found = measured(arguments.seeds, arguments.k, arguments.engine, "chained" if arguments.chained else "isolated")
+    way: Way = "chained" if arguments.chained else "isolated"
+    found = measured(arguments.seeds, arguments.k, arguments.engine, way, arguments.parts)
     if arguments.table:
         print("| fault | device | begins at | cause | from taps | from outputs |\n|---|---|---|---|---|---|")
     for seed, taps, outputs in found:

@@ -485,10 +485,24 @@ def test_a_right_sibling_clears_the_norm(world):
     assert verdict.suspects[0] == "model.layers.1.input_layernorm" and "output alone" not in verdict.story
 
 
+def test_what_does_not_follow_from_a_tensor_clears_nothing(world):
+    """Right probabilities come later than values, but are not made of them."""
+    name, spec = P.format(2), world.references.specs[P.format(2)]
+    tap = "model.layers.0.self_attn"
+
+    def wrong(at, x):
+        return x * np.float32(1.2) if at == f"{tap}.value" else x
+
+    outputs = world.references.run("float", spec, world.references.inputs(spec), wanted=[f"{tap}.probs"], change=wrong)
+    verdict = world.judged({name: outputs})
+    assert verdict.guilty.tap == f"{tap}.value" and verdict.failures[-1].born == "inherited"
+    assert "output alone" not in verdict.story and verdict.suspects == [f"{tap}.W_pack", f"{tap}.value"]
+
+
 def test_many_suspects_are_a_range(world):
     outputs = at(3, "model.layers.1", lambda x, s: x * 1.5)(world, "simulation", "isolated")
     verdict = world.judged(outputs)
-    assert len(verdict.suspects) > 14
+    assert len(verdict.suspects) > 10
     said = f"is one of the {len(verdict.suspects)} operations from {verdict.suspects[0]} to model.layers.1."
     assert said in verdict.story
 
