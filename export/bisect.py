@@ -43,6 +43,7 @@ from export.verify import read_manifest
 from golden.compare import finite
 from refimpl.encodings import Encodings, Float16, near
 from refimpl.errors import InputError, at_most
+from refimpl.files import sha256
 from refimpl.model import Model
 from refimpl.names import taps
 
@@ -474,9 +475,17 @@ class Bisection:
                  if path.name != "model.data"}  # fmt: skip
         references = self.judge.references
         judged = [references.model is not None, self.judge.grids_digest, self.judge.dtype]
-        data = (self.flow.folder / "model.data").stat()
         fed = arrays_digest([self.judge.inputs])
-        return digest([self.label, graph.name, files, data.st_size, data.st_mtime_ns, fed, judged, refimpl.__version__])
+        return digest([self.label, graph.name, files, self._weights, fed, judged, refimpl.__version__])
+
+    @cached_property
+    def _weights(self) -> str:
+        """The sha256 of the graph's weights, which are the same in all runs."""
+        path = self.flow.folder / "model.data"
+        try:
+            return sha256(path)
+        except OSError as error:
+            raise InputError(f"cannot read {path}: {error.strerror}; export again") from None
 
 
 class _Written:

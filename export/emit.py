@@ -43,7 +43,11 @@ from refimpl.trace import Tap, feeding, silent
 
 FORMAT = "refimpl export 1"
 PROMPT = "登鹳雀楼->王之涣\n夜雨寄北->"  # from the model card of Baichuan2-7B-Base
-KEPT = ("hub.jsonl", "outputs")  # the loop's record and what it fetched (`export/hub.py`), beside the export
+BESIDE = (
+    "hub.jsonl",
+    "bisect.jsonl",
+    "outputs",
+)  # what `hub` and `bisect` keep in its folder: the next export may use it
 TEST_DATA = "test_data/{}/test_data_set_0"  # beside the graphs' folders: AI Hub takes nothing else in those
 ONNX_TYPES = {"float32": TensorProto.FLOAT, "int32": TensorProto.INT32}
 
@@ -207,7 +211,7 @@ class Parts:
             if folder.exists():
                 folder.rename(replaced)
             partial.rename(folder)
-            for name in KEPT:
+            for name in BESIDE:
                 if (replaced / name).exists():
                     (replaced / name).rename(folder / name)
             shutil.rmtree(replaced, ignore_errors=True)
@@ -403,6 +407,6 @@ def check_free(folder: Path, overwrite: bool) -> None:
         raise InputError(f"{folder} is not empty, and no export; choose another place")
     if not overwrite:
         raise InputError(f"{folder} holds an export; choose another place, or overwrite it (--force)")
-    ours = {"manifest.json", *KEPT} | {str(name).split("/")[0] for name in manifest.get("files", ())}
+    ours = {"manifest.json", *BESIDE} | {str(name).split("/")[0] for name in manifest.get("files", ())}
     if others := sorted(there - ours):
         raise InputError(f"{folder} also holds {at_most(others)}, which no export does; move that away first")

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+import os
 import shutil
 import sys
 from collections import Counter
@@ -511,6 +512,15 @@ def test_the_command(tiny_folder, saved, tmp_path, capsys):
     ):
         assert main(["bisect", str(folder), *model, *wrong]) == 2
         assert len(capsys.readouterr().err.splitlines()) == 1
+    data = flow.folder / "model.data"
+    (tmp_path / "other.data").write_bytes(data.read_bytes()[::-1])
+    os.utime(tmp_path / "other.data", ns=(data.stat().st_atime_ns, data.stat().st_mtime_ns))
+    (tmp_path / "other.data").replace(data)
+    assert main(["bisect", str(folder), *model, "--json"]) == 1
+    assert json.loads(capsys.readouterr().out)["guilty"] != f"{LAYER}.mlp.act_fn", "what was kept is of other weights"
+    data.unlink()
+    assert main(["bisect", str(folder), *model]) == 2
+    assert "cannot read" in (told := capsys.readouterr().err) and str(data) in told and told.count("\n") == 1
 
 
 def test_the_planner_sees_what_is_partial(saved):

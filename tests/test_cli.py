@@ -159,6 +159,13 @@ def test_a_full_disk_behind_standard_output():
     assert found.returncode == 2 and found.stderr.count(b"\n") == 1
 
 
+def test_a_stray_error_names_its_file(tmp_path, monkeypatch, capsys):
+    """Not every reader of files tells of each way to fail; then the file is named all the same."""
+    monkeypatch.setattr("refimpl.cli.devices.load_model", lambda _: (tmp_path / "gone\n.data").stat())
+    assert main(["export", "--out", str(tmp_path / "x")]) == 2
+    assert capsys.readouterr().err == f"refimpl: cannot use {tmp_path}/gone\\n.data: No such file or directory\n"
+
+
 def test_the_demo_tells_the_story(tmp_path, capsys):
     out = tmp_path / "demo"
     assert main(["demo", "--out", str(out)]) == 0

@@ -18,6 +18,7 @@ from safetensors.numpy import save_file
 
 import refimpl
 from export import emit, verify
+from export.bisect import JOURNAL
 from export.graph import Parameter
 from export.parts import split
 from export.verify import read_scores
@@ -256,10 +257,12 @@ def test_a_folder_is_whole_or_not_there(tiny_model, tmp_path, monkeypatch):
             parts.save(tmp_path / "x", overwrite=True)
     assert digests(tmp_path / "x") == before and [path.name for path in tmp_path.iterdir()] == ["x"]
 
-    (tmp_path / "x" / "hub.jsonl").write_text("sent")
+    for kept in ("hub.jsonl", JOURNAL):
+        (tmp_path / "x" / kept).write_text("sent")
     parts.save(tmp_path / "x", overwrite=True)
-    assert (tmp_path / "x" / "hub.jsonl").read_text() == "sent"
-    (tmp_path / "x" / "hub.jsonl").unlink()
+    for kept in ("hub.jsonl", JOURNAL):
+        assert (tmp_path / "x" / kept).read_text() == "sent"
+        (tmp_path / "x" / kept).unlink()
 
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "thesis.tex").write_text("years of work")

@@ -42,7 +42,10 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("refimpl: interrupted", file=sys.stderr)
         return 130
-    except OSError as error:  # of standard output, since verbs turn those of files into an InputError
+    except OSError as error:  # of standard output; verbs should have turned those of files into an InputError
+        if error.filename is not None:
+            print(f"refimpl: cannot use {one_line(str(error.filename))}: {error.strerror}", file=sys.stderr)
+            return 2
         stop_printing()
         if isinstance(error, BrokenPipeError):  # the reader, such as `head`, has seen enough
             return 0
