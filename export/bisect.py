@@ -35,7 +35,7 @@ from export.emit import Arrays
 from export.executor import Engine, Executor, ends
 from export.figures import Figures, Thresholds, measure
 from export.jobs import arrays_digest, digest
-from export.ledger import Ledger
+from export.ledger import Ledger, lock
 from export.references import TEXTS, Kind, References
 from export.trial import SIMULATED, Trial, misfit
 from export.verdict import DERIVED
@@ -48,6 +48,7 @@ from refimpl.model import Model
 from refimpl.names import taps
 
 JOURNAL = "bisect.jsonl"
+WORK = ".bisect-"  # how the folders of the graphs that are run begin
 KEPT = 64 << 20  # bytes of references that are kept between runs; what is larger is computed again
 
 
@@ -489,20 +490,36 @@ class Bisection:
 
 
 class _Written:
-    """A graph's folder that is there as long as it is needed."""
+    """A graph's folder that is there as long as it is needed; it is locked, or it would be taken for a killed one's."""
 
     def __init__(self, flow: Dataflow, showed: Sequence[str], until: bool):
         self.flow, self.showed, self.until = flow, showed, until
 
     def __enter__(self) -> Path:
         try:
-            self.folder = Path(mkdtemp(prefix=".bisect-", dir=self.flow.folder.parent))
+            self.folder = Path(mkdtemp(prefix=WORK, dir=self.flow.folder.parent))
+            self.lock = open(self.folder / "lock", "ab")
+            lock(self.lock)
             return self.flow.save(self.folder, self.showed, self.until)
         except OSError as error:
             raise InputError(f"cannot write in {self.flow.folder.parent}: {error.strerror}; make room there") from None
 
     def __exit__(self, *_: object) -> None:
+        self.lock.close()
         shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def _sweep(folder: Path) -> None:
+    """Removes the graphs that a killed search has left."""
+    for left in folder.glob(f"{WORK}*"):
+        if left.is_symlink() or not left.is_dir():
+            continue
+        try:
+            with open(left / "lock", "ab") as file:
+                lock(file)
+        except OSError:  # it is in use, or not ours to remove
+            continue
+        shutil.rmtree(left, ignore_errors=True)
 
 
 def bisect(
@@ -545,6 +562,7 @@ def bisect(
     if model is None:
         read_manifest(folder)  # for its sha256 of each file
     executor = executor or Engine()
+    _sweep(folder)
     known = _known(references, outputs, graph)
     healthy: list[str] = []
     kind: str = "float"

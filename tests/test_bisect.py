@@ -5,6 +5,7 @@ import json
 import math
 import os
 import shutil
+import subprocess
 import sys
 from collections import Counter
 
@@ -20,6 +21,7 @@ from export.dataflow import Dataflow
 from export.encodings import write_encodings
 from export.executor import Engine, ends
 from export.figures import Thresholds
+from export.ledger import lock
 from export.references import References
 from export.session import Session
 from export.verify import read_manifest
@@ -369,6 +371,55 @@ def test_an_interrupted_search_goes_on(saved, tmp_path, unexplained):
     third = Faulty(tmp_path / "d", edit)
     assert bisect(folder, third, model, label="phone").guilty == found.guilty
     assert len(third.runs) <= 1, "once more the run that showed it, for its cause"
+
+
+KILLED = """
+import os, signal, sys
+from export.bisect import bisect
+from export.executor import Engine
+from refimpl import load
+
+class Killed:
+    runs = 0
+    def run(self, graph, inputs):
+        self.runs += 1
+        if self.runs == 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+        outputs = Engine().run(graph, inputs)
+        outputs[0]["logits"] = outputs[0]["logits"] * 2
+        return outputs
+
+bisect(sys.argv[1], Killed(), load(sys.argv[2]), label="phone")
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there is no SIGKILL")
+def test_what_a_killed_search_has_left_is_removed(tiny_folder, saved, unexplained):
+    """And what it has seen is kept."""
+    folder, model = saved
+    ran = subprocess.run([sys.executable, "-c", KILLED, folder, tiny_folder("Baichuan2-7B")], capture_output=True)
+    assert ran.returncode == -9, ran.stderr
+    (left,) = folder.glob(".bisect-*")
+
+    class Twice:
+        runs = 0
+
+        def run(self, graph, inputs):
+            Twice.runs += 1
+            assert not left.exists() or graph.parent == left
+            outputs = Engine().run(graph, inputs)
+            outputs[0]["logits"] = outputs[0]["logits"] * 2
+            return outputs
+
+    in_use = folder / ".bisect-used"
+    in_use.mkdir()
+    with open(in_use / "lock", "ab") as file:
+        lock(file)
+        found = bisect(folder, Twice(), model, label="phone")
+        assert in_use.exists(), "another search works there"
+    assert found.guilty == "lm_head" and Twice.runs == len(found.runs) - 2, "two runs were kept"
+    bisect(folder, Engine(), model)
+    assert not list(folder.glob(".bisect-*"))
 
 
 def shifted(value, by):
