@@ -2,6 +2,7 @@
 
 Activations are float32 and stay exact; weights are read as they are stored. `fast_linear.py` has the order of each sum:
 results do not depend on the number of threads, nor on how a prompt is cut. They differ from NumPy's by rounding alone.
+What has no kernel (see README.md) NumPy computes, and its BLAS promises no such thing.
 
 The first use compiles for some seconds and says so on stderr; Numba keeps the result on disk. `REFIMPL_PORTABLE=1` does
 without the instructions that only some machines have: the same bits, more slowly.
@@ -9,6 +10,7 @@ without the instructions that only some machines have: the same bits, more slowl
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 from collections.abc import Sequence
@@ -49,7 +51,7 @@ class NumbaOps(NumPyOps):
         if matrix is None or x.dtype != np.float32 or not x.size:
             return super().linear(x, weight, bias)
         rows = x.reshape(-1, x.shape[-1])
-        if self.activation_bytes and matrix.layout.codes in fast_integer.ORDER:
+        if self.activation_bytes and fast_integer.multiplies(matrix.layout):
             out = matrix.rounded_product(rows, self.activation_bytes)
         else:
             out = matrix.product(rows)
@@ -187,9 +189,12 @@ _CODES = {"lpbq": "int4", "q8_0": "int8"} | {name: name for name in ("int4", "q4
 
 
 def _blocks(blocks: Blocks, rounded: np.dtype | None) -> Matrix | None:
-    """Blocks of a multiple of 32 that do not run on from row to row; scales of more than a line are repeated."""
+    """Blocks that do not run on from row to row, of a multiple of what a lane has of a line, as `Layout` needs them.
+
+    Where they do not divide a line, each is taken as several that do, with the same scale.
+    """
     (rows, columns), size, extra = blocks.shape, blocks.block_size, dict(blocks.extra)
-    if blocks.format not in _CODES or blocks.axis == 0 or size % 32 or (blocks.axis is None and columns % size):
+    if blocks.format not in _CODES or blocks.axis == 0 or (blocks.axis is None and columns % size):
         return None
     scales, zeros = blocks.scales, blocks.zero_points
     if "nested_scales" in extra:
@@ -203,7 +208,9 @@ def _blocks(blocks: Blocks, rounded: np.dtype | None) -> Matrix | None:
         zeros = (zeros.astype(np.int16) - 8 * (blocks.format == "matmulnbits")).astype(np.int8)
     layout = Layout(_CODES[blocks.format], scales.dtype.name, None if zeros is None else "int8")
     narrow = None if rounded is None or rounded == np.float32 else rounded.name
-    layout = replace(layout, block=min(size, layout.line), rounded=narrow)
+    layout = replace(layout, block=math.gcd(size, layout.line), rounded=narrow)
+    if layout.block % (layout.line // LANES):
+        return None
     codes = _lines(blocks.packed.reshape(rows, -1))
     lines = codes.shape[1] // LINE
 
@@ -211,7 +218,7 @@ def _blocks(blocks: Blocks, rounded: np.dtype | None) -> Matrix | None:
         if part is None:
             return _NOTHING
         part = part.reshape(rows, -1)
-        return _lines(np.repeat(part, size // layout.block, axis=1) if size > layout.block else part, lines * nbytes)
+        return _lines(np.repeat(part, size // layout.block, axis=1) if size != layout.block else part, lines * nbytes)
 
     return Matrix(layout, codes, of_lines(scales, layout.sizes[1]), of_lines(zeros, layout.sizes[2]))
 

@@ -27,7 +27,7 @@ from llvmlite import ir
 from numba import njit, prange, types
 from numba.extending import intrinsic
 
-from kernels.fast_layout import LINE, load_floats
+from kernels.fast_layout import LINE, Layout, load_floats
 from kernels.fast_linear import Rows, aligned, numbers
 from kernels.vector import F32, FLOATS, I32, I64, INTS, LANES, Emitter
 
@@ -42,6 +42,11 @@ ORDER = {
     "int4": np.arange(BLOCK).reshape(4, 4, 2).transpose(2, 0, 1).reshape(-1),
 }
 ORDER["matmulnbits"] = ORDER["int4"]
+
+
+def multiplies(layout: Layout) -> bool:
+    """Whether `product` takes weights in this layout: codes of 4 bits that count, a scale for 32 and more."""
+    return layout.codes in ORDER and layout.block % BLOCK == 0
 
 
 @intrinsic

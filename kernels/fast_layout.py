@@ -13,7 +13,8 @@ vectors of 16 floats. Activations are laid out to match (`Layout.arranged`), so 
 
     value = float32((number of the code - zero point) * scale)            what formats.py dequantizes
 
-Each block of 32, 64 or 128 neighbours may have a scale and a zero point, in arrays of their own:
+Each block of neighbours may have a scale and a zero point, in arrays of their own. A block divides a line, and what a
+lane has of a line divides a block: 8 to 128 numbers of 4 bits.
 
     codes     row 0: 64 bytes | 64 bytes | …        row 1: …           scales    row 0: s0 s1 s2 s3 | …    row 1: …
 """

@@ -334,7 +334,7 @@ def test_norm_head_divides_by_the_lengths_of_rows():
 @pytest.mark.parametrize(
     "blocks",
     [
-        formats.quantize(np.ones((4, 96), np.float32), "int4", 16),
+        formats.quantize(np.ones((4, 96), np.float32), "int4", 12),
         formats.quantize(np.ones((4, 96), np.float32), "int4", 2, axis=0),
         formats.quantize(np.ones((4, 96), np.float32), "nf4", 64),
         formats.quantize(np.ones((4, 96), np.float32), "q4_1"),
@@ -348,12 +348,28 @@ def test_what_no_kernel_reads_goes_through_numpy(blocks):
     assert np.array_equal(NumbaOps().linear(x, weight), NumPyOps("float32").linear(x, weight))
 
 
-def test_larger_blocks_repeat_their_scales():
-    blocks = formats.quantize(np.random.default_rng(0).standard_normal((5, 256)).astype(np.float32), "int4", 256)
-    x = activations(2, 256)
-    found, twin = (ops.linear(x, QuantizedWeight(blocks)) for ops in (NumbaOps(), NumPyOps("float32")))
-    assert stored(QuantizedWeight(blocks)).scales.view(np.float32).shape == (5, 2)
-    assert np.abs(found - twin).max() < 1e-5 * np.abs(twin).max()
+@pytest.mark.parametrize("kind", ["int4", "matmulnbits asymmetric", "nf4", "lpbq"])
+def test_blocks_of_any_size_have_their_own_scales(kind):
+    """A scale of a neighbour is off by a factor of up to 2^8: no rounding hides that."""
+    name, *asymmetric = kind.split()
+    sizes = (16, 64, 256) if asymmetric else (8, 24, 96, 160, 192, 224, 320, 384, 640)
+    for size in sizes:
+        columns = 640 if 640 % size == 0 else 3 * size
+        rng = np.random.default_rng(size)
+        spread = np.repeat(np.exp2(rng.integers(-4, 5, (5, columns // 8))), 8, axis=1)
+        values = (rng.standard_normal((5, columns)) * spread).astype(np.float32)
+        weight = QuantizedWeight(formats.quantize(values, name, size, **({"symmetric": False} if asymmetric else {})))
+        assert stored(weight) is not None
+        exact, x = weight.read(np.dtype(np.float64)), activations(3, columns)
+        sums = np.abs(x).astype(np.float64) @ np.abs(exact).T
+        n = roundings(columns)
+        for rows in (x[:1], x):
+            found = NumbaOps().linear(rows, weight)
+            assert (
+                np.abs(found - rows.astype(np.float64) @ exact.T) <= n * UNIT / (1 - n * UNIT) * sums[: len(rows)]
+            ).all()
+        found = NumbaOps(activations="int16").linear(x, weight)
+        assert (np.abs(found - x.astype(np.float64) @ exact.T) <= 2**-9 * sums.max()).all(), size
 
 
 def test_weights_are_read_where_they_are():
