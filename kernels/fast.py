@@ -85,13 +85,26 @@ class NumbaOps(NumPyOps):
         _softmax(many=x.size > MANY)(rows, out)
         return out.reshape(x.shape)
 
+    def sigmoid(self, x: np.ndarray) -> np.ndarray:
+        """1 / (1 + exp(-x))."""
+        if x.dtype != np.float32 or not x.size or x.shape[-1] % LANES:
+            return super().sigmoid(x)
+        numbers = np.ascontiguousarray(x).reshape(-1)
+        out = np.empty_like(numbers)
+        _sigmoid(many=x.size > MANY)(numbers, out)
+        return out.reshape(x.shape)
+
+    def mean(self, x: np.ndarray) -> np.ndarray:
+        """Over the last axis, which stays as 1: what x.mean does, without what it looks into first."""
+        return np.add.reduce(x, -1, keepdims=True) / np.float32(x.shape[-1])
+
     def split(self, x: np.ndarray, sizes: Sequence[int]) -> list[np.ndarray]:
         """The last axis cut into pieces of these sizes: slices, without what np.split looks into first."""
         ends = accumulate(sizes)
         return [x[..., end - size : end] for end, size in zip(ends, sizes, strict=True)]
 
     def _attention(self, function, kept: Any, rows: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-        kernel, layout = _attention(function, kept.dtype.name, self.portable)
+        kernel, layout = _attention(function, kept.dtype, self.portable)
         (codes, scales), heads_apart = _evenly(kept)
         rows = np.ascontiguousarray(rows).reshape(-1, rows.shape[-1])
         out = np.empty(shape, np.float32)
@@ -158,7 +171,7 @@ class Matrix:
         return _product(self.layout)
 
 
-MANY = 1 << 18  # numbers from which on a softmax is worth waking the other threads: 0.05 ms on one
+MANY = 1 << 18  # numbers from which on exponentials are worth waking the other threads: 0.05 ms on one
 
 _NOTHING = np.zeros((1, 0), np.uint8)
 _NO_SCALES = np.zeros((1, 1, 1, 0), np.uint8)
@@ -253,9 +266,9 @@ def _rounded_product(layout: Layout):
 
 
 @cache
-def _attention(function, kept: str, portable: bool):
+def _attention(function, kept: np.dtype, portable: bool):
     """The kernel for keys or values of a dtype, anywhere in memory, and its layout."""
-    layout = Layout(kept, "float16" if kept == "int8" else None, portable=portable)
+    layout = Layout(kept.name, "float16" if kept == np.int8 else None, portable=portable)
     part = types.Array(types.uint8, 4, "A", readonly=True, aligned=False)
     rows, out = types.Array(types.float32, 2, "C", readonly=True), types.Array(types.float32, 3, "C")
     return compiled(function, types.void(LayoutType(layout), part, part, rows, out, types.intp)), layout
@@ -265,6 +278,12 @@ def _attention(function, kept: str, portable: bool):
 def _softmax(many: bool):
     rows = types.Array(types.float32, 2, "C", readonly=True), types.Array(types.float32, 2, "C")
     return compiled(fast_softmax.softmax, types.void(*rows), parallel=many)
+
+
+@cache
+def _sigmoid(many: bool):
+    x, out = types.Array(types.float32, 1, "C", readonly=True), types.Array(types.float32, 1, "C")
+    return compiled(fast_softmax.sigmoid, types.void(x, out), parallel=many)
 
 
 @cache

@@ -299,7 +299,7 @@ def chunked(x: np.ndarray, layout: Layout, lines: int) -> np.ndarray:
     width = length if tokens == 1 or length < CHUNK else CHUNK
     chunks, per_chunk = -(-length // width), width // layout.line
     room = np.empty(chunks * tokens * width + LANES, np.float32)
-    start = -(room.ctypes.data // 4) % LANES
+    start = -(room.__array_interface__["data"][0] // 4) % LANES
     out = room[start : start + chunks * tokens * width].reshape(chunks, tokens, width)
     for chunk in range(chunks):
         part = x[:, chunk * per_chunk : (chunk + 1) * per_chunk]

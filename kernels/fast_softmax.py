@@ -1,4 +1,6 @@
-"""Softmax over rows of float32, a row at a time on each thread, with an exponential that is the same everywhere.
+"""Softmax and sigmoid of float32, with an exponential that is the same everywhere.
+
+Softmax takes a row at a time on each thread:
 
     e[s] = exp(x[s] - the row's largest)                  probs[s] = e[s] / sum
 
@@ -10,6 +12,8 @@ A row is taken in vectors of 16 lanes, and in chunks of 512 numbers, so that rou
 
 So a number takes part in at most n = min(S/16, 32) + S/512 + 5 roundings of the sum, and what is masked (0 after exp)
 changes no bit: a prompt in pieces gives what it gives at once.
+
+A sigmoid is 1 / (1 + exp(-x)), or for x below 0 exp(x) / (1 + exp(x)): within six roundings.
 
 exp(x), for x up to 0, is 2^k p(r), where k is the whole number nearest to x / ln 2, r = x - k ln 2 with ln 2 in two
 parts, and p the Taylor polynomial of degree 7, whose remainder is below 6e-9 for |r| <= ln 2 / 2. With its roundings it
@@ -29,6 +33,7 @@ from numba.extending import intrinsic
 from kernels.vector import FLOATS, I32, I64, INTS, LANES, Emitter
 
 CHUNK = 512 // LANES  # vectors that are added up before their sum joins the others
+TASK = 1024  # vectors that a thread takes at a time
 LOWEST = math.log(2.0**-126)
 LN2_HIGH, LN2_LOW = 0.693359375, math.log(2) - 0.693359375  # of 10 bits: its products by k are exact
 ROUNDER = 1.5 * 2.0**23  # a float that counts in ones: what is added to it becomes a whole number
@@ -111,6 +116,33 @@ def _softmax(typingctx, x, row, size, tail, out):
         return context.get_dummy_value()
 
     return types.void(x, types.intp, types.intp, tail, out), generate
+
+
+@intrinsic
+def _sigmoid(typingctx, x, first, vectors, out):
+    """1 / (1 + exp(-x)) of `vectors` vectors from number `first` on, with an exponential that cannot overflow."""
+
+    def generate(context, builder, signature, arguments):
+        emit, kinds = Emitter(context, builder, portable=True), signature.args
+        x, first, vectors, out = arguments
+        x, out = emit.address(kinds[0], x, first), emit.address(kinds[3], out, first)
+        one = emit.floats(1.0)
+        with emit.loop(vectors) as v:
+            at = emit.times(v, 4 * LANES)
+            number = emit.load(FLOATS, x, at)
+            negative = builder.fcmp_ordered("<", number, emit.floats(0.0))
+            e = exp(emit, builder.select(negative, number, builder.fneg(number)))
+            emit.store(builder.fdiv(builder.select(negative, e, one), builder.fadd(one, e)), out, at)
+        return context.get_dummy_value()
+
+    return types.void(x, types.intp, types.intp, out), generate
+
+
+def sigmoid(x, out):
+    """out (N) = 1 / (1 + exp(-x)), where N is a multiple of 16. For Numba."""
+    vectors = x.size // LANES
+    for task in prange((vectors + TASK - 1) // TASK):
+        _sigmoid(x, task * TASK * LANES, min(TASK, vectors - task * TASK), out)
 
 
 def softmax(x, out):

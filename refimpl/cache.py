@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import mmap
 from typing import Any
 
 import numpy as np
@@ -13,8 +15,15 @@ DTYPES = ("float32", "float16", "int8")  # what a cache may keep, and as what a 
 
 
 def room(shape: tuple[int, ...], dtype: Any) -> Any:
-    """Uninitialized room for keys or values (B, K, S, D): an array, or Q8_0's blocks of 32 for int8."""
-    return Q8Rows.empty(shape) if dtype == "int8" else np.empty(shape, dtype)
+    """Room for keys or values (B, K, S, D): an array, or Q8_0's blocks of 32 for int8.
+
+    NumPy asks for huge pages, of 2 MiB: the first token of each head would have all of its room filled with zeros,
+    which takes longer than all other work on a short prompt. A mapping of one's own comes in pages of 4 KiB.
+    """
+    if dtype == "int8":
+        return Q8Rows(room(shape, np.int8), room((*shape[:-1], shape[-1] // BLOCK), np.float16))
+    dtype = np.dtype(dtype)
+    return np.frombuffer(mmap.mmap(-1, math.prod(shape) * dtype.itemsize), dtype).reshape(shape)
 
 
 def expect_dtype(dtype: str | None, head_dim: int) -> None:

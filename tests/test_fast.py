@@ -258,6 +258,25 @@ def test_softmax_of_what_is_not_finite_is_the_twin_s():
         assert np.allclose(found, twin, equal_nan=True), row
 
 
+def test_sigmoid_keeps_its_bound():
+    inf, nan = np.inf, np.nan
+    x = np.concatenate([np.linspace(-87, 87, fast.MANY + 1000), [0, inf, -inf, nan, 1e-30, -1e-30, 3e38, -3e38]])
+    x = x.astype(np.float32)[: len(x) // 16 * 16]
+    found, exact = NumbaOps().sigmoid(x), NumPyOps("float64").sigmoid(x.astype(np.float64))
+    # The exponential is within two units, at the top and at the bottom; their sum and quotient add one each.
+    ends = np.isnan(exact) | (exact == 0)
+    assert found.dtype == np.float32 and (np.abs(found - exact)[~ends] <= 6 * UNIT * exact[~ends] + 2.0**-126).all()
+    assert np.array_equal(found[ends], exact[ends], equal_nan=True)
+    assert np.array_equal(NumbaOps().sigmoid(x[-160:]), found[-160:], equal_nan=True), "threads change nothing"
+    odd = x[:33].reshape(3, 11)
+    assert np.array_equal(NumbaOps().sigmoid(odd), NumPyOps("float32").sigmoid(odd)), "NumPy has rows of another length"
+
+
+def test_mean_is_the_twin_s():
+    x = activations(5, 4097)
+    assert np.array_equal(NumbaOps().mean(x), NumPyOps("float32").mean(x))
+
+
 # What rounding may change in a number, relatively, and four times that for what follows from it. Of 8 bits it is half a
 # step, where the largest of a block is 127 steps, and other numbers are about a third as large.
 @pytest.mark.parametrize("dtype, step", [("float16", 2.0**-11), ("int8", 3 / 254)])
