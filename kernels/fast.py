@@ -16,7 +16,9 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
+from hashlib import sha256
 from itertools import accumulate
+from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -280,6 +282,10 @@ def _softmax(many: bool):
     return compiled(fast_softmax.softmax, types.void(*rows), parallel=many)
 
 
+# Numba keeps what it compiled as long as the function's own file is the same. The instructions come from other files.
+SOURCES = sha256(b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py")))).hexdigest()[:16]
+
+
 @cache
 def _sigmoid(many: bool):
     x, out = types.Array(types.float32, 1, "C", readonly=True), types.Array(types.float32, 1, "C")
@@ -288,7 +294,8 @@ def _sigmoid(many: bool):
 
 @cache
 def compiled(function, signature, parallel: bool = True):
-    """`function` compiled for one signature, from the disk if it was before."""
+    """`function` compiled for one signature, from the disk if it was before, of the same sources."""
+    function.__qualname__ = f"{function.__name__}_{SOURCES}"  # what Numba calls it on the disk
     announce = Announcement(f"compiling {function.__module__}.{function.__name__} for {signature.args[0]}, once")
     with event.install_listener("numba:compile", announce):
         dispatcher = numba.njit([signature], parallel=parallel, cache=True)(function)

@@ -22,8 +22,6 @@ lane has of a line divides a block: 8 to 128 numbers of 4 bits.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from hashlib import sha256
-from pathlib import Path
 
 import numpy as np
 from llvmlite import ir
@@ -133,16 +131,12 @@ def load_floats(emit: Emitter, dtype: str, count: int, pointer: ir.Value) -> ir.
     return loaded if dtype == "float32" else emit.half(loaded) if dtype == "float16" else emit.bfloat(loaded)
 
 
-# Numba keeps what it compiled as long as the function's own file is the same. The instructions come from other files.
-SOURCES = sha256(b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py")))).hexdigest()[:16]
-
-
 class LayoutType(types.Type):
     """A layout as Numba sees it: each is a type of its own, for which kernels are compiled; no bytes at run time."""
 
     def __init__(self, layout: Layout):
         self.layout = layout
-        super().__init__(name=f"{layout!r} of {SOURCES}")
+        super().__init__(name=repr(layout))
 
     def __str__(self) -> str:
         return str(self.layout)

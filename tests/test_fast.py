@@ -5,9 +5,11 @@ import subprocess
 import sys
 
 import ml_dtypes
+import numba
 import numpy as np
 import pytest
 from conftest import write_checkpoint
+from numba import types
 
 import refimpl
 from kernels import fast, fast_integer, formats
@@ -303,6 +305,21 @@ def test_an_int8_cache_needs_whole_blocks(tiny_model):
     model = tiny_model("Qwen2-7B")
     with pytest.raises(InputError, match=f"keeps blocks of 32, and heads of {model.config.head_dim} are no multiple"):
         model.generate(IDS, cache_dtype="int8")
+
+
+def _one(out):
+    out[0] = 1
+
+
+def test_kernels_from_the_disk_are_those_of_these_sources(monkeypatch, tmp_path):
+    """Instructions come from other files than the function's own: an edit there is seen, too."""
+    monkeypatch.setattr(numba.config, "CACHE_DIR", str(tmp_path))
+    signature, found = types.void(types.Array(types.float32, 1, "C")), []
+    for sources in ("these", "these", "others"):
+        monkeypatch.setattr(fast, "SOURCES", sources)
+        fast.compiled.__wrapped__(_one, signature, parallel=False)
+        found.append(sum(fast._COMPILED[-1].stats.cache_hits.values()))
+    assert found == [0, 1, 0]
 
 
 PROGRAM = """
