@@ -4,8 +4,12 @@
 as are asked for. In turns, each from a cold page cache to synced files:
 
 - `copy`: every file, as `shutil.copyfile` does it
-- `quantize`: `refimpl.save.quantize_checkpoint`
-- `cores`: the same arithmetic on all cores, from pages that are warm, and nothing written: what binds without a disk
+- `quantize`: `refimpl.save.quantize_checkpoint`, the format's own way
+- `search`: the same with a search for the scales of least squared error, if the format has one
+- `quantize, cores`, `search, cores`: the same arithmetic on all cores, from pages that are warm, and nothing written
+
+No quantizer can be faster than the copy or than its arithmetic: the slower of the two binds, and how much of its speed
+is reached is said.
 
 `load` has a quantized folder in Q4_0. `open` is `refimpl.load`, `token` the first token after it, each with a cold and
 with a warm page cache; `read` reads every byte of the warm files once.
@@ -28,13 +32,14 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from kernels.formats import FORMATS
 from refimpl import shards
 from refimpl.bench import Row, synthetic
 from refimpl.config import config_from_keys
 from refimpl.doctor import HEADS, KEYS, OFFICIAL
 from refimpl.errors import InputError
 from refimpl.model import Model, load
-from refimpl.quantize import plan, quantizing
+from refimpl.quantize import Scheme, plan, quantizing
 from refimpl.save import quantize_checkpoint, save
 from refimpl.weights import expected_shapes
 
@@ -62,7 +67,7 @@ class Repeated:
             at, left = 0, left - len(tile)
 
 
-def run(what: str, layers: int, rounds: int, threads: int, format: str = "q4_0", search: str | None = None) -> dict:
+def run(what: str, layers: int, rounds: int, threads: int, format: str = "q4_0") -> dict:
     """The facts of `quantize` or `load`: seconds of each row, bytes, and the peak of anonymous memory.
 
     Where other work shares the machine, seconds of a core say more than the clock.
@@ -74,7 +79,7 @@ def run(what: str, layers: int, rounds: int, threads: int, format: str = "q4_0",
     with tempfile.TemporaryDirectory() as place:
         if what == "load":
             return _load(Path(place), layers, rounds)
-        return _quantize(Path(place), layers, rounds, threads, format, search)
+        return _quantize(Path(place), layers, rounds, threads, format)
 
 
 def show(facts: dict) -> str:
@@ -84,7 +89,8 @@ def show(facts: dict) -> str:
         times = f"   {row['times']:6.3f} x {facts['reference']}" if "times" in row else ""
         rate = f"   {row['gigabytes_per_second']:6.2f} GB/s" if "gigabytes_per_second" in row else ""
         seconds = f"{row['seconds']:8.3f} s ({row['fastest']:.3f} - {row['slowest']:.3f})"
-        lines.append(f"{row['name']:12} {seconds}   {row['cpu_seconds']:7.3f} s of a core{rate}{times}")
+        binds = f"   {row['reached']:.0%} of {row['binds']}, which binds" if "binds" in row else ""
+        lines.append(f"{row['name']:15} {seconds}   {row['cpu_seconds']:7.3f} s of a core{rate}{times}{binds}")
     if "peak_memory" in facts:
         lines.append(f"quantizing takes {facts['peak_memory'] / 1e6:.0f} MB of memory at most, beside mapped files")
     return "\n".join(lines)
@@ -119,41 +125,52 @@ def _facts(rows: dict[str, Timed], reference: str, nbytes: dict[str, int]) -> li
     return found
 
 
-def _quantize(place: Path, layers: int, rounds: int, threads: int, format: str, search: str | None) -> dict:
+def _quantize(place: Path, layers: int, rounds: int, threads: int, format: str) -> dict:
+    ways: dict[str, str | None] = {"quantize": None}
+    if "search" in FORMATS[Scheme(format).format].options:
+        ways["search"] = "mse"
     source = write_checkpoint(place / "source", layers)
     nbytes = sum(path.stat().st_size for path in source.iterdir())
     model = load(source)
-    schemes = plan(model.weights, format, search=search).schemes
     peak = 0
 
-    def cores() -> None:
+    def cores(search: str | None, most: int | None = None) -> None:
+        schemes = plan(model.weights, format, search=search).schemes
         with quantizing(model.weights, schemes, None, threads) as blocks:
-            for name in schemes:
+            for name in list(schemes)[:most]:
                 blocks(name)
 
-    def quantize() -> None:
+    def quantize(search: str | None) -> None:
         nonlocal peak
         with AnonymousMemory() as memory:
-            quantize_checkpoint(source, place / "quantize", format, threads=threads, search=search)
+            quantize_checkpoint(source, place / "out", format, threads=threads, search=search)
         peak = max(peak, memory.peak - memory.first)
 
-    passes: dict[str, Callable[[], None]] = {
-        "copy": lambda: copy_folder(source, place / "copy"), "quantize": quantize, "cores": cores,
-    }  # fmt: skip
+    passes: dict[str, Callable[[], None]] = {"copy": lambda: copy_folder(source, place / "out")}
+    for way, search in ways.items():
+        cores(search, most=1)  # compiled, if there is anything to compile
+        passes |= {way: partial(quantize, search), f"{way}, cores": partial(cores, search)}
     rows = {name: Timed(name) for name in passes}
     for _ in range(rounds):
         for name, once in passes.items():
-            if name == "cores":
+            if name.endswith("cores"):
                 for path in source.iterdir():
                     _read(path)
             else:
                 cold(source)
                 os.sync()
             rows[name].time(once)
-            shutil.rmtree(place / name, ignore_errors=True)
+            shutil.rmtree(place / "out", ignore_errors=True)
+    facts = _facts(rows, "copy", dict.fromkeys(rows, nbytes))
+    seconds = {row["name"]: row["seconds"] for row in facts}
+    for row in facts:
+        if row["name"] in ways:
+            limits = {"the copy": seconds["copy"], "the cores' arithmetic": seconds[f"{row['name']}, cores"]}
+            row["binds"] = max(limits, key=lambda name: limits[name])
+            row["reached"] = limits[row["binds"]] / row["seconds"]
     return {
         "what": "quantize", "layers": layers, "bytes": nbytes, "of": f"bfloat16 to {format}, {threads} threads",
-        "reference": "copy", "rows": _facts(rows, "copy", dict.fromkeys(rows, nbytes)), "peak_memory": peak,
+        "reference": "copy", "rows": facts, "peak_memory": peak,
     }  # fmt: skip
 
 

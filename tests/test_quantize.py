@@ -557,10 +557,20 @@ def test_the_bench_of_storage(monkeypatch, capsys):
     monkeypatch.setattr(bench_storage, "official_keys", lambda family: keys)
     assert cli.main(["bench", "quantize", "--layers", "2", "--rounds", "2", "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
-    assert [row["name"] for row in facts["rows"]] == ["copy", "quantize", "cores"]
-    assert facts["rows"][1]["times"] > 0 and facts["bytes"] > 2 * 2 * 96 * 64
+    rows = {row["name"]: row for row in facts["rows"]}
+    assert list(rows) == ["copy", "quantize", "quantize, cores", "search", "search, cores"]
+    assert rows["quantize"]["times"] > 0 and facts["bytes"] > 2 * 2 * 96 * 64
+    for way in ("quantize", "search"):
+        slower = max("copy", f"{way}, cores", key=lambda name: rows[name]["seconds"])
+        assert rows[way]["binds"] == ("the copy" if slower == "copy" else "the cores' arithmetic")
+        assert rows[way]["reached"] == rows[slower]["seconds"] / rows[way]["seconds"]
     said = bench_storage.show(facts)
+    assert "% of the " in said and ", which binds" in said
     assert "bfloat16 to q4_0" in said and "x copy" in said and "MB of memory at most" in said
+    assert cli.main(["bench", "quantize", "--layers", "1", "--rounds", "1", "--format", "q8_0"]) == 0
+    assert "search" not in capsys.readouterr().out
+    assert cli.main(["bench", "quantize", "--layers", "1", "--format", "q9"]) == 2
+    assert "the format is 'q9', expected one of int4" in capsys.readouterr().err
     assert cli.main(["bench", "load", "--rounds", "0"]) == 2
     assert "numbers from 1" in capsys.readouterr().err
 
