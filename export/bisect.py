@@ -37,7 +37,7 @@ from export.figures import Figures, Thresholds, measure
 from export.jobs import arrays_digest, digest
 from export.ledger import Ledger, lock
 from export.references import TEXTS, Kind, References
-from export.trial import SIMULATED, Trial, misfit
+from export.trial import HALVES, SIMULATED, Trial, misfit, shown_dtype
 from export.verdict import DERIVED
 from export.verify import read_manifest
 from golden.compare import finite
@@ -137,6 +137,7 @@ class Finding:
     cause: str | None = None
     taps: int = 0
     known: bool = False
+    remarks: tuple[str, ...] = ()
 
     def __bool__(self) -> bool:
         """Whether nothing is wrong."""
@@ -157,7 +158,7 @@ class Finding:
 
     def __str__(self) -> str:
         if self.guilty is None or self.figures is None:
-            return self.summary
+            return "\n".join([self.summary, *self.remarks])
         lines = [self.summary]
         layer = self.figures.layer
         where = f"layer {layer}, {self.figures.operation}" if layer is not None else self.tap
@@ -177,6 +178,7 @@ class Finding:
         lines.append(f"{known}{len(self.runs)} runs, at most {self.bound} for one fault among {self.taps} taps:")
         lines += [f"  {i}. {run}" for i, run in enumerate(self.runs, 1)]
         lines += [f"The outputs of {at_most(self.healthy, 4)} are right."] if self.healthy else []
+        lines += self.remarks
         return "\n".join(lines)
 
     def _extent(self) -> str:
@@ -206,7 +208,7 @@ class Finding:
             "beside": self.beside, "hidden": self.hidden, "cause": self.cause, "taps": self.taps, "bound": self.bound,
             "runs": [{"showed": run.showed, "until": run.until, "wrong": run.wrong, "gone": run.gone}
                      for run in self.runs],
-            "healthy": self.healthy,
+            "healthy": self.healthy, "remarks": self.remarks,
         }), ensure_ascii=False, allow_nan=False)  # fmt: skip
 
 
@@ -216,7 +218,7 @@ class Judge:
 
     references: References
     flow: Dataflow
-    dtype: str = "float32"
+    dtype: str | None = None  # until a run has shown it
 
     @property
     def spec(self):
@@ -252,6 +254,13 @@ class Judge:
                 return
         raise InputError(f"{spec.name} as it is does not give its own goldens ({at_most(wrong, 4)}), so "
                          "it tells nothing of a device; export again, or give the model with --model")  # fmt: skip
+
+    def shown_dtype(self, given: Arrays) -> str:
+        """The floats that the device computes in, by its outputs."""
+        values = {value.name: value for value in self.spec.outputs if value.name in given}
+        return shown_dtype(
+            self.references, [Answer(self.spec, "isolated", {name: given[name] for name in values}, values)]
+        )
 
     def kind(self, given: Arrays, thresholds: Thresholds) -> Kind:
         """What the device computes like, by its outputs."""
@@ -336,7 +345,7 @@ class Judge:
         base: np.ndarray | None,
     ) -> Figures:  # fmt: skip
         about = Figures(self.spec.name, "isolated", one.tap, kind, output=one.name, position=self.spec.past)
-        limit = Trial(self.references, [], self.dtype).limit(one.tap, self.spec, "isolated")
+        limit = Trial(self.references, [], self.dtype or "float32").limit(one.tap, self.spec, "isolated")
         grid = self.references.grids.get(one.tap)
         return measure(about, device, right, oracle, limit, grid, base, self.spec.config)
 
@@ -440,13 +449,16 @@ class Bisection:
         with self._graph(showed) as graph:
             key = self._key(graph) if self.ledger and outputs is None else ""
             if self.ledger and (kept := self.ledger.get(key)):
-                if kept.get("reference") not in TEXTS or not isinstance(kept.get("figures"), dict):
+                sound = kept.get("reference") in TEXTS and kept.get("dtype") in ("float32", "float16")
+                if not sound or not isinstance(kept.get("figures"), dict):
                     raise InputError(f"{self.ledger.path} is damaged; move it away and begin anew")
-                self._kind = kept["reference"]
+                if not showed:
+                    self._kind, self.judge = kept["reference"], replace(self.judge, dtype=kept["dtype"])
                 figures = {name: Figures.from_json(one) for name, one in kept["figures"].items()}
                 return Run(showed, until, figures, self.wrong(figures))
             given = self._execute(graph) if outputs is None else outputs
         if not showed:
+            self.judge = replace(self.judge, dtype=self.judge.dtype or self.judge.shown_dtype(given))
             self._kind = self.judge.kind(given, self.thresholds)
         places = [self.flow.places[name] for name in showed]
         places += [] if until else [one for one in self.judge.outputs if one not in places]
@@ -456,7 +468,7 @@ class Bisection:
         if self.ledger and key:
             content = {name: one.to_json() for name, one in figures.items()}
             self.ledger.write(key, kind="run", label=self.label, graph=graph.name, showed=list(showed), until=until,
-                              reference=self._kind, figures=content)  # fmt: skip
+                              reference=self._kind, dtype=self.judge.dtype, figures=content)  # fmt: skip
         return Run(showed, until, figures, wrong)
 
     def _graph(self, showed: tuple[str, ...]) -> AbstractContextManager[Path]:
@@ -530,7 +542,7 @@ def bisect(
     outputs: Any = None,
     until: bool = False,
     probes: int = 1,
-    dtype: str = "float32",
+    dtype: str | None = None,
     thresholds: Thresholds = DERIVED,
     label: str | None = None,
     encodings: Encodings | None = None,
@@ -565,7 +577,7 @@ def bisect(
     _sweep(folder)
     known = _known(references, outputs, graph)
     healthy: list[str] = []
-    kind: str = "float"
+    kind, remarks = "float", tuple[str, ...]()
     with Ledger(folder, JOURNAL) if label is not None else nullcontext() as ledger:
         for name, spec in specs.items():
             if (graph is not None and name != graph) or (known and name not in known):
@@ -576,12 +588,13 @@ def bisect(
             one = Bisection(judge, executor, thresholds, probes, until, label, ledger)
             first = one.first(known.get(name))
             kind = one._kind
+            remarks = (HALVES,) if one.judge.dtype != (dtype or "float32") else remarks
             if not first.wrong:
                 healthy.append(name)
                 continue
             one.runs += [] if name in known else [first]
-            return replace(one.localise(first), healthy=tuple(healthy))
-    return Finding("", kind, (), tuple(healthy))
+            return replace(one.localise(first), healthy=tuple(healthy), remarks=remarks)
+    return Finding("", kind, (), tuple(healthy), remarks=remarks)
 
 
 def _known(references: References, outputs: Any, graph: str | None) -> dict[str, Arrays]:

@@ -7,7 +7,7 @@ those inputs, and with the device's tensors in the place of its own, and what ag
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -33,6 +33,11 @@ from refimpl.model import Model
 from refimpl.names import taps
 
 SIMULATED = ("simulation", "even")
+HALVES = (
+    "every number of the device is a float16, which the oracle's are not, so it is judged as one that computes in "
+    "float16; dtype float32 would not allow that"
+)
+WITHIN_HALVES = "all of it is within float16's rounding; if that is what the device computes in, give dtype float16"
 SUSPECTS = 4  # failing tensors whose causes are looked for
 
 
@@ -44,21 +49,22 @@ def judge(
     engine: str = "auto",
     way: Way = "isolated",
     graph: str | None = None,
-    dtype: str = "float32",
+    dtype: str | None = None,
     thresholds: Thresholds = DERIVED,
 ) -> Verdict:
     """The verdict on what a device returned for the export in `folder`.
 
     `outputs`, `way`, `graph`: see `export.device.read_answers`. `model`: what was exported, for the simulation, for
     probes inside a graph, and for causes that have to be computed. `encodings`: the grids of a quantized device.
-    `dtype`: the floats of one that is not quantized, float32 or float16.
+    `dtype`: the floats of one that is not quantized, float32 or float16, by default what its outputs show.
 
     Raises InputError for outputs that do not fit the export, and a model or encodings that are not its own.
     """
     references = References(Path(folder), model, encodings, engine)
     grids = references.grids
     answers = fit_answers(references.plan, outputs, grids, way, graph)
-    trial = Trial(references, answers, dtype)
+    floats = dtype or shown_dtype(references, answers)
+    trial = Trial(references, answers, floats)
     kinds = references.kinds
     found: dict[Kind, list[Figures]] = {}
     for kind in tqdm(kinds, "judging", unit="reference", disable=None, leave=False):
@@ -69,11 +75,16 @@ def judge(
     tensors = trial.with_birth(kind, found[kind], thresholds)
     absent = [name for name in references.specs if name not in {answer.spec.name for answer in answers}]
     remarks = [f"{answer.spec.name}/{answer.way}: {remark}" for answer in answers for remark in answer.remarks]
+    if floats != (dtype or "float32"):
+        remarks.append(HALVES)
+    elif not dtype and not references.grids and any(not thresholds.excess(figures) <= 1 for figures in tensors):
+        halves = Trial(references, answers, "float16").measured(kind)
+        remarks += [WITHIN_HALVES] if all(thresholds.excess(figures) <= 1 for figures in halves) else []
     remarks += [f"not judged, without outputs: {at_most(absent, 6)}"] if absent else []
     about = {
         "refimpl": refimpl.__version__, "numpy": np.__version__, "export": str(folder), "outputs": _said(outputs),
         "model": model.config.family if model else None, "reference": TEXTS[kind],
-        "encodings": len(encodings) if encodings else None, "dtype": dtype,
+        "encodings": len(encodings) if encodings else None, "dtype": floats,
         "prompt": f"{references.plan.prompt} tokens",
     }  # fmt: skip
     inside = {name: tuple(spec.taps) for name, spec in references.specs.items()}
@@ -93,6 +104,22 @@ def verify_on_grids(folder: str | Path, engine: str = "auto") -> Verdict:
             (Path(answers) / way).mkdir(exist_ok=True)
             np.savez(Path(answers) / way / f"{spec.name}.npz", **outputs)  # type: ignore[arg-type]
         return judge(folder, answers, engine=engine)
+
+
+def shown_dtype(references: References, answers: Iterable[Answer]) -> str:
+    """The floats of a device without grids, by its outputs: float16, if all of them are and not all goldens are."""
+    if references.grids:
+        return "float32"
+    spoken = list(answers)
+    goldens = (x for answer in spoken for x in references.golden(answer.spec).values())
+    halves = all(map(_is_half, (x for answer in spoken for x in answer.arrays.values())))
+    return "float16" if halves and not all(map(_is_half, goldens)) else "float32"
+
+
+def _is_half(x: np.ndarray) -> bool:
+    """Whether all numbers are those of float16."""
+    with np.errstate(over="ignore"):
+        return np.array_equal(x.astype(np.float16).astype(x.dtype), x, equal_nan=True)
 
 
 def _said(outputs: Any) -> str:

@@ -7,6 +7,8 @@ quantized device would (weights, inputs, outputs and all between). What a test m
     refuse   (kind, name, options) -> None, or the reason for which that job fails
     spoil    (graph, outputs) -> outputs: what a device with a bug would give
     polls    how often a job is looked at before it is done
+    half     whether graphs without encodings are computed in float16, which is a device's own; onnxruntime
+             has no such sums, and leaves casts out, so that is done to the letter by engine="reference" alone
     specs    whether models tell the names, shapes and grids of their ends; sanitized, whether names lose their dots
 
 `counts` has the requests by route, `jobs`, `models` and `datasets` what there is. It knows nothing of the product.
@@ -94,10 +96,19 @@ class LoopbackHub:
     """The server, as a context: `url` while it runs."""
 
     def __init__(
-        self, fault=None, refuse=None, spoil=None, polls=1, specs=True, sanitized=True, engine="auto", life=30
+        self,
+        fault=None,
+        refuse=None,
+        spoil=None,
+        polls=1,
+        specs=True,
+        sanitized=True,
+        engine="auto",
+        life=30,
+        half=False,
     ):
         self.fault, self.refuse, self.spoil, self.polls = fault, refuse, spoil, polls
-        self.specs, self.sanitized, self.engine, self.life = specs, sanitized, engine, life
+        self.specs, self.sanitized, self.engine, self.life, self.half = specs, sanitized, engine, life, half
         self.counts: Counter[str] = Counter()
         self.uploaded = Counter()  # bytes that came in, by kind
         self.models: dict[str, Stored] = {}
@@ -558,6 +569,8 @@ class Graph:
         grids: dict[str, Grid] = {}
         for file in folder.glob("*.encodings"):
             grids = on_grids(model, json.loads(file.read_text()))
+        if hub.half and not grids:
+            in_half(model)
         wanted = [n for n in options.get("output_names", "").split(",") if n]
         if wanted and len(wanted) != len(model.graph.output):
             raise RejectedError(
@@ -606,6 +619,30 @@ def opened(model: onnx.ModelProto, engine: str) -> Callable:
 
         run = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"]).run
     return lambda inputs: run(None, inputs)
+
+
+def in_half(model: onnx.ModelProto) -> None:
+    """Puts all inside of a graph in float16; its ends stay float32."""
+    graph = model.graph
+    ends = {v.name for v in [*graph.input, *graph.output] if v.type.tensor_type.elem_type == TensorProto.FLOAT}
+    for initializer in graph.initializer:
+        if initializer.data_type == TensorProto.FLOAT:
+            with np.errstate(over="ignore"):
+                half = numpy_helper.to_array(initializer).astype(np.float16)
+            initializer.CopyFrom(numpy_helper.from_array(half, initializer.name))
+    for node in graph.node:
+        node.input[:] = [f"{name}/half" if name in ends else name for name in node.input]
+        node.output[:] = [f"{name}/half" if name in ends else name for name in node.output]
+        for to in node.attribute:
+            if node.op_type == "Cast" and to.name == "to" and to.i == TensorProto.FLOAT:
+                to.i = TensorProto.FLOAT16
+    given = [v.name for v in graph.input if v.name in ends]
+    before = [helper.make_node("Cast", [name], [f"{name}/half"], to=TensorProto.FLOAT16) for name in given]
+    after = [helper.make_node("Cast", [f"{v.name}/half"], [v.name], to=TensorProto.FLOAT)
+             for v in graph.output if v.name in ends]  # fmt: skip
+    nodes = [*before, *graph.node, *after]
+    del graph.node[:], graph.value_info[:]
+    graph.node.extend(nodes)
 
 
 def on_grids(model: onnx.ModelProto, content: dict) -> dict[str, Grid]:

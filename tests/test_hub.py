@@ -182,6 +182,45 @@ def test_the_verdict_on_the_loopback_s_phone(quantized, capsys):
     assert capsys.readouterr().out.startswith("agrees: ")
 
 
+def test_the_verdict_on_a_phone_that_computes_in_float16(exports, tmp_path, capsys):
+    """What has no encodings runs in a device's own floats. That is no fault, and a fault among them is found."""
+    folder = shutil.copytree(exports["float"], tmp_path / "x")
+    with LoopbackHub(half=True, engine="reference") as hub:
+        assert act(hub, "infer", folder) == 0
+        outputs = folder / "outputs" / "loopback-phone"
+        capsys.readouterr()
+        assert main(["verify", str(folder), str(outputs)]) == 0
+        assert "judged as one that computes in float16" in capsys.readouterr().out
+        assert main(["verify", str(folder), str(outputs), "--dtype", "float32"]) == 1
+        assert "judged as one" not in capsys.readouterr().out
+        device = ["--executor", "hub", "--device", PHONE, "--api-url", hub.url]
+        for _ in range(2):  # what was kept of the runs says it, too
+            assert main(["bisect", str(folder), *device]) == 0
+            assert "judged as one that computes in float16" in capsys.readouterr().out
+        assert main(["bisect", str(folder), *device, "--dtype", "float32"]) == 1
+    for file in sorted(outputs.glob("*/prompt_*_2_of_3.h5")):
+        with h5py.File(file, "r+") as h5:
+            [place] = [one for one in h5["data"].values() if one.attrs["name"] == "past_key_0_out"]
+            place["batch_0"][...] = -place["batch_0"][...]
+    capsys.readouterr()
+    assert main(["verify", str(folder), str(outputs)]) == 1
+    told = capsys.readouterr().out
+    assert "judged as one that computes in float16" in told and "self_attn.key" in told.split("\n")[0]
+
+
+def test_a_phone_that_keeps_some_of_float32_is_told_of_float16(exports, tmp_path, capsys):
+    folder = shutil.copytree(exports["one"], tmp_path / "x")
+    with LoopbackHub(half=True, engine="reference", spoil=lambda graph, outputs: {
+        name: x * np.float32(1 + 2**-14) for name, x in outputs.items()
+    }) as hub:  # fmt: skip
+        assert act(hub, "infer", folder) == 0
+    capsys.readouterr()
+    outputs = str(folder / "outputs" / "loopback-phone")
+    assert main(["verify", str(folder), outputs]) == 1
+    assert "within float16's rounding; if that is what the device computes in, give" in capsys.readouterr().out
+    assert main(["verify", str(folder), outputs, "--dtype", "float16"]) == 0
+
+
 def test_the_grids_of_the_loopback():
     entry = {"dtype": "INT", "bw": 4, "enc_type": "PER_CHANNEL", "scale": [0.5, 1.0], "offset": [-8, -8]}
     weight = np.array([[0.25, -0.75, 9], [0.5, -0.5, -9]], np.float32)

@@ -5,6 +5,7 @@ import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import ml_dtypes
 import numpy as np
@@ -21,7 +22,7 @@ from export.figures import Figures, Thresholds
 from export.parts import carry
 from export.references import References
 from export.report import html
-from export.trial import judge
+from export.trial import judge, shown_dtype
 from export.verdict import read_run, save_run
 from refimpl.calibrate import calibrate
 from refimpl.cli import main
@@ -554,10 +555,23 @@ def test_float16_devices_have_their_own_tolerance(world):
         return {name: array.astype(np.float16).astype(np.float32) for name, array in outputs.items()}
 
     outputs = world.run("float", "isolated", fault=rounded)
-    assert not judge(world.folder, outputs)
-    assert (verdict := judge(world.folder, outputs, dtype="float16")), verdict
+    assert not judge(world.folder, outputs, dtype="float32")
+    for dtype in (None, "float16"):
+        assert (verdict := judge(world.folder, outputs, dtype=dtype)), verdict
+        assert verdict.about["dtype"] == "float16" and len(verdict.remarks) == (not dtype)
     outputs["isolated"][P.format(3)]["past_key_1_out"] *= np.float32(1.2)
     assert judge(world.folder, outputs, dtype="float16").guilty.tap == KEY.format(1)
+
+
+@pytest.mark.parametrize("device, golden, grids, dtype", [
+    (0.25, 0.1, {}, "float16"), (0.25, 0.5, {}, "float32"), (0.1, 0.1, {}, "float32"), (0.25, 0.1, {"x": 1}, "float32"),
+    (np.inf, 1e9, {}, "float16"), (np.nan, 0.1, {}, "float16"), (70000.0, 0.1, {}, "float32"),
+])  # fmt: skip
+def test_the_dtype_is_what_all_outputs_show(device, golden, grids, dtype):
+    """Numbers that the oracle's are as short as, such as rows of a bfloat16 embedding, show nothing."""
+    references = SimpleNamespace(grids=grids, golden=lambda spec: {"x": np.float32([golden])})
+    answers = [SimpleNamespace(spec=None, arrays={"x": np.float32([x])}) for x in (device, 0.5)]
+    assert shown_dtype(references, answers) == dtype
 
 
 def test_the_kind_is_not_taken_for_a_fault(world):

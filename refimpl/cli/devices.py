@@ -9,6 +9,10 @@ from pathlib import Path
 from refimpl.cli.verbs import DTYPE, JSON, MODEL, SWEEP, TEXT, integers, load_model, model_folder, option, report, verb
 from refimpl.errors import InputError, at_most
 
+FLOATS = option(
+    "--dtype", choices=("float32", "float16"), help="of a device without grids (default: as its outputs show)"
+)
+
 
 @verb(
     "refimpl calibrate weights/B2-7B --text wiki.txt --out encodings.json",
@@ -179,7 +183,7 @@ def export(arguments) -> int:
     option("--encodings", metavar="FILE", help="of the device, if the export has none"),
     option("--chained", action="store_true", help="each graph had what the one before gave (default: golden inputs)"),
     option("--graph", metavar="NAME", help="whose OUTPUTS they are, where no name says it"),
-    option("--dtype", choices=("float32", "float16"), default="float32", help="of a device that is not quantized"),
+    FLOATS,
     option("--min-sqnr", type=float, metavar="DB", help="what every tensor must have, in place of derived limits"),
     option("--max-lsb", type=float, metavar="N", help="how many codes any value may be off"),
     option("--max-over", type=float, metavar="SHARE", help="how many values may be off by more than one code"),
@@ -245,7 +249,7 @@ def verify(arguments) -> int:
     option("--compile-options", default="", metavar="TEXT", help="of hub: added to those of compile jobs"),
     option("--until", action="store_true", help="cut graphs off at what they show, where more outputs change them"),
     option("--probes-per-run", type=int, default=1, metavar="N", help="tensors that a run may show (default: 1)"),
-    option("--dtype", choices=("float32", "float16"), default="float32", help="of a device that is not quantized"),
+    FLOATS,
     option("--min-sqnr", type=float, metavar="DB", help="what every tensor must have, in place of derived limits"),
     JSON,
 )  # fmt: skip
