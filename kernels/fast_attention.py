@@ -80,8 +80,8 @@ class Kept:
 
 
 @intrinsic(prefer_literal=True)
-def _scores(typingctx, layout, keys, scales, key, last, width, queries, query, final, rows, sums, at):
-    """The products of 4 keys by 1 or by 4 queries (`rows`, a literal): sums[at + 4 r + k].
+def _scores(typingctx, layout, keys, scales, key, last, width, queries, query, final, rows, out, at, apart):
+    """The products of 4 keys by 1 or by 4 queries (`rows`, a literal): out[at + apart * r + k].
 
     Keys from number `key` on, none beyond `last`; queries from number `query` on, none beyond `final`.
     """
@@ -91,7 +91,7 @@ def _scores(typingctx, layout, keys, scales, key, last, width, queries, query, f
 
     def generate(context, builder, signature, arguments):
         emit, kinds, zero = Emitter(context, builder, form.portable), signature.args, ir.Constant(I64, 0)
-        _, *arrays, key, last, width, queries, query, final, _, sums, at = arguments
+        _, *arrays, key, last, width, queries, query, final, _, out, at, apart = arguments
         parts = builder.udiv(width, ir.Constant(I64, PART))
         kept = Kept(emit, form, kinds[1:3], arrays, parts)
         queries = emit.address(kinds[6], queries, zero)
@@ -111,10 +111,13 @@ def _scores(typingctx, layout, keys, scales, key, last, width, queries, query, f
         total = emit.totals([lane.get() for row in lanes for lane in row])
         if len(starts) == 1:  # each of 4 sums fills a quarter
             total = emit.shuffle(total, total, range(0, LANES, LANES // SIDE))
-        emit.store(total, emit.address(kinds[10], sums, at))
+        place = emit.address(kinds[10], out, at)
+        for n in range(len(starts)):
+            four = emit.shuffle(total, total, range(SIDE * n, SIDE * (n + 1)))
+            emit.store(four, emit.forward(place, emit.times(apart, 4 * n)))
         return context.get_dummy_value()
 
-    kinds = (layout, keys, scales, *[types.intp] * 3, queries, *[types.intp] * 2, rows, sums, types.intp)
+    kinds = (layout, keys, scales, *[types.intp] * 3, queries, *[types.intp] * 2, rows, out, *[types.intp] * 2)
     return types.void(*kinds), generate
 
 
@@ -125,7 +128,7 @@ def scores(layout, keys, scales, queries, out, heads_apart):
     on. `queries` (N * R, D), where D is a multiple of 32.
     """
     heads, rows, size = out.shape
-    width = queries.shape[1]
+    width, flat = queries.shape[1], out.reshape(-1)
     tasks = (size + TASK - 1) // TASK
     for task in prange(heads * tasks):
         head = task // tasks
@@ -136,16 +139,21 @@ def scores(layout, keys, scales, queries, out, heads_apart):
         sums = aligned(TASK)
         if rows == 1:
             for s in range(start, stop, SIDE):
-                _scores(layout, keys, scales, first + s, last, width, queries, query, final, 1, sums, s - start)
+                _scores(layout, keys, scales, first + s, last, width, queries, query, final, 1, sums, s - start, 0)
             for s in range(start, stop):
                 out[head, 0, s] = sums[s - start]
-        else:
-            for s in range(start, stop, SIDE):
-                for r in range(0, rows, SIDE):
-                    _scores(layout, keys, scales, first + s, last, width, queries, query + r, final, SIDE, sums, 0)
-                    for q in range(min(SIDE, rows - r)):
-                        for k in range(min(SIDE, stop - s)):
-                            out[head, r + q, s + k] = sums[SIDE * q + k]
+            continue
+        for block in range(start, stop, BLOCK):
+            for r in range(0, rows, SIDE):
+                for s in range(block, min(block + BLOCK, stop), SIDE):
+                    whole = s + SIDE <= stop and r + SIDE <= rows
+                    place, at, apart = (flat, (query + r) * size + s, size) if whole else (sums, 0, SIDE)
+                    _scores(layout, keys, scales, first + s, last, width,
+                            queries, query + r, final, SIDE, place, at, apart)  # fmt: skip
+                    if not whole:
+                        for q in range(min(SIDE, rows - r)):
+                            for k in range(min(SIDE, stop - s)):
+                                out[head, r + q, s + k] = sums[SIDE * q + k]
 
 
 @intrinsic(prefer_literal=True)
