@@ -295,7 +295,8 @@ def _sigmoid(many: bool):
 @cache
 def compiled(function, signature, parallel: bool = True):
     """`function` compiled for one signature, from the disk if it was before, of the same sources."""
-    function.__qualname__ = f"{function.__name__}_{SOURCES}"  # what Numba calls it on the disk
+    kind = "parallel" if parallel else "serial"  # Numba itself does not keep these apart on the disk
+    function.__qualname__ = f"{function.__name__}_{kind}_{SOURCES}"  # what it calls the function there
     announce = Announcement(f"compiling {function.__module__}.{function.__name__} for {signature.args[0]}, once")
     with event.install_listener("numba:compile", announce):
         dispatcher = numba.njit([signature], parallel=parallel, cache=True)(function)

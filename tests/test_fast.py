@@ -308,18 +308,19 @@ def test_an_int8_cache_needs_whole_blocks(tiny_model):
 
 
 def _one(out):
-    out[0] = 1
+    for n in numba.prange(len(out)):
+        out[n] = 1
 
 
 def test_kernels_from_the_disk_are_those_of_these_sources(monkeypatch, tmp_path):
     """Instructions come from other files than the function's own: an edit there is seen, too."""
     monkeypatch.setattr(numba.config, "CACHE_DIR", str(tmp_path))
     signature, found = types.void(types.Array(types.float32, 1, "C")), []
-    for sources in ("these", "these", "others"):
+    for sources, parallel in (("these", False), ("these", False), ("others", False), ("these", True), ("these", True)):
         monkeypatch.setattr(fast, "SOURCES", sources)
-        fast.compiled.__wrapped__(_one, signature, parallel=False)
+        fast.compiled.__wrapped__(_one, signature, parallel)
         found.append(sum(fast._COMPILED[-1].stats.cache_hits.values()))
-    assert found == [0, 1, 0]
+    assert found == [0, 1, 0, 0, 1], "nor is a kernel of one thread taken for that of all"
 
 
 PROGRAM = """
