@@ -17,7 +17,7 @@ for the device and for the simulation, and excuses nothing.)
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -28,7 +28,7 @@ import numpy as np
 
 from export.dataflow import Dataflow
 from export.device import grids_of
-from export.emit import Arrays
+from export.emit import Arrays, quantization
 from export.encodings import read_encodings, simulate_graph
 from export.executor import Engine
 from export.parts import GraphSpec
@@ -61,11 +61,26 @@ def shapes_of(folder: Path, config: Config | None = None) -> Model:
     return cast(Model, SimpleNamespace(config=config, weights=weights))
 
 
+def as_exported(model: Model, folder: Path, config: Config) -> Model:
+    """A model as it was when it was exported: its first layers, and its matrices in blocks, by what the manifest says.
+
+    A model that is quantized already stays as it is. Raises InputError for blocks that the model cannot have.
+    """
+    if model.config.num_hidden_layers > config.num_hidden_layers:
+        model = model.truncated(config.num_hidden_layers)
+    blocks = read_json(folder / "manifest.json").get("quantization")
+    if not blocks or quantization(model):
+        return model
+    if not isinstance(blocks, dict):
+        raise InputError(f"{folder / 'manifest.json'} is damaged: its quantization is no object; export again")
+    return model.quantize({name.removesuffix(".weight"): scheme for name, scheme in blocks.items()})
+
+
 @dataclass(frozen=True, eq=False)
 class References:
     """The references of one export: its goldens, and with a model and encodings what quantization makes of them.
 
-    `model`: what was exported. Without it, the simulation is what the export has stored of it, and other inputs are
+    `model`: what was exported, or that before it was cut or quantized to blocks. Without it, the simulation is what the export has stored of it, and other inputs are
     computed by the graphs themselves, in `engine`. `encodings`: by default those that the export has stored.
     Raises InputError for a model or encodings that are not the export's.
     """
@@ -76,8 +91,10 @@ class References:
     engine: str = "auto"
 
     def __post_init__(self) -> None:
-        if self.model is not None and self.model.config != self.plan.config:
-            raise InputError(f"{self.folder} was exported from another model than {self.model}; give that one")
+        if self.model is not None:
+            object.__setattr__(self, "model", as_exported(self.model, self.folder, self.plan.config))
+            if replace(self.model.config, quantized=self.plan.config.quantized) != self.plan.config:
+                raise InputError(f"{self.folder} was exported from another model than {self.model}; give that one")
         if self.encodings is None and (self.folder / "encodings.json").is_file():
             shaped = shapes_of(self.folder, self.plan.config)
             object.__setattr__(self, "encodings", read_encodings(self.folder / "encodings.json", shaped))
@@ -232,4 +249,5 @@ class References:
         found = compare(as_trace(spec, self.run("float", spec, self.inputs(spec))), as_trace(spec, self.golden(spec)),
                         self.limits)  # fmt: skip
         if not found:
-            raise InputError(f"{self.model} does not compute the goldens of {self.folder}; give the model it is of")
+            raise InputError(f"{self.model} does not compute the goldens of {self.folder}; give the model it is of, "
+                             "or the folder that was quantized for it")  # fmt: skip

@@ -15,6 +15,7 @@ from loopback_hub import LoopbackHub
 
 import refimpl
 from export import emit, session
+from export.bisect import bisect
 from export.causes import CAUSES, Evidence, likely_causes
 from export.device import fit
 from export.entries import of_mapping
@@ -629,6 +630,27 @@ def test_another_model_is_refused(world, tmp_path):
         judge(world.folder, {}, other)
     with pytest.raises(InputError, match="was exported from another model"):
         judge(world.folder, {}, refimpl.load())
+
+
+def test_the_model_is_what_it_was_before_the_export(world, tmp_path):
+    """What `export --int4` and `--layers` do to a model is in the manifest: the model as it was is enough, and its like."""
+    blocks = world.model.quantize("int4", block_size=32, keep=["*.down_proj"])
+    small = blocks.truncated(2)
+    folder = emit(small, tokens=4, context=8, parts=1, prompt=[1, 2, 3]).save(tmp_path / "x")
+    [spec] = (device := References(folder, small)).specs.values()
+    outputs = device.run("float", spec, device.inputs(spec))
+    blocks.save(tmp_path / "int4")
+    for model in (world.model, refimpl.load(tmp_path / "int4")):
+        assert judge(folder, outputs, model), model
+        assert bisect(folder, model=model)
+    with pytest.raises(InputError, match="or the folder that was quantized for it"):
+        judge(folder, outputs, world.model.truncated(2).quantize("int4", block_size=64))
+    manifest = json.loads((folder / "manifest.json").read_text())
+    for bad in (["x"], {"x.weight": {"format": "int4"}}, {"lm_head.weight": {"format": "x"}}):
+        (folder / "manifest.json").write_text(json.dumps(manifest | {"quantization": bad}))
+        with pytest.raises(InputError) as caught:
+            judge(folder, outputs, world.model)
+        assert "\n" not in str(caught.value)
 
 
 def test_figures_survive_json():
