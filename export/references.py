@@ -80,8 +80,9 @@ def as_exported(model: Model, folder: Path, config: Config) -> Model:
 class References:
     """The references of one export: its goldens, and with a model and encodings what quantization makes of them.
 
-    `model`: what was exported, or that before it was cut or quantized to blocks. Without it, the simulation is what the export has stored of it, and other inputs are
-    computed by the graphs themselves, in `engine`. `encodings`: by default those that the export has stored.
+    `model`: what was exported, or that before it was cut or quantized to blocks. Without it, the simulation is what the
+    export has stored of it, and other inputs are computed by the graphs themselves, in `engine`. `encodings`: by
+    default those that the export has stored.
     Raises InputError for a model or encodings that are not the export's.
     """
 

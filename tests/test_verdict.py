@@ -633,7 +633,7 @@ def test_another_model_is_refused(world, tmp_path):
 
 
 def test_the_model_is_what_it_was_before_the_export(world, tmp_path):
-    """What `export --int4` and `--layers` do to a model is in the manifest: the model as it was is enough, and its like."""
+    """What `export --int4` and `--layers` do to a model is in the manifest, so the model as it was is enough."""
     blocks = world.model.quantize("int4", block_size=32, keep=["*.down_proj"])
     small = blocks.truncated(2)
     folder = emit(small, tokens=4, context=8, parts=1, prompt=[1, 2, 3]).save(tmp_path / "x")
