@@ -13,16 +13,17 @@ process loads it, mapped, and quantizes for itself. All of them must see the sam
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import os
 import pickle
 import platform
 import threading
+import traceback
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import BrokenExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
 
 Result = Mapping[str, np.ndarray]
 IN_FLIGHT = 128  # pieces that are under way at a time, at most: so many results may wait for one before them
-PATIENCE = "10s"  # until a Dask scheduler answers
+PATIENCE = 10  # seconds until a Dask scheduler answers
 KEPT = 3  # models that a process keeps: the reference, the judged one, and the one that it was quantized from
 THREADS = "NUMBA_NUM_THREADS"
 
@@ -70,14 +71,51 @@ def sweep(
             yield result
 
 
-def elsewhere(home: tuple[str, int], sent: bytes) -> Result:
-    """A pickled piece, wherever this is called. Not in the process `home`? There, too, BLAS has one thread."""
+def elsewhere(home: tuple[str, int], sent: bytes) -> Result | tuple[Exception, str]:
+    """A pickled piece, wherever this is called: its result, or what it raised, which is not the executor's doing.
+
+    Not in the process `home`? There, too, BLAS has one thread.
+    """
     function, piece = pickle.loads(sent)
     if home != here():
         from threadpoolctl import threadpool_limits
 
         threadpool_limits(1, "blas")  # for good: a worker does nothing else
-    return function(*piece)
+    try:
+        return function(*piece)
+    except Exception as error:
+        return error, traceback.format_exc()
+
+
+class _Sent:
+    """A piece with an executor. Whatever that raises by itself means that nobody computes the piece."""
+
+    def __init__(self, executor: Executor, function: Callable, piece: tuple):
+        sent = pickle.dumps((function, piece))  # what cannot be sent is an error of its own
+        with self._asking():
+            self.future = executor.submit(elsewhere, here(), sent)
+
+    def result(self) -> Result:
+        with self._asking():
+            found = self.future.result()
+        if isinstance(found, tuple):
+            error, told = found
+            raise error from RuntimeError(f"in a worker:\n{told}")
+        return found
+
+    def cancel(self) -> None:
+        with suppress(Exception):  # of who is gone
+            self.future.cancel()
+
+    @staticmethod
+    @contextmanager
+    def _asking() -> Iterator[None]:
+        try:
+            yield
+        except (Exception, asyncio.CancelledError) as error:
+            said = f"{type(error).__name__}: {error}".rstrip(": ")
+            hint = "use fewer --jobs, or look at its log"
+            raise InputError(f"a worker died, for lack of memory or with its cluster; {hint} ({said:.80})") from None
 
 
 def here() -> tuple[str, int]:
@@ -86,17 +124,16 @@ def here() -> tuple[str, int]:
 
 
 def _results(function, pieces, executor, store) -> Iterator[Result]:
-    waiting: deque[tuple[Any, Callable[[], Result]]] = deque()  # a future or None, and what gives the result
+    waiting: deque[tuple[_Sent | None, Callable[[], Result]]] = deque()  # and what gives the result
 
-    def begin(piece) -> tuple[Any, Callable[[], Result]]:
+    def begin(piece) -> tuple[_Sent | None, Callable[[], Result]]:
         key = store.key(function, piece) if store else ""
         found = store.read(key) if store else None
         if found is not None:
             return None, lambda: found
-        # pickled here, so that what cannot be sent is an error at once and not one that an executor trips over
-        future = executor.submit(elsewhere, here(), pickle.dumps((function, piece))) if executor else None
-        compute = future.result if future else lambda: function(*piece)
-        return future, (lambda: store.write(key, compute())) if store else compute
+        sent = _Sent(executor, function, piece) if executor else None
+        compute = sent.result if sent else lambda: function(*piece)
+        return sent, (lambda: store.write(key, compute())) if store else compute
 
     todo = iter(pieces)
     try:
@@ -105,12 +142,10 @@ def _results(function, pieces, executor, store) -> Iterator[Result]:
             if not waiting:
                 return
             yield waiting.popleft()[1]()
-    except BrokenExecutor:
-        raise InputError("a worker died, perhaps for lack of memory; use fewer --jobs, or look at its log") from None
     finally:
-        for future, _ in waiting:
-            if future:
-                future.cancel()
+        for sent, _ in waiting:
+            if sent:
+                sent.cancel()
 
 
 class _Store:
@@ -233,13 +268,21 @@ def workers(jobs: int = 1, dask: str | None = None) -> Iterator[Executor | None]
 
 def _dask_client(address: str):
     try:
-        from dask.distributed import Client
+        from dask.distributed import Client, Security
+        from distributed.comm import connect
     except ImportError:
         raise InputError("a Dask cluster needs the extra dask: pip install 'refimpl[dask]'") from None
+
+    async def knock() -> None:
+        comm = await connect(address, PATIENCE, **Security().get_connection_args("client"))
+        await comm.close()
+
     try:
+        asyncio.run(knock())  # a client that nobody answers takes longer to end than to begin
         return Client(address, timeout=PATIENCE, set_as_default=False)
-    except (OSError, ValueError) as error:
-        raise InputError(f"no Dask scheduler answers at {address!r}: {error!s:.80}") from None
+    except (OSError, ValueError, TypeError, RuntimeError) as error:  # an address of another kind, without TLS' keys, …
+        hint = "give one such as tcp://10.0.0.1:8786"
+        raise InputError(f"no Dask scheduler answers at {address!r:.80}: {error!s:.80}; {hint}") from None
 
 
 @contextmanager

@@ -3,7 +3,8 @@
 import json
 import os
 import pickle
-from concurrent.futures import Future, ThreadPoolExecutor
+import time
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -124,9 +125,43 @@ def test_a_dask_cluster_gives_the_same_bits(tiny_folder, monkeypatch):
         assert quality(small, model, TEXT, executor=executor) == alone
         with pytest.raises(InputError, match="vocabulary"):
             list(sweep(remake_and_run, [(small, [99])], "failing", executor))
-    monkeypatch.setattr("refimpl.sweep.PATIENCE", "1s")
-    with pytest.raises(InputError, match="no Dask scheduler"), workers(dask="tcp://127.0.0.1:9"):
-        pass
+        cluster.scheduler.allowed_failures = 0
+        with pytest.raises(InputError, match=r"a worker died.*\(KilledWorker"):
+            list(sweep(os._exit, [(3,)], "dying", executor))
+    monkeypatch.setattr("refimpl.sweep.PATIENCE", 1)
+    for address in ("tcp://127.0.0.1:9", "nothing", "tls://127.0.0.1:9", "[::1", ""):
+        start = time.monotonic()
+        with pytest.raises(InputError, match="no Dask scheduler answers at"), workers(dask=address):
+            pass
+        assert time.monotonic() - start < 10, "it waits for what it has not begun"
+
+
+@pytest.mark.parametrize("when", ["submit", "result"])
+def test_an_executor_that_is_gone_is_told_in_a_line(when):
+    class Gone(Future):
+        def submit(self, function, /, *arguments):
+            if when == "submit":
+                raise RuntimeError("cannot schedule new futures after shutdown")
+            return self
+
+        def result(self, timeout=None):
+            raise CancelledError
+
+        def cancel(self):
+            raise OSError("nobody there")
+
+    with pytest.raises(InputError, match=r"a worker died.*(Cancelled|schedule)"):
+        values([(1,), (2,)], executor=Gone())
+
+
+def divide(x: int) -> dict[str, np.ndarray]:
+    return {"x": np.array([1 // x])}
+
+
+def test_a_fault_of_a_piece_is_no_fault_of_its_worker():
+    with pytest.raises(ZeroDivisionError) as raised:
+        list(sweep(divide, [(1,), (0,)], "dividing", Backwards()))
+    assert "in divide" in str(raised.value.__cause__), "where it was"
 
 
 def remake_and_run(model, ids):
