@@ -22,6 +22,7 @@ from export.verdict import Verdict
 
 LEVELS = "0123456789abcdefghijklmnopqrstuvwxyz"  # an excess x is LEVELS[2 * log2(x) + 18]: 1 is "i", 2 is "k"
 COLOURS = ("#1a7f4b", "#58a65c", "#a9cf7a", "#e8dd7d", "#f0a04b", "#e0603c", "#c22f2f", "#7d1128")
+DARK = (COLOURS[0], *COLOURS[5:])
 LIMITS = (1 / 16, 1 / 4, 1 / 2, 1, 2, 8, 64)  # of the colours: above 1 is wrong
 WORST = 60  # rows of the table
 
@@ -102,6 +103,11 @@ def colour(excess: float) -> str:
     return COLOURS[sum(not excess <= limit for limit in LIMITS)]
 
 
+def paint(background: str) -> str:
+    """The style of a cell of that colour, with letters that can be read on it."""
+    return f"background:{background}" + (";color:#fff" if background in DARK else "")
+
+
 def _plain(text: str) -> str:
     """Without what XML cannot say."""
     return re.sub("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]", "?", text)
@@ -166,7 +172,7 @@ def _map(verdict: Verdict, tensors: list[Figures], numbers: dict[int, int], guil
         shown = text if len(text) < 10 else text.split()[0].rstrip(",")[:9]
         title = f"{tensor.name}: {text}" + (f", {tensor.sqnr:.1f} dB" if not tensor.problem else "")
         return (
-            f'<td class="c{frame}{born}" style="background:{colour(excess)}" data-i="{numbers[id(tensor)]}" '
+            f'<td class="c{frame}{born}" style="{paint(colour(excess))}" data-i="{numbers[id(tensor)]}" '
             f'title="{escape(title, quote=True)}">{label}{escape(shown)}'
         )
 
@@ -174,7 +180,9 @@ def _map(verdict: Verdict, tensors: list[Figures], numbers: dict[int, int], guil
     before = [t for t in tensors if t.layer is None and t.tap == "model.embed_tokens"]
     after = [t for t in tensors if t.layer is None and t not in before]
     rows += [f"<tr><th>{escape(t.tap)}{cell(t)}" for t in before]
-    rows.append("<tr><th>layer" + "".join(f"<th>{escape(operation)}" for operation in operations))
+    heads = (f'<th title="{escape(name, quote=True)}">{escape(name.rpartition(".")[2]).replace("_", "_<wbr>")}'
+             for name in operations)  # fmt: skip
+    rows.append(f"<tr class=ops><th>layer{''.join(heads)}")
     for layer in sorted({t.layer for t in tensors if t.layer is not None}):
         rows.append(f"<tr><th>{layer}" + "".join(cell(cells.get((layer, operation))) for operation in operations))
     rows += [f"<tr><th>{escape(t.tap)}{cell(t)}" for t in after]
@@ -183,7 +191,7 @@ def _map(verdict: Verdict, tensors: list[Figures], numbers: dict[int, int], guil
 
 def _key() -> str:
     words = ["≤1/16", "1/4", "1/2", "1", "2", "8", "64", "more"]
-    return "".join(f'<span style="background:{c}">{w}</span>' for c, w in zip(COLOURS, words, strict=True))
+    return "".join(f'<span style="{paint(c)}">{w}</span>' for c, w in zip(COLOURS, words, strict=True))
 
 
 def _curves(verdict: Verdict) -> str:
@@ -233,11 +241,12 @@ def _worst(verdict: Verdict) -> str:
     rows = []
     for t in verdict.worst[:WORST]:
         excess = verdict.excess(t)
+        measured = "–<td>–<td>–<td>–" if t.problem else (
+            f"{t.sqnr:.1f}<td>{t.cost_sqnr:.1f}<td>{t.total_sqnr:.1f}<td>{t.cosine:.6f}")  # fmt: skip
         codes = f"{t.lsb_max:.0f}<td>{t.lsb_over:.1%}" if t.lsb_max is not None and t.lsb_over is not None else "–<td>–"
         rows.append(
-            f'<tr><td style="background:{colour(excess)}">{escape(t.problem) or f"{excess:.3g}"}<td>{escape(t.name)}'
-            f"<td>{t.sqnr:.1f}<td>{t.cost_sqnr:.1f}<td>{t.total_sqnr:.1f}<td>{t.cosine:.6f}<td>{codes}<td>{escape(t.born)}"
-            f"<td>{escape(str(verdict.causes.get(t.name, '')))}"
+            f'<tr><td style="{paint(colour(excess))}">{escape(t.problem) or f"{excess:.3g}"}<td>{escape(t.name)}'
+            f"<td>{measured}<td>{codes}<td>{escape(t.born)}<td>{escape(str(verdict.causes.get(t.name, '')))}"
         )
     head = "excess|tensor|device, dB|cost, dB|to oracle, dB|cosine|LSB max|over 1|born|likely cause".replace(
         "|", "<th>"
@@ -298,7 +307,10 @@ body{font:14px/1.45 system-ui,sans-serif;margin:0 auto;max-width:1200px;padding:
 header{margin:0 -16px;padding:10px 16px;color:#fff}header.agrees{background:#1a7f4b}header.differs{background:#a32626}
 h1{margin:0;font-size:22px}h2{font-size:17px;margin:26px 0 6px}table{border-collapse:collapse}
 td,th{padding:2px 7px;text-align:left;font-weight:400;border-bottom:1px solid #e4e8ec;vertical-align:top}
-th{color:#52606d}.heat td.c{cursor:pointer;text-align:right;border:2px solid #fff;min-width:52px}
+th{color:#52606d}.heat td.c{cursor:pointer;text-align:right;border:2px solid #fff;min-width:36px;font-size:12px}
+.heat .ops th{font-size:11px;line-height:1.2;max-width:64px;vertical-align:bottom;text-align:right}
+.heat th:first-child,.heat .ops th:first-child{position:sticky;left:0;background:#fff;font-size:14px;text-align:left}
+.heat .ops th:first-child{max-width:none}
 .heat td.first{border-color:#111;outline:2px solid #111}.heat td.inherited{opacity:.55}.map{overflow-x:auto}
 nav button{border:1px solid #c5ccd3;background:#f5f7f9;padding:4px 10px;margin:0 4px 8px 0;cursor:pointer}
 nav button.on{background:#1c2733;color:#fff}.key span{padding:1px 8px;margin-right:2px}

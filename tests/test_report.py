@@ -2,7 +2,9 @@
 
 import html as parser
 import json
+import math
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from xml.etree import ElementTree
 
@@ -11,7 +13,7 @@ import pytest
 
 from export.causes import Cause
 from export.figures import BINS, Figures
-from export.report import COLOURS, LEVELS, colour, html, junit, level, model_explorer
+from export.report import COLOURS, DARK, LEVELS, colour, html, junit, level, model_explorer
 from export.verdict import Verdict, read_run, save_run
 from refimpl.config import Config
 from refimpl.errors import InputError
@@ -88,6 +90,29 @@ def test_html_stands_alone_and_is_small():
     data = json.loads(re.search(r'id="data">(.*?)</script>', text, re.S)[1])
     assert len(data) == 2 * 2 * (1 + 64 + 3 + 1) and len(data[1][3]) == 128 and len(data[1][4]) == 32
     assert page.tags.count("table") >= 6 and "default-src 'none'" in text
+
+
+def test_a_person_can_read_it():
+    """Letters stand out from their cell's colour, columns are narrow, and what was not measured is no number."""
+    text = html(verdict())
+    light = {c: "#1c2733" for c in COLOURS if c not in DARK}
+    for background, ink in {**dict.fromkeys(DARK, "#ffffff"), **light}.items():
+        assert contrast(background, ink) > 3, background
+    assert f"background:{COLOURS[0]};color:#fff" in text and f"background:{COLOURS[2]};color" not in text
+    assert '<th title="self_attn.key">key' in text
+    broken = replace(verdict().tensors[1], problem="NaN or infinity on one side", sqnr=math.inf, cosine=math.nan)
+    text = html(replace(verdict(), tensors=(broken,)))
+    assert "<td>–<td>–<td>–<td>–" in text and "<td>nan" not in text and "<td>inf" not in text
+
+
+def contrast(a, b):
+    """Of two colours, as the Web Content Accessibility Guidelines define it: 3 is enough for large letters."""
+    lights = []
+    for one in (a, b):
+        parts = [int(one[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+        red, green, blue = (x / 12.92 if x <= 0.04045 else ((x + 0.055) / 1.055) ** 2.4 for x in parts)
+        lights.append(0.2126 * red + 0.7152 * green + 0.0722 * blue + 0.05)
+    return max(lights) / min(lights)
 
 
 def test_names_are_escaped():
