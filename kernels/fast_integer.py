@@ -13,7 +13,7 @@ The result does not depend on threads, machines, or on how a prompt is cut, as i
 of q times |w|, summed up, and n = I/32 + 2 roundings of what is added.
 
 One instruction multiplies four bytes in each of 16 lanes and adds them up, where a lane is a row. So the codes of 16
-rows and a line, 128 numbers, are transposed in registers, and kept in the first cache for all tokens (2 KiB):
+rows and a line, 128 numbers, are transposed in registers, and for several tokens kept in the first cache (2 KiB):
 
     16 rows, 64 bytes each  →  16 words of all rows  →  32 vectors, lane r: 4 codes of row r, a byte each
 
@@ -21,6 +21,8 @@ int8 is one byte of x, int16 two: q = 256 high + low, with low in -128 … 127, 
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 import numpy as np
 from llvmlite import ir
@@ -49,6 +51,79 @@ def multiplies(layout: Layout) -> bool:
     return layout.codes in ORDER and layout.block % BLOCK == 0
 
 
+def blocks_of(
+    emit: Emitter, layout: Layout, rows: Rows, line: ir.Value
+) -> Iterator[tuple[list[ir.Value], ir.Value, ir.Value]]:
+    """The blocks of a line of 16 rows: 8 vectors of codes, their scales, and which code is 0."""
+    codes, scale_rows, zero_rows = rows.starts
+
+    def of_blocks(dtype, starts, size):
+        """A vector of all rows for each block of the line; a row may have fewer scales, each for several blocks."""
+        count, fours = LINE_BLOCKS * BLOCK // layout.block, []
+        for first in range(0, LANES, 4):
+            places = [emit.forward(start, emit.times(line, size)) for start in starts[first : first + 4]]
+            values = [load_floats(emit, dtype, count, place) for place in places]
+            four = emit.joined([emit.shuffle(v, v, [n * count // 4 for n in range(4)]) for v in values])
+            fours.append(emit.shuffle(four, four, [4 * r + c for c in range(4) for r in range(4)]))
+        return emit.quarters(fours)
+
+    builder = emit.builder
+    words = [emit.load(INTS, start, emit.times(line, LINE)) for start in codes]
+    flip = emit.ints(0x88888888 if layout.codes == "int4" else 0)
+    words = [builder.xor(word, flip) for word in emit.transposed(words)]
+    low = [builder.and_(word, emit.ints(0x0F0F0F0F)) for word in words]
+    high = [builder.and_(builder.lshr(word, emit.ints(4)), emit.ints(0x0F0F0F0F)) for word in words]
+    scales = of_blocks(layout.scales, scale_rows, layout.sizes[1])
+    centres = [emit.floats(8.0)] * LINE_BLOCKS
+    if layout.zeros:
+        centres = [builder.fadd(zero, emit.floats(8.0)) for zero in of_blocks(layout.zeros, zero_rows, layout.sizes[2])]
+    for b in range(LINE_BLOCKS):
+        four = slice(4 * b, 4 * b + 4)
+        yield [*low[four], *high[four]], scales[b], centres[b]
+
+
+def add_block(emit: Emitter, total: ir.Value, planes: list[ir.Value], scale, centre, fact: ir.Value) -> ir.Value:
+    """`total` and a block, whose products with the bytes of x, low and high, are summed in `planes`."""
+    builder = emit.builder
+    low, *high = planes
+    if high:
+        low = builder.add(low, builder.shl(high[0], emit.ints(8)))
+    value = emit.fma(centre, emit.spread(emit.load(F32, fact, 4)), builder.sitofp(low, FLOATS))
+    return emit.fma(value, builder.fmul(scale, emit.spread(emit.load(F32, fact))), total)
+
+
+@intrinsic(prefer_literal=True)
+def _one_token(typingctx, layout, weights, scales, zeros, row, last, lines, x, facts, size, sums):
+    """sums (16): 16 rows from `row` on by one token of `size` bytes, a literal; x and facts as in `_multiply`."""
+    form = layout.layout
+    if not isinstance(size, types.Literal):
+        return None
+    planes = size.literal_value
+
+    def generate(context, builder, signature, arguments):
+        emit, zero, kinds = Emitter(context, builder, form.portable), ir.Constant(I64, 0), signature.args
+        _, *arrays, row, last, lines, x, facts, _, sums = arguments
+        rows = Rows(emit, form, kinds[1:4], arrays, lines, numbers(emit, row, last, LANES))
+        ahead = Rows(emit, form, kinds[1:4], arrays, lines, [builder.add(row, ir.Constant(I64, LANES))])
+        x, facts = emit.address(kinds[7], x, zero), emit.address(kinds[8], facts, zero)
+        total = emit.variable(emit.floats(0.0))
+        with emit.loop(lines) as line:
+            ahead.prefetch(line, LANES)
+            for b, (codes, scale, centre) in enumerate(blocks_of(emit, form, rows, line)):
+                block = builder.add(emit.times(line, LINE_BLOCKS), ir.Constant(I64, b))
+                here, products = emit.forward(x, emit.times(block, planes * BLOCK)), [emit.ints(0)] * planes
+                for n, four_codes in enumerate(codes):
+                    fours = [emit.spread(emit.load(I32, here, BLOCK * p + 4 * n)) for p in range(planes)]
+                    products = [emit.dot4(sum_, four_codes, four) for sum_, four in zip(products, fours, strict=True)]
+                fact = emit.forward(facts, emit.times(block, 8))
+                total.set(add_block(emit, total.get(), products, scale, centre, fact))
+        emit.store(total.get(), emit.address(kinds[10], sums, zero))
+        return context.get_dummy_value()
+
+    kinds = (weights, scales, zeros, *[types.intp] * 3, x, facts, size, sums)
+    return types.void(layout, *kinds), generate
+
+
 @intrinsic
 def _unpack(typingctx, layout, weights, scales, zeros, row, last, lines, line, tile, at):
     """A line of 16 rows into the tile, from float `at` on: for each block 8 vectors of codes, its scales, its zeros."""
@@ -58,33 +133,9 @@ def _unpack(typingctx, layout, weights, scales, zeros, row, last, lines, line, t
         emit = Emitter(context, builder, form.portable)
         _, *arrays, row, last, lines, line, tile, at = arguments
         rows = Rows(emit, form, signature.args[1:4], arrays, lines, numbers(emit, row, last, LANES))
-        ahead = Rows(emit, form, signature.args[1:4], arrays, lines, [builder.add(row, ir.Constant(I64, LANES))])
-        ahead.prefetch(line, LANES)
         tile = emit.address(signature.args[8], tile, at)
-        codes, scale_rows, zero_rows = rows.starts
-
-        def of_blocks(dtype, starts, size):
-            """A vector of all rows for each block of the line; a row may have fewer scales, each for several blocks."""
-            count, fours = LINE_BLOCKS * BLOCK // form.block, []
-            for first in range(0, LANES, 4):
-                places = [emit.forward(start, emit.times(line, size)) for start in starts[first : first + 4]]
-                values = [load_floats(emit, dtype, count, place) for place in places]
-                four = emit.joined([emit.shuffle(v, v, [n * count // 4 for n in range(4)]) for v in values])
-                fours.append(emit.shuffle(four, four, [4 * r + c for c in range(4) for r in range(4)]))
-            return emit.quarters(fours)
-
-        words = [emit.load(INTS, start, emit.times(line, LINE)) for start in codes]
-        flip = emit.ints(0x88888888 if form.codes == "int4" else 0)
-        words = [builder.xor(word, flip) for word in emit.transposed(words)]
-        low = [builder.and_(word, emit.ints(0x0F0F0F0F)) for word in words]
-        high = [builder.and_(builder.lshr(word, emit.ints(4)), emit.ints(0x0F0F0F0F)) for word in words]
-        block_scales = of_blocks(form.scales, scale_rows, form.sizes[1])
-        centres = [emit.floats(8.0)] * LINE_BLOCKS
-        if form.zeros:
-            centres = [builder.fadd(zero, emit.floats(8.0)) for zero in of_blocks(form.zeros, zero_rows, form.sizes[2])]
-        for b in range(LINE_BLOCKS):
-            four = slice(4 * b, 4 * b + 4)
-            for n, vector in enumerate([*low[four], *high[four], block_scales[b], centres[b]]):
+        for b, (codes, scale, centre) in enumerate(blocks_of(emit, form, rows, line)):
+            for n, vector in enumerate([*codes, scale, centre]):
                 emit.store(vector, tile, LINE * (10 * b + n))
         return context.get_dummy_value()
 
@@ -130,47 +181,62 @@ def _multiply(typingctx, layout, tile, x, facts, block, token, last, tokens, cou
                 scale = emit.load(FLOATS, here, group * r + LINE * 8)
                 centre = emit.load(FLOATS, here, group * r + LINE * 9)
                 for t, fact in enumerate(facts_of):
-                    low, *high = (total.get() for total in totals[r][t])
-                    if high:
-                        low = builder.add(low, builder.shl(high[0], emit.ints(8)))
-                    value = emit.fma(centre, emit.spread(emit.load(F32, fact, 4)), builder.sitofp(low, FLOATS))
-                    both = builder.fmul(scale, emit.spread(emit.load(F32, fact)))
-                    place = LINE * (2 * t + r)
-                    emit.store(emit.fma(value, both, emit.load(FLOATS, sums, place)), sums, place)
+                    place, planes_of = LINE * (2 * t + r), [total.get() for total in totals[r][t]]
+                    total = add_block(emit, emit.load(FLOATS, sums, place), planes_of, scale, centre, fact)
+                    emit.store(total, sums, place)
         return context.get_dummy_value()
 
     kinds = (tile, x, facts, *[types.intp] * 4, count, size, sums, types.intp)
     return types.void(layout, *kinds), generate
 
 
+@njit(inline="never")
+def one_token(layout, weights, scales, zeros, start, stop, last, lines, x, facts, out):
+    """out (stop - start): rows `start` to `stop` by one token. For Numba."""
+    sums = aligned(LANES)
+    for row in range(start, stop, LANES):
+        if x.shape[2] == 1:
+            _one_token(layout, weights, scales, zeros, row, last, lines, x, facts, 1, sums)
+        else:
+            _one_token(layout, weights, scales, zeros, row, last, lines, x, facts, 2, sums)
+        for r in range(min(LANES, stop - row)):
+            out[row - start + r] = sums[r]
+
+
+@njit(inline="never")
+def many_tokens(layout, weights, scales, zeros, start, stop, last, lines, x, facts, out):
+    """out (T, stop - start): up to 32 rows from `start` on by T tokens. For Numba."""
+    tokens, size = len(out), x.shape[2]
+    tile = aligned(2 * 10 * LINE_BLOCKS * LANES)
+    sums = aligned((tokens + COLUMNS) * ROWS)
+    sums[:] = 0
+    for line in range(lines):
+        for r in range(2):
+            at = r * 10 * LINE_BLOCKS * LANES
+            _unpack(layout, weights, scales, zeros, start + r * LANES, last, lines, line, tile, at)
+        block = line * LINE_BLOCKS
+        if size == 1:
+            for t in range(0, tokens, COLUMNS):
+                _multiply(layout, tile, x, facts, block, t, tokens - 1, tokens, COLUMNS, 1, sums, t * ROWS)
+        else:
+            for t in range(0, tokens, HALF):
+                _multiply(layout, tile, x, facts, block, t, tokens - 1, tokens, HALF, 2, sums, t * ROWS)
+    for t in range(tokens):
+        for r in range(stop - start):
+            out[t, r] = sums[t * ROWS + r]
+
+
 def product(layout, weights, scales, zeros, x, facts, out, lines):
     """out (T, O) = rounded activations (see `rounded`) by the transposed matrix. For Numba."""
     tokens, features = out.shape
-    size = x.shape[2]
     for task in prange((features + ROWS - 1) // ROWS):
-        row = task * ROWS
-        tile = aligned(2 * 10 * LINE_BLOCKS * LANES)
-        sums = aligned((tokens + COLUMNS) * ROWS)
-        sums[:] = 0
-        for line in range(lines):
-            for r in range(2):
-                at = r * 10 * LINE_BLOCKS * LANES
-                _unpack(layout, weights, scales, zeros, row + r * LANES, features - 1, lines, line, tile, at)
-            block, last = line * LINE_BLOCKS, tokens - 1
-            if tokens == 1:
-                if size == 1:
-                    _multiply(layout, tile, x, facts, block, 0, last, tokens, 1, 1, sums, 0)
-                else:
-                    _multiply(layout, tile, x, facts, block, 0, last, tokens, 1, 2, sums, 0)
-            elif size == 1:
-                for t in range(0, tokens, COLUMNS):
-                    _multiply(layout, tile, x, facts, block, t, last, tokens, COLUMNS, 1, sums, t * ROWS)
-            else:
-                for t in range(0, tokens, HALF):
-                    _multiply(layout, tile, x, facts, block, t, last, tokens, HALF, 2, sums, t * ROWS)
-        for t in range(tokens):
-            for r in range(min(ROWS, features - row)):
-                out[t, row + r] = sums[t * ROWS + r]
+        start, stop = task * ROWS, min((task + 1) * ROWS, features)
+        if tokens == 1:
+            place = out[0, start:stop]
+            one_token(layout, weights, scales, zeros, start, stop, features - 1, lines, x, facts, place)
+        else:
+            place = out[:, start:stop]
+            many_tokens(layout, weights, scales, zeros, start, stop, features - 1, lines, x, facts, place)
 
 
 @njit(inline="never")
