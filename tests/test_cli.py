@@ -10,6 +10,7 @@ import pytest
 from conftest import write_checkpoint
 
 from refimpl.cli import main
+from refimpl.cli.verbs import parser
 
 DATA = Path(__file__).parents[1] / "golden" / "data"
 
@@ -118,6 +119,16 @@ def test_bad_usage_exits_with_2():
     with pytest.raises(SystemExit) as exit:
         main(["no-such-verb"])
     assert exit.value.code == 2
+
+
+@pytest.mark.parametrize(
+    "words", ["DIR OUT --max-lsb 3 --json", "DIR --max-lsb 3 OUT --json", "--max-lsb 3 --json DIR OUT"]
+)
+def test_options_may_stand_between_arguments(words):
+    given = parser("").parse_args(["verify", *words.split()])
+    assert (given.folder, given.outputs, given.max_lsb, given.json) == ("DIR", "OUT", 3.0, True)
+    given = parser("").parse_args(["hub", "status", "--json", "DIR"])
+    assert (given.folder, given.device, given.json) == ("DIR", None, True)
 
 
 def test_every_verb_has_help_with_an_example(capsys):

@@ -99,11 +99,26 @@ SWEEP = [
 ]
 
 
+class VerbParser(argparse.ArgumentParser):
+    """A verb's arguments, between which options may stand: `verify DIR --max-lsb 3 OUTPUTS`."""
+
+    _mixed = False
+
+    def parse_known_args(self, args=None, namespace=None):
+        if self._mixed or self._subparsers:  # of a group, whose verbs are such parsers
+            return super().parse_known_args(args, namespace)
+        self._mixed = True
+        try:
+            return self.parse_known_intermixed_args(args, namespace)
+        finally:
+            self._mixed = False
+
+
 def parser(version: str) -> argparse.ArgumentParser:
     """The command line of all verbs."""
     top = argparse.ArgumentParser(prog="refimpl", description="The numerical oracle for Baichuan2.")
     top.add_argument("--version", action="version", version=f"refimpl {version}")
-    under = {"": top.add_subparsers(metavar="VERB", required=True)}
+    under = {"": top.add_subparsers(metavar="VERB", required=True, parser_class=VerbParser)}
     for one in VERBS:
         group, _, name = one.run.__name__.rpartition("_")
         if group not in under:
