@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -64,15 +64,38 @@ def sha256(path: str | Path) -> str:
 
 def write_whole(path: str | Path, text: str) -> None:
     """Writes a file, whole or not at all. Raises InputError where that cannot be done."""
-    path = Path(path)
-    partial = _beside(path)
+    write_all([(path, text)])
+
+
+def write_all(texts: Iterable[tuple[str | Path, str]]) -> None:
+    """Writes files, pairs of path and text, all of them or none. Raises InputError where that cannot be done."""
+    made: dict[Path, Path] = {}
+    path = Path()
     try:
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(path)
+        for path, text in ((Path(path), text) for path, text in texts):
+            expect_writable([path, *made])
+            made[path] = _beside(path)
+            made[path].write_text(text, encoding="utf-8")
+        for path, partial in made.items():
+            partial.replace(path)
     except OSError as error:
         raise InputError(f"cannot write {path}: {error.strerror}; choose another place") from None
     finally:
-        partial.unlink(missing_ok=True)
+        for partial in made.values():
+            partial.unlink(missing_ok=True)
+
+
+def expect_writable(paths: Iterable[str | Path]) -> None:
+    """Raises InputError unless each is a place of its own for a file: what takes long shall not end at that."""
+    places = [Path(path).absolute() for path in paths]
+    for path in places:
+        problem = (
+            "it is a folder" if path.is_dir() else f"{path.parent} is no folder" if not path.parent.is_dir()
+            else "permission denied" if not os.access(path.parent, os.W_OK | os.X_OK)
+            else "two are to be there" if places.count(path) > 1 else ""
+        )  # fmt: skip
+        if problem:
+            raise InputError(f"cannot write {path}: {problem}; choose another place")
 
 
 @contextmanager

@@ -759,7 +759,7 @@ def test_the_command(world, faulty, tmp_path, capsys):
     assert stored == json.loads(files["save"].read_text()) and stored["guilty"].endswith(KEY.format(1))
     assert "opposite sign" in files["html"].read_text() and "opposite sign" in files["junit"].read_text()
     assert list(json.loads(files["model-explorer"].read_text())) == [name]
-    run = str(files["save"])
+    run, new = str(files["save"]), str(tmp_path / "new.html")
     assert main(["verify", run]) == 1 and main(["verify", run, "--min-sqnr", "-20"]) == 0
     capsys.readouterr()
     for arguments, said in [
@@ -768,8 +768,19 @@ def test_the_command(world, faulty, tmp_path, capsys):
         (["verify", parts, good, "--model", str(tmp_path / "none")], "is not a folder"),
         (["verify", parts, good, "--graph", name, "--html", str(tmp_path / "no" / "x")], "cannot write"),
         (["verify", good], "is not JSON"),
+        (["verify", run, "--model", source, "--chained"], "--chained, --model belongs to a device's outputs, of which"),
+        (
+            ["verify", run, "--engine", "reference", "--graph", "nope"],
+            "--engine, --graph belongs to a device's outputs",
+        ),
+        (["verify", parts, "--chained", "--dtype", "float16"], "--chained, --dtype belongs to a device's outputs"),
+        (["verify", parts, "--max-lsb", "0"], "--max-lsb belongs to a device's outputs"),
+        (["verify", run, "--html", new, "--junit", str(tmp_path / "no" / "x")], "no is no folder; choose another"),
+        (["verify", run, "--html", new, "--save", str(tmp_path)], "it is a folder"),
+        (["verify", run, "--html", new, "--save", new], "two are to be there"),
         (["verify", run, "--min-sqnr", "nan"], "min_sqnr is nan"),
     ]:
         assert main(arguments) == 2, arguments
         error = capsys.readouterr().err
         assert said in error and error.count("\n") == 1, error
+    assert not Path(new).exists(), "all or none"

@@ -9,6 +9,8 @@ from pathlib import Path
 from refimpl.cli.verbs import DTYPE, JSON, MODEL, SWEEP, TEXT, integers, load_model, model_folder, option, report, verb
 from refimpl.errors import InputError, at_most
 
+RUNNING = {"engine", "model", "encodings", "chained", "graph", "dtype"}  # options that need a device's outputs
+JUDGING = {"min_sqnr", "max_lsb", "max_over", "html", "junit", "model_explorer", "save"}
 FLOATS = option(
     "--dtype", choices=("float32", "float16"), help="of a device without grids (default: as its outputs show)"
 )
@@ -178,7 +180,7 @@ def export(arguments) -> int:
     "refimpl verify build/b2-7b outputs/ --model weights/Baichuan2-7B-Chat --html verdict.html",
     option("folder", metavar="DIR", help="an export; or a run that --save has written, to be judged again"),
     option("outputs", metavar="OUTPUTS", nargs="?", help="what a device returned: a file, or a folder"),
-    option("--engine", choices=("auto", "onnxruntime", "reference"), default="auto"),
+    option("--engine", choices=("auto", "onnxruntime", "reference"), help="what runs graphs here (default: auto)"),
     option("--model", metavar="MODEL", nargs="?", const="", help="what was exported: finer limits and more causes"),
     option("--encodings", metavar="FILE", help="of the device, if the export has none"),
     option("--chained", action="store_true", help="each graph had what the one before gave (default: golden inputs)"),
@@ -200,20 +202,23 @@ def verify(arguments) -> int:
     from refimpl.files import read_json
 
     path, outputs = Path(arguments.folder), arguments.outputs
-    if outputs is None and not path.is_file():
-        device_only = ("model", "encodings", "graph", "min_sqnr", "max_lsb", "max_over", "html", "junit",
-                       "model_explorer", "save")  # fmt: skip
-        if asked := [f"--{name.replace('_', '-')}" for name in device_only if getattr(arguments, name) is not None]:
-            raise InputError(f"{at_most(asked)} belongs to a device's outputs; give them: refimpl verify DIR OUTPUTS")
-        rounds = read_json(path / "manifest.json").get("onnx", {}).get("on_grids")
-        return report(arguments, (verify_on_grids if rounds else verify)(path, engine=arguments.engine))
+    if outputs is None:
+        if path.is_file():
+            expect_unasked(arguments, RUNNING, "a device's outputs, of which a saved run has but the figures")
+        else:
+            expect_unasked(arguments, RUNNING - {"engine"} | JUDGING, "a device's outputs")
+            rounds = read_json(path / "manifest.json").get("onnx", {}).get("on_grids")
+            return report(arguments, (verify_on_grids if rounds else verify)(path, engine=arguments.engine or "auto"))
     from export import report as files
     from export.figures import Thresholds
     from export.trial import judge
     from export.verdict import Verdict, read_run
-    from refimpl.files import write_whole
+    from refimpl.files import expect_writable, write_all
     from refimpl.model import load
 
+    texts = {"html": files.html, "junit": files.junit, "model_explorer": files.model_explorer, "save": Verdict.to_json}
+    targets = [(target, text) for name, text in texts.items() if (target := getattr(arguments, name))]
+    expect_writable([target for target, _ in targets])
     limits = Thresholds(arguments.min_sqnr, arguments.max_lsb, arguments.max_over)
     if outputs is None:
         verdict = read_run(path).judged(limits)
@@ -221,18 +226,19 @@ def verify(arguments) -> int:
         model = None if arguments.model is None else load(arguments.model or None)
         encodings = device_encodings(arguments.encodings, path, model) if arguments.encodings else None
         verdict = judge(
-            path, outputs, model, encodings, arguments.engine, way="chained" if arguments.chained else "isolated",
-            graph=arguments.graph, dtype=arguments.dtype, thresholds=limits,
+            path, outputs, model, encodings, arguments.engine or "auto",
+            way="chained" if arguments.chained else "isolated", graph=arguments.graph, dtype=arguments.dtype,
+            thresholds=limits,
         )  # fmt: skip
-    for name, text in (
-        ("html", files.html),
-        ("junit", files.junit),
-        ("model_explorer", files.model_explorer),
-        ("save", Verdict.to_json),
-    ):
-        if target := getattr(arguments, name):
-            write_whole(target, text(verdict))
+    write_all([(target, text(verdict)) for target, text in targets])
     return report(arguments, verdict)
+
+
+def expect_unasked(arguments, names: set[str], what: str) -> None:
+    """Raises InputError if an option is given that only belongs to something else."""
+    given = {name: value for name in sorted(names) if (value := getattr(arguments, name)) is not None}
+    if asked := [f"--{name.replace('_', '-')}" for name, value in given.items() if value is not False]:
+        raise InputError(f"{at_most(asked)} belongs to {what}; give them: refimpl verify DIR OUTPUTS")
 
 
 @verb(
