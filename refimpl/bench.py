@@ -76,17 +76,19 @@ def run(
 ) -> list[dict]:
     """Facts of each engine: `what` is a key of WHATS; layers, engines and tokens are the usual ones if None.
 
-    Raises InputError for an engine that is not known, and for no rounds.
+    Threads beyond those of Numba, one for each core, are not used. Raises InputError for an engine that is not known,
+    and for no rounds.
     """
-    layers, tokens = layers or LAYERS[what], tokens or TOKENS[what]
+    layers, tokens = LAYERS[what] if layers is None else layers, TOKENS[what] if tokens is None else tokens
     for name in engines or ():
         if name not in WHATS[what] and name not in ENGINES:
             raise InputError(f"the engine is {name!r}, expected some of {','.join(WHATS[what])}")
-    if rounds < 1 or layers < 1 or tokens < 1:
-        raise InputError("rounds, layers and tokens are numbers from 1")
+    if rounds < 1 or layers < 1 or tokens < 1 or threads < 1:
+        raise InputError("rounds, layers, tokens and threads are numbers from 1")
     import numba
 
-    numba.set_num_threads(min(threads, numba.get_num_threads()))  # it starts with as many as there are  # type: ignore[attr-defined]
+    threads = min(threads, numba.config.NUMBA_NUM_THREADS)  # type: ignore[attr-defined]  # no more than it has
+    numba.set_num_threads(threads)
     tokens = 1 if what == "decode" else tokens
     chosen = [name for name in WHATS[what] if engines is None or name in engines]
     with tempfile.TemporaryDirectory() as folder:

@@ -74,8 +74,8 @@ def run(what: str, layers: int, rounds: int, threads: int, format: str = "q4_0")
 
     Raises InputError for no rounds or layers, and a disk that is too small.
     """
-    if rounds < 1 or layers < 1:
-        raise InputError("rounds and layers are numbers from 1")
+    if rounds < 1 or layers < 1 or threads < 1:
+        raise InputError("rounds, layers and threads are numbers from 1")
     with tempfile.TemporaryDirectory() as place:
         if what == "load":
             return _load(Path(place), layers, rounds)

@@ -2,13 +2,16 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 from conftest import write_checkpoint
 
+from refimpl import bench, bench_storage
 from refimpl.cli import main
 from refimpl.cli.verbs import parser
 
@@ -38,6 +41,43 @@ def test_ids_come_out_where_there_is_no_tokenizer(tmp_path, capsys):
 def test_a_chat(capsys):
     assert main(["chat", "-m", "《静夜思》的作者是谁？", "--max-new-tokens", "16"]) == 0
     assert "李白" in capsys.readouterr().out
+
+
+def test_a_verb_that_is_told_to_end_leaves_nothing(tmp_path, monkeypatch):
+    def half_made(folder, layers):
+        folder.with_suffix(".part").write_bytes(b"many gigabytes")
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(10)
+
+    monkeypatch.setattr(bench_storage, "write_checkpoint", half_made)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as ended:
+        main(["bench", "quantize"])
+    assert ended.value.code == 128 + signal.SIGTERM and not list(tmp_path.iterdir())
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        *(f"decode --{name} 0" for name in ("layers", "tokens", "threads", "rounds")),
+        "load --layers 0",
+        "load --threads 0",
+    ],
+)
+def test_a_bench_of_none_is_refused(wrong, capsys, monkeypatch):
+    monkeypatch.setattr(bench, "synthetic", None)
+    monkeypatch.setattr(bench_storage, "_load", None)
+    assert main(["bench", *wrong.split()]) == 2
+    assert "and threads are numbers from 1" in capsys.readouterr().err
+
+
+def test_a_bench_says_how_many_threads_it_has(capsys):
+    from numba import config
+
+    assert main(["bench", "attention", "--layers", "1", "--rounds", "1", "--tokens", "64", "--threads", "9999"]) == 0
+    assert f", {config.NUMBA_NUM_THREADS} threads" in capsys.readouterr().err
 
 
 def test_info(capsys):

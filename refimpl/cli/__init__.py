@@ -9,9 +9,12 @@ from __future__ import annotations
 
 import io
 import os
+import signal
 import sys
+import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -33,7 +36,8 @@ def main(argv: list[str] | None = None) -> int:
         with warnings.catch_warnings():
             warnings.simplefilter("default", Remark)
             warnings.showwarning = partial(_show, warnings.showwarning)
-            code = arguments.run(arguments)
+            with _ending():
+                code = arguments.run(arguments)
         sys.stdout.flush()
         return code
     except InputError as error:
@@ -51,6 +55,19 @@ def main(argv: list[str] | None = None) -> int:
             return 0
         print(f"refimpl: cannot print: {error.strerror}", file=sys.stderr)
         return 2
+
+
+@contextmanager
+def _ending() -> Iterator[None]:
+    """A verb that is told to end (SIGTERM) removes what it has half made, as it does after Ctrl-C; exit code 143."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
 
 
 def _expect_place() -> None:

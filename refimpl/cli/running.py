@@ -117,9 +117,10 @@ def bench(arguments) -> int:
     """Measure a synthetic Baichuan2-7B against other engines and the speed of memory (extra: bench)."""
     from refimpl import bench, bench_storage
 
-    threads = arguments.threads or bench.default_threads()
+    threads = bench.default_threads() if arguments.threads is None else arguments.threads
     if arguments.what in ("load", "quantize"):
-        stored = bench_storage.run(arguments.what, arguments.layers or 32, arguments.rounds, threads, arguments.format)
+        layers = 32 if arguments.layers is None else arguments.layers
+        stored = bench_storage.run(arguments.what, layers, arguments.rounds, threads, arguments.format)
         print(json.dumps(stored) if arguments.json else bench_storage.show(stored))
         return 0
     facts = bench.run(arguments.what, arguments.layers, arguments.rounds, threads,
