@@ -293,13 +293,13 @@ def _sigmoid(many: bool):
 
 
 @cache
-def compiled(function, signature, parallel: bool = True):
-    """`function` compiled for one signature, from the disk if it was before, of the same sources."""
+def compiled(function, signature, parallel: bool = True, **options):
+    """`function` compiled for one signature by Numba with `options`, or, of the same sources, from the disk."""
     kind = "parallel" if parallel else "serial"  # Numba itself does not keep these apart on the disk
     function.__qualname__ = f"{function.__name__}_{kind}_{SOURCES}"  # what it calls the function there
     announce = Announcement(f"compiling {function.__module__}.{function.__name__} for {signature.args[0]}, once")
     with event.install_listener("numba:compile", announce):
-        dispatcher = numba.njit([signature], parallel=parallel, cache=True)(function)
+        dispatcher = numba.njit([signature], parallel=parallel, cache=True, **options)(function)
     _COMPILED.append(dispatcher)  # with it would go what it compiled
     # There is one signature: a call through the dispatcher takes 20 µs to find out about the types of its arguments.
     only: Any = dispatcher.overloads[signature.args]

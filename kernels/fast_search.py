@@ -10,19 +10,16 @@ The formats' rules are compiled as they are, for numbers instead of arrays; the 
 from __future__ import annotations
 
 import threading
-import zlib
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import numba
 import numpy as np
 from numba import types
-from numba.core import event
 from numba.extending import NativeValue, models, overload, register_jitable, register_model, typeof_impl, unbox
 
 from kernels import search
-from kernels.fast import Announcement
+from kernels.fast import compiled
 from kernels.search import FITS, Rounded, Rule, fitted_line, fitted_scale, line_code, reciprocal
 
 LANES = 128
@@ -30,16 +27,11 @@ LONGEST = 1 << 12  # weights of a block; longer ones are few, and NumPy is as fa
 
 
 class RuleType(types.Type):
-    """A rule as Numba sees it: each is a type of its own, for which kernels are compiled; no bytes at run time.
-
-    Its name has a checksum of where the rule is written, so that Numba's files of an older one are not used.
-    """
+    """A rule as Numba sees it: each is a type of its own, for which kernels are compiled; no bytes at run time."""
 
     def __init__(self, rule: Rule):
         self.rule = rule
-        written = b"".join(Path(f.__code__.co_filename).read_bytes() for f in (rule.level, reciprocal))
-        written += b"" if rule.values is None else rule.values.tobytes()
-        super().__init__(name=f"{rule.name} {zlib.crc32(written):08x}")
+        super().__init__(name=f"rounded as {rule.name}")
 
     def __str__(self) -> str:
         return self.rule.name
@@ -254,20 +246,15 @@ def _sum(a, b, weigh, total):
 _LOCK = threading.Lock()  # or each thread would compile what the first one does
 
 
+@cache
 def _compiled(kernel, rule: Rule, limits: int):
     """A kernel compiled for a rule, or from the disk if it was before."""
-    with _LOCK:
-        return _compiled_once(kernel, rule, limits)
-
-
-@cache
-def _compiled_once(kernel, rule: Rule, limits: int):
     matrix = types.Array(types.float32, 2, "C", readonly=True)
     floats, numbers = types.Array(types.float32, 1, "C"), types.Array(types.intp, 1, "C")
     out = types.Array(types.uint8, 2, "C"), floats, floats, numbers
     signature = types.void(_type(rule), *[matrix] * 4, types.intp, *[types.float64] * limits, *out)
-    with event.install_listener("numba:compile", Announcement(f"compiling the quantizer of {rule.name}, once")):
-        return numba.njit([signature], nogil=True, cache=True, error_model="numpy")(kernel)
+    with _LOCK:
+        return compiled(kernel, signature, parallel=False, nogil=True, error_model="numpy")
 
 
 # What rules are written in, for numbers ------------------------------------------------------------------------------

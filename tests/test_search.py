@@ -149,4 +149,4 @@ def test_a_cold_compile_announces_itself(tmp_path):
                        capture_output=True, check=True).stderr
         for _ in range(2)
     ]  # fmt: skip
-    assert runs == ["refimpl: compiling the quantizer of q4_0, once\n", ""]
+    assert runs == ["refimpl: compiling kernels.fast_search._best_scales for q4_0, once\n", ""]
