@@ -295,8 +295,6 @@ def _sigmoid(many: bool):
 @cache
 def compiled(function, signature, parallel: bool = True, **options):
     """`function` compiled for one signature by Numba with `options`, or, of the same sources, from the disk."""
-def compiled(function, signature, parallel: bool = True, **options):
-    """`function` compiled for one signature by Numba with `options`, or, of the same sources, from the disk."""
     kind = "parallel" if parallel else "serial"  # Numba itself does not keep these apart on the disk
     function.__qualname__ = f"{function.__name__}_{kind}_{SOURCES}"  # what it calls the function there
     announce = Announcement(f"compiling {function.__module__}.{function.__name__} for {signature.args[0]}, once")
