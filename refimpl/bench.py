@@ -18,6 +18,7 @@ each layer, kept as `float16`, `int8` and `float32`, each against `read-…`, ev
 from __future__ import annotations
 
 import importlib
+import math
 import os
 import statistics
 import sys
@@ -194,6 +195,12 @@ def matrices(model: Model) -> Iterator[Any]:
     return (w for n, w in model.weights.items() if len(w.shape) == 2 and n != "model.embed_tokens.weight")
 
 
+def products(model: Model, tokens: int) -> Iterator[tuple[Any, int]]:
+    """Each matrix, and how many tokens it is multiplied with: a prompt needs the logits of its last one alone."""
+    head = model.weights["lm_head.weight"]
+    return ((weight, 1 if weight is head else tokens) for weight in matrices(model))
+
+
 def _nbytes(weight: Any) -> int:
     return weight.blocks.nbytes if hasattr(weight, "blocks") else weight.array.nbytes
 
@@ -250,7 +257,7 @@ def _refimpl(model: Model, tokens: int, threads: int, folder: Path) -> Callable:
     def once() -> None:
         if caches[0].length + tokens > 2048 or tokens > 1:
             caches[0] = model.new_cache(capacity=2048)
-        model(np.zeros((1, tokens), np.int64), cache=caches[0])
+        model(np.zeros((1, tokens), np.int64), cache=caches[0], logits_to_keep=1)  # as llama.cpp does
 
     return once
 
@@ -317,7 +324,7 @@ def _onnxruntime(model: Model, tokens: int, threads: int, folder: Path) -> Calla
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # its threads would slow the others down
     helper, kinds = onnx.helper, onnx.TensorProto
 
-    def session(blocks: Blocks):
+    def session(blocks: Blocks, tokens: int):
         (rows, columns), raw = blocks.shape, onnx.numpy_helper.from_array
         names, facts = (["x", "codes", "scales"], ["y"]), dict(K=columns, N=rows, bits=4, block_size=32)
         node = helper.make_node("MatMulNBits", *names, domain="com.microsoft", **facts)
@@ -327,49 +334,48 @@ def _onnxruntime(model: Model, tokens: int, threads: int, folder: Path) -> Calla
         graph = helper.make_graph([node], "g", [value("x", columns)], [value("y", rows)], [codes, scales])
         imports = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
         proto = helper.make_model(graph, opset_imports=imports, ir_version=10)
-        return ort.InferenceSession(proto.SerializeToString(), options, ["CPUExecutionProvider"]), columns
+        made = ort.InferenceSession(proto.SerializeToString(), options, ["CPUExecutionProvider"])
+        return made, np.ones((tokens, columns), np.float32)
 
-    sessions = [session(weight.blocks) for weight in matrices(model)]
-    inputs = {columns: np.ones((tokens, columns), np.float32) for _, columns in sessions}
-    return lambda: [s.run(None, {"x": inputs[columns]}) for s, columns in sessions] and None
+    sessions = [session(weight.blocks, count) for weight, count in products(model, tokens)]
+    return lambda: [made.run(None, {"x": x}) for made, x in sessions] and None
 
 
 def _torch(model: Model, tokens: int, threads: int, folder: Path) -> Callable:
     torch = _engine("torch")
     torch.set_num_threads(threads)
-    shapes, total = [weight.shape for weight in matrices(model)], 0
-    weights: list = []
-    for rows, columns in shapes:
-        if 2 * (total + rows * columns) <= 3.6e9:
-            total += rows * columns
-            weights.append(torch.randn(rows, columns).to(torch.bfloat16))
-    scale = sum(rows * columns for rows, columns in shapes) / total
-    inputs = {columns: torch.ones(tokens, columns, dtype=torch.bfloat16) for _, columns in shapes}
+    work = size = done = 0
+    pairs: list = []
+    for weight, count in products(model, tokens):
+        (rows, columns), work = weight.shape, work + count * math.prod(weight.shape)
+        if 2 * (size + rows * columns) <= 3.6e9:
+            size, done = size + rows * columns, done + count * rows * columns
+            x = torch.ones(count, columns, dtype=torch.bfloat16)
+            pairs.append((x, torch.randn(rows, columns).to(torch.bfloat16)))
 
     def once() -> float:
         with torch.inference_mode():
-            for weight in weights:
-                torch.nn.functional.linear(inputs[weight.shape[1]], weight)
-        return scale
+            for x, weight in pairs:
+                torch.nn.functional.linear(x, weight)
+        return work / done
 
     return once
 
 
 def _numpy(model: Model, tokens: int, threads: int, folder: Path) -> Callable:
     plain = model.with_backend("numpy")
-    return lambda: plain(np.zeros((1, tokens), np.int64)) is None or None
+    return lambda: plain(np.zeros((1, tokens), np.int64), logits_to_keep=1) is None or None
 
 
 def _torch_float32(model: Model, tokens: int, threads: int, folder: Path) -> Callable:
     torch = _engine("torch")
     torch.set_num_threads(threads)
-    weights = [torch.from_numpy(weight.array) for weight in matrices(model)]
-    inputs = {weight.shape[1]: torch.ones(tokens, weight.shape[1]) for weight in weights}
+    pairs = [(torch.ones(n, weight.shape[1]), torch.from_numpy(weight.array)) for weight, n in products(model, tokens)]
 
     def once() -> None:
         with torch.inference_mode():
-            for weight in weights:
-                torch.nn.functional.linear(inputs[weight.shape[1]], weight)
+            for x, weight in pairs:
+                torch.nn.functional.linear(x, weight)
 
     return once
 

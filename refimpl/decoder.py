@@ -31,12 +31,12 @@ class Decoder:
     tap: Tap = silent
     cache: Any = no_cache
 
-    def __call__(self, ids, cos, sin, mask):
-        """Logits (B, T, V) of token ids (B, T). `cos`, `sin`, `mask`: see `layer`."""
+    def __call__(self, ids, cos, sin, mask, logits_to_keep=0):
+        """Logits (B, T, V) of token ids (B, T), or of the last few only. `cos`, `sin`, `mask`: see `layer`."""
         x = self.embed(ids)                                                                  # (B, T, C)
         for i in range(self.config.num_hidden_layers):
             x = self.layer(i, x, cos, sin, mask)                                             # (B, T, C)
-        return self.head(x)                                                                  # (B, T, V)
+        return self.head(x[:, -logits_to_keep:])                                             # (B, T, V)
 
     def embed(self, ids):
         return self.tap("model.embed_tokens", self.ops.take(self.weights["model.embed_tokens.weight"], ids))

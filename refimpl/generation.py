@@ -147,7 +147,7 @@ def generate(
         history = ids
         for start in range(0, tokens, PIECE):
             stop = min(start + PIECE, tokens)
-            logits = model(ids[:, start:stop], dtype, mask[:, :stop], cache)
+            logits = model(ids[:, start:stop], dtype, mask[:, :stop], cache, logits_to_keep=1)
         while True:
             scores = process(logits[:, -1].astype(np.float32), history, **settings)
             chosen = _draw(softmax(scores.astype(np.float64)), rng) if do_sample else scores.argmax(-1)

@@ -89,16 +89,24 @@ class Model:
 
         return remade, (made_by(self), self.backend)
 
-    def __call__(self, ids, dtype: str = "float32", attention_mask=None, cache: KVCache | None = None) -> np.ndarray:
+    def __call__(
+        self,
+        ids,
+        dtype: str = "float32",
+        attention_mask=None,
+        cache: KVCache | None = None,
+        logits_to_keep: int = 0,
+    ) -> np.ndarray:
         """Logits (B, T, V) of token ids: a list, an array (T,) or (B, T), or a text.
 
         `dtype`: "float32"; "float64", the oracle, positions included; "bfloat16" or "float16", which round after
         each operation as PyTorch does. `attention_mask` (B, past + T): 0 for padding, which may stand on the left.
-        With a `cache`, `ids` continue what is in it, in pieces of any size.
+        With a `cache`, `ids` continue what is in it, in pieces of any size. `logits_to_keep`: of how many of the last
+        tokens the logits are wanted, 0 for all; what continues a text is in those of the last.
 
         Raises InputError for ids outside the vocabulary, nothing to do, or more tokens than the context holds.
         """
-        return self.forward(ids, dtype, attention_mask, cache, silent)
+        return self.forward(ids, dtype, attention_mask, cache, silent, logits_to_keep)
 
     def trace(
         self, ids, dtype: str = "float32", attention_mask=None, feed: Mapping | None = None, taps: str | None = None
@@ -122,9 +130,13 @@ class Model:
             raise InputError(f"no tensor is called {taps!r}; names are such as {at_most(list(known(self.config)), 3)}")
         return trace
 
-    def forward(self, ids, dtype: str, attention_mask, cache: KVCache | None, tap: Tap) -> np.ndarray:
+    def forward(
+        self, ids, dtype: str, attention_mask, cache: KVCache | None, tap: Tap, logits_to_keep: int = 0
+    ) -> np.ndarray:
         """The forward behind `__call__` and `trace`, with any tap."""
         ids, ops = self.token_ids(ids), self.ops(dtype)
+        if logits_to_keep < 0:
+            raise InputError(f"logits_to_keep is {logits_to_keep}, expected a number of tokens, or 0 for all")
         batch, tokens = ids.shape
         past = cache.length if cache else 0
         self._expect_room(past + tokens)
@@ -146,7 +158,7 @@ class Model:
 
         cos, sin = self.position_tables(token_positions(mask)[:, past:], ops.wide)
         bias = self.attention_bias(mask, tokens, ops.wide)
-        logits = self.decoder(ops, tap, cache)(ids, cos, sin, bias)
+        logits = self.decoder(ops, tap, cache)(ids, cos, sin, bias, logits_to_keep)
         if cache is not None:
             cache.advance(mask)
         return logits
