@@ -38,13 +38,14 @@ from kernels import search as numpy_search
 class Part:
     """What a format stores beside the codes: `dtype` here, `bits` in the engine's files, one for each `every` weights.
 
-    `every`: "block", "row", or a number of weights within a block.
+    `every`: "block", "row", or a number of weights within a block. `limits`: the least and the largest, of integers.
     """
 
     dtype: str
     bits: float
     every: str | int = "block"
     optional: bool = False
+    limits: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -71,8 +72,8 @@ class Format:
         return tuple(k for k in inspect.signature(self.module.quantize).parameters if k not in ("x", "last", "backend"))
 
 
-_SCALE, _HALF, _SIX_BITS = Part("float32", 32), Part("float16", 16), Part("uint8", 6, every=32)
-_OF_ROW, _ZERO_POINT = Part("float32", 32, every="row"), Part("int8", 4, optional=True)
+_SCALE, _HALF, _SIX_BITS = Part("float32", 32), Part("float16", 16), Part("uint8", 6, 32, limits=(0, 63))
+_OF_ROW, _ZERO_POINT = Part("float32", 32, every="row"), Part("int8", 4, optional=True, limits=(-8, 7))
 _ANY, _POWERS = None, (16, 32, 64, 128, 256)
 # fmt: off
 FORMATS: dict[str, Format] = {
@@ -88,15 +89,16 @@ FORMATS: dict[str, Format] = {
                {"scales": _HALF, "dmins": _HALF, "sub_scales": _SIX_BITS, "sub_mins": _SIX_BITS}),
         Format(q8_0, "llama.cpp", 32, (32,), {"scales": _HALF}, code_dtype="int8"),
         Format(matmulnbits, "onnxruntime", 32, _POWERS,
-               {"scales": _SCALE, "zero_points": Part("uint8", 4, optional=True)}, padded=True),
+               {"scales": _SCALE, "zero_points": Part("uint8", 4, optional=True, limits=(0, 15))}, padded=True),
         Format(lpbq, "AIMET", 64, _ANY,
-               {"scales": Part("float64", 64, every="row"), "block_scales": Part("uint8", 4)}, whole_row=True),
+               {"scales": Part("float64", 64, every="row"), "block_scales": Part("uint8", 4, limits=(1, 16))}, whole_row=True),
         Format(qlinear8, "Baichuan", "channel", _ANY, {"scales": _OF_ROW}, whole_row=True, code_dtype="int8"),
         Format(qlinear4, "Baichuan", "channel", _ANY, {"scales": _OF_ROW}, whole_row=True),
     )
 }
 # fmt: on
 NESTED = ("offset", "nested_scales", "nested_code")  # extras of a matrix whose scales are 8-bit numbers
+WIDEST = 4096  # weights of bitsandbytes' widest block, which the last one of a matrix need not fill
 CHUNK = 1 << 16  # weights quantized at a time, so that what comes of them stays in the processor's cache
 TABLES = ("code", "nested_code")  # constants of a format, not counted as memory
 
@@ -173,8 +175,8 @@ class Blocks:
 def from_arrays(header: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> Blocks:
     """The blocks that `header` and `arrays` describe.
 
-    Raises ValueError for an unknown format, and for an array that is missing, unknown, or not of the size or dtype
-    that the header implies, as when a file was cut short.
+    Raises ValueError for an unknown format, and for an array that is missing, unknown, not of the size or dtype that
+    the header implies, as when a file was cut short, or that has integers which the format does not have.
     """
     name, shape, block_size, axis = (header[k] for k in ("format", "shape", "block_size", "axis"))
     form = format_named(name)
@@ -197,6 +199,11 @@ def from_arrays(header: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> 
             raise ValueError(
                 f"{part} of {name} {tuple(shape)} is {found.dtype} {found.shape}, expected {dtype} {size}; "
                 "the file is cut short or was made for another shape"
+            )
+        limits = form.parts[part].limits if part in form.parts else None
+        if limits and not limits[0] <= found.min() <= found.max() <= limits[1]:
+            raise ValueError(
+                f"{part} of {name} has numbers from {found.min()} to {found.max()}, expected {limits[0]} to {limits[1]}"
             )
     unknown = [part for part in arrays if part not in template]
     if unknown:
@@ -354,11 +361,14 @@ def _fitting(form: Format, shape: tuple[int, ...], block_size: int | str | None,
         raise ValueError(
             f"block_size {size} does not exist in {form.name}; use {', '.join(map(str, form.block_sizes))}"
         )
+    if axis is None and size > max(length, WIDEST):
+        raise ValueError(f"block_size {size} is more than the {length} weights that there are; use {form.block_size}")
     if axis is not None and not form.padded and length % size:
         fitting = [b for b in (form.block_sizes or (16, 32, 64, 128, 256)) if length % b == 0]
-        hint = f"; {', '.join(map(str, fitting))} {'is' if len(fitting) == 1 else 'are'}" if fitting else ""
+        hint = f"{', '.join(map(str, fitting))} {'is' if len(fitting) == 1 else 'are'}"
+        hint = hint if fitting else "use another format for this matrix, or keep it"
         which = "row" if axis == 1 else "column"
-        raise ValueError(f"{which} length {length} is not a multiple of block_size {size}{hint}")
+        raise ValueError(f"{which} length {length} is not a multiple of block_size {size}; {hint}")
     return int(size), length if form.whole_row else int(size)
 
 

@@ -281,6 +281,10 @@ def _tile(
         weight, rows = NormHead(weight.array[rows]), slice(None)
     with np.errstate(over="ignore"):  # an infinite weight is refused, in words
         values = weight.read(np.dtype(np.float16 if scheme.official else np.float32), rows)
+    if scheme.official and np.isinf(values).any() and np.isfinite(weight.read(np.dtype(np.float32), rows)).all():
+        raise ValueError(
+            f"a weight is beyond 65504, the largest float16, which {scheme.format} rounds to first; use another format"
+        )
     return scheme.quantize(values, importance, backend)
 
 

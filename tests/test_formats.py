@@ -548,6 +548,7 @@ def test_the_search_of_one_scale_is_near_the_best_of_all():
         (dict(format="q4_0", block_size="tensor"), "block_size 'tensor' does not exist in q4_0"),
         (dict(format="int8", block_size=64), "int8 has one scale a row"),
         (dict(format="matmulnbits", block_size=24), "block_size 24 does not exist in matmulnbits"),
+        (dict(format="nf4", block_size=4097), "block_size 4097 is more than the 3072 weights that there are; use 64"),
         (dict(format="lpbq", block_size=100), "row length 512 is not a multiple of block_size 100"),
         (dict(format="int4", axis=2), "int4 has no axis 2; its axes: 1, 0"),
         (dict(format="q4_0", axis=0), "q4_0 has no axis 0; its axes: 1"),
@@ -571,6 +572,37 @@ def test_what_does_not_fit_is_refused_in_one_line(arguments, message):
     with pytest.raises(ValueError, match=message) as error:
         formats.quantize(weights(), **arguments)
     assert "\n" not in str(error.value)
+
+
+def test_where_no_block_fits_another_way_is_said():
+    message = "row length 13696 is not a multiple of block_size 256; use another format for this matrix, or keep it"
+    with pytest.raises(ValueError, match=message):
+        formats.layout("q4_k", (5120, 13696))
+
+
+@pytest.mark.parametrize(
+    ("options", "part", "limits"),
+    [
+        (dict(format="int4", symmetric=False), "zero_points", (-8, 7)),
+        (dict(format="matmulnbits", symmetric=False), "zero_points", (0, 15)),
+        (dict(format="lpbq"), "block_scales", (1, 16)),
+        (dict(format="q4_k"), "sub_scales", (0, 63)),
+        (dict(format="q4_k"), "sub_mins", (0, 63)),
+    ],
+)
+def test_numbers_that_a_format_does_not_have_are_refused(options, part, limits):
+    """They would wrap around in 8 bits, here in one way and there in another."""
+    blocks = formats.quantize(weights(shape=(6, 512)), **options)
+    arrays = blocks.arrays()
+    for value in (*limits, limits[0] - 1, limits[1] + 1):
+        changed = arrays[part].astype(int)
+        changed[3, 1] = value
+        changed = {**arrays, part: changed.astype(arrays[part].dtype)}
+        if value in limits:
+            formats.from_arrays(blocks.header(), changed)
+            continue
+        with pytest.raises(ValueError, match=f"{part} of .* expected {limits[0]} to {limits[1]}"):
+            formats.from_arrays(blocks.header(), changed)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -104,6 +104,7 @@ def test_the_head_is_quantized_as_it_is_used(tiny_model):
         ("int4", dict(block_size=48), "row length 64 is not a multiple of block_size 48; 16, 32, 64 are"),
         ("q4_0", dict(block_size=64), "block_size 64 does not exist in q4_0; use 32"),
         ("q4_k", {}, r"W_pack\.weight: row length 64 is not a multiple of block_size 256"),
+        ("nf4", dict(block_size=100_000), r"W_pack\.weight: block_size 100000 is more than the 12288 weights"),
         ("int4", dict(block_size=True), "block_size is True"),
         ("int4", dict(axis=2), "int4 has no axis 2; its axes: 1, 0"),
         ("int4", dict(axis="rows"), "the axis is 'rows'"),
@@ -315,6 +316,7 @@ def change(folder, edit):
 
 
 UP = "model.layers.0.mlp.up_proj.weight"
+NF4 = dict(format="nf4", axis=None)
 
 
 @pytest.mark.parametrize(
@@ -333,7 +335,8 @@ UP = "model.layers.0.mlp.up_proj.weight"
         (lambda said: said["tensors"][UP].update(shape=[-1, 64]), "its shape is"),
         (lambda said: said["tensors"][UP].update(shape="128x64"), "its shape is"),
         (lambda said: said["tensors"][UP].update(shape=[1e300, 64]), "its shape is"),
-        (lambda said: said["tensors"][UP].update(block_size=0), "its block_size is 0"),
+        (lambda said: said["tensors"][UP].update(block_size=0), "block_size is 0, expected a positive number"),
+        (lambda said: said["tensors"][UP].update(NF4, block_size=1 << 40), "block_size 1099511627776 is more than the"),
         (lambda said: said["tensors"][UP].update(block_size="channel"), "its block_size is 'channel'"),
         (lambda said: said["tensors"][UP].update(axis=0), "with axis 0, which does not exist"),
         (lambda said: said["tensors"][UP].update(axis=True), "its axis is True|with axis True"),
@@ -349,6 +352,18 @@ def test_hostile_manifests(tmp_path, folder, edit, message):
     with pytest.raises(InputError, match=message) as error:
         refimpl.load(tmp_path / "out")
     assert "\n" not in str(error.value) and len(str(error.value)) < 500
+
+
+@pytest.mark.parametrize("format", ["nf4", "fp4", "int8"])
+def test_weights_beyond_float16_are_not_called_infinite(tmp_path, format):
+    """bitsandbytes rounds to float16 first."""
+    folder = write_checkpoint(tmp_path / "source", "Baichuan2-7B")
+    tensors = load_file(folder / "model.safetensors")
+    for large, message in ((1e5, f"weight is beyond 65504.*which {format} rounds"), (np.inf, "is NaN or infinite")):
+        tensors[UP][5, 7] = large
+        save_file(tensors, folder / "model.safetensors")
+        with pytest.raises(InputError, match=message):
+            refimpl.load(folder).quantize(format)
 
 
 @pytest.mark.parametrize(
