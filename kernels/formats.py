@@ -91,7 +91,8 @@ FORMATS: dict[str, Format] = {
         Format(matmulnbits, "onnxruntime", 32, _POWERS,
                {"scales": _SCALE, "zero_points": Part("uint8", 4, optional=True, limits=(0, 15))}, padded=True),
         Format(lpbq, "AIMET", 64, _ANY,
-               {"scales": Part("float64", 64, every="row"), "block_scales": Part("uint8", 4, limits=(1, 16))}, whole_row=True),
+               {"scales": Part("float64", 64, every="row"), "block_scales": Part("uint8", 4, limits=(1, 16))},
+               whole_row=True),
         Format(qlinear8, "Baichuan", "channel", _ANY, {"scales": _OF_ROW}, whole_row=True, code_dtype="int8"),
         Format(qlinear4, "Baichuan", "channel", _ANY, {"scales": _OF_ROW}, whole_row=True),
     )
