@@ -108,6 +108,21 @@ def remarks(config: Config, tensors: Mapping[str, Any]) -> list[str]:
     return found + _unused_head(config, tensors) + _frequencies(config, tensors)
 
 
+def not_finite(tensors: Mapping[str, Any]) -> list[str]:
+    """Which scales, norms and biases are NaN or infinite: small arrays, all of which are read."""
+    found = []
+    for name, value in tensors.items():
+        parts = value.blocks.parts if hasattr(value, "blocks") else {"": value}
+        for part, array in parts.items():
+            small = isinstance(array, np.ndarray) and array.dtype.kind in "fV" and (part or array.ndim == 1)
+            if small and (count := int((~np.isfinite(array.astype(np.float32))).sum())):
+                where = f"{name}.{part}" if part else name
+                found.append(
+                    f"{where}: {count} of {array.size} numbers are NaN or infinite; was it made of such weights?"
+                )
+    return found
+
+
 def _head_lengths(config: Config, tensors: Mapping[str, Any]) -> np.ndarray | None:
     """The lengths of some rows of a Baichuan2's head, without rows of zeros."""
     head = tensors.get("lm_head.weight")

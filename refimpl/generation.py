@@ -95,7 +95,8 @@ def generate(
     penalty; with it, `seed` makes the draws repeatable (NumPy's PCG64, so not the tokens that torch would draw).
     `cache_dtype`: what the cache keeps, see `Model.new_cache`.
 
-    Raises InputError for options out of range and for a prompt that leaves no room in the context.
+    Raises InputError for options out of range, for a prompt that leaves no room in the context, and where logits are
+    not finite.
     """
     defaults = model.generation_config
 
@@ -149,7 +150,13 @@ def generate(
             stop = min(start + PIECE, tokens)
             logits = model(ids[:, start:stop], dtype, mask[:, :stop], cache, logits_to_keep=1)
         while True:
-            scores = process(logits[:, -1].astype(np.float32), history, **settings)
+            last = logits[:, -1].astype(np.float32)
+            if not np.isfinite(last).all():
+                raise InputError(
+                    "the next token's logits are NaN or infinite, as a weight or a scale may be; refimpl info looks at "
+                    "scales and norms, and refimpl trace shows the first tensor that is"
+                )
+            scores = process(last, history, **settings)
             chosen = _draw(softmax(scores.astype(np.float64)), rng) if do_sample else scores.argmax(-1)
             chosen = np.where(ended, padding, chosen)
             yield int(chosen[0]) if single else chosen

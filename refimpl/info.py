@@ -87,7 +87,7 @@ def examine(folder: str | Path) -> dict[str, Any]:
         facts["files"] = _files(folder)
         facts["bytes"] = sum(array.nbytes for array in arrays)
         facts["shared storage"] = _shared(tensors)
-        facts["remarks"] = doctor.remarks(config, tensors)
+        facts["remarks"] = doctor.remarks(config, tensors) + doctor.not_finite(tensors)
     try:
         from refimpl.tokenizer import load_tokenizer
 

@@ -354,6 +354,22 @@ def test_hostile_manifests(tmp_path, folder, edit, message):
     assert "\n" not in str(error.value) and len(str(error.value)) < 500
 
 
+@pytest.mark.parametrize("part", ["scales", "nested_scales", "offset"])
+def test_scales_that_are_not_finite_are_told(tmp_path, folder, part, capsys):
+    quantize_checkpoint(folder, tmp_path / "out", "q4_0" if part == "scales" else "nf4")
+    assert cli.main(["info", str(tmp_path / "out")]) == 0 and "NaN" not in capsys.readouterr().out
+    tensors = load_file(tmp_path / "out" / "model.safetensors")
+    tensors[f"{UP}.{part}"].reshape(-1)[0] = np.nan
+    tensors["model.norm.weight"][3:5] = np.inf, np.nan
+    save_file(tensors, tmp_path / "out" / "model.safetensors")
+    assert cli.main(["info", str(tmp_path / "out")]) == 0
+    said = capsys.readouterr().out
+    assert f"{UP}.{part}: 1 of " in said and "model.norm.weight: 2 of 64 numbers are NaN or infinite" in said
+    assert cli.main(["generate", str(tmp_path / "out"), "--ids", "5,17", "--max-new-tokens", "2"]) == 2
+    said = capsys.readouterr()
+    assert not said.out and "the next token's logits are NaN or infinite" in said.err and said.err.count("\n") == 1
+
+
 @pytest.mark.parametrize("format", ["nf4", "fp4", "int8"])
 def test_weights_beyond_float16_are_not_called_infinite(tmp_path, format):
     """bitsandbytes rounds to float16 first."""
