@@ -93,9 +93,11 @@ class Attribution:
 
 
 def expect_svg(path: str | Path) -> Path:
-    """A path that a picture can have. Raises InputError for another suffix."""
+    """A path that a picture can have. Raises InputError for another suffix, and in a folder that there is not."""
     if Path(path).suffix.lower() != ".svg":
         raise InputError(f"the picture is SVG; call {path} something that ends in .svg")
+    if not Path(path).parent.is_dir():
+        raise InputError(f"cannot write {path}: {Path(path).parent} is no folder; make it first")
     return Path(path)
 
 

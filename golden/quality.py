@@ -271,17 +271,21 @@ def to_dicts(rows: Sequence[Row]) -> list[Mapping[str, Any]]:
     ]  # fmt: skip
 
 
-def read_documents(path: Path, model: Model) -> list[int]:
+def read_documents(path: Path, model: Model, tokens: int | None = None) -> list[int]:
     """The ids of a text file whose documents are separated by blank lines, each followed by the end-of-sequence id.
 
-    That is how Baichuan's training data, and the embedded model's, are laid out. Raises InputError for a file that
-    cannot be read.
+    That is how Baichuan's training data, and the embedded model's, are laid out. `tokens`: no more than so many. Raises
+    InputError for a file that cannot be read or holds no text.
     """
+    if tokens is not None and tokens < 1:
+        raise InputError(f"tokens is {tokens}, expected how many to read, from 1")
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"cannot read {path} as UTF-8 text: {error}") from None
+    if not text.strip():
+        raise InputError(f"{path} holds no text")
     ids: list[int] = []
     for document in text.strip().split("\n\n"):
         ids += [*model.tokenizer.encode(document.strip("\n") + "\n"), model.tokenizer.eos_token_id]
-    return ids
+    return ids[:tokens]

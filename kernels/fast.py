@@ -50,7 +50,7 @@ class NumbaOps(NumPyOps):
     def linear(self, x: np.ndarray, weight: Readable, bias: Readable | None = None) -> np.ndarray:
         """x @ weight.T + bias: (..., I) by (O, I) -> (..., O). What no kernel reads goes as NumPyOps has it."""
         matrix = stored(weight, self.portable)
-        if matrix is None or x.dtype != np.float32 or not x.size:
+        if matrix is None or x.dtype != np.float32 or not x.size or x.shape[-1] != weight.shape[-1]:
             return super().linear(x, weight, bias)
         rows = x.reshape(-1, x.shape[-1])
         if self.activation_bytes and fast_integer.multiplies(matrix.layout):

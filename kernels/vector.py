@@ -4,9 +4,9 @@ Numba turns scalar loops into vectors when it can prove that nothing changes; fl
 lanes, and so the order of every sum, are written down. An `Emitter` adds LLVM instructions to a function that Numba is
 compiling: a kernel is a Python function that runs once, at compile time, so that its Python loops are unrolled.
 
-Everything is plain LLVM vector arithmetic, which lowers on every machine, but for `nibble`, `half` and `rounded`: with
-AVX-512 they take one instruction instead of several. Both ways give the same bits, and `portable=True` forces the
-plain one.
+Everything is plain LLVM vector arithmetic, which lowers on every machine, but for `nibble`, `half`, `rounded` and
+`dot4`: with AVX-512 they take one instruction instead of several. Both ways give the same bits (`rounded`: up to
+float16's overflow), and `portable=True` forces the plain one.
 """
 
 from __future__ import annotations

@@ -35,7 +35,7 @@ def read_json(path: Path, limit: int = SMALL) -> dict[str, Any]:
     except InputError:
         raise
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{path} is not JSON: {error}") from None
+        raise InputError(f"{path} is not JSON: {error}; is it cut short?") from None
     if not isinstance(value, dict):
         raise InputError(f"{path} holds a {type(value).__name__}, expected an object")
     return value

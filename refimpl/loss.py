@@ -55,7 +55,8 @@ def windows(model: Model, ids, window: int | None = None) -> list[np.ndarray]:
     They are as long as the context, unless `window` says less. Raises InputError if there is nothing to predict.
     """
     text = model.token_ids(ids)[0]
-    size = min(window or model.config.max_position_embeddings, model.config.max_position_embeddings)
+    context = model.config.max_position_embeddings
+    size = context if window is None else min(window, context)
     if size < 2 or len(text) < 2:
         raise InputError("a text, or a window, of fewer than two tokens has nothing to predict")
     return [text[start : start + size] for start in range(0, len(text) - 1, size)]

@@ -63,14 +63,14 @@ class Scheme:
 
     def __post_init__(self) -> None:
         try:
-            form = formats.format_named(self.format)
-        except (ValueError, TypeError) as error:
+            form = formats.format_named(self.format if isinstance(self.format, str) else f"{self.format!r:.40}")
+        except ValueError as error:
             raise InputError(f"{error}") from None
         if type(self.axis) not in (int, type(None)):
             raise InputError(f"the axis is {self.axis!r:.40}, expected 1, or 0 for blocks down the columns")
-        for name in ("symmetric", "double"):
-            if type(getattr(self, name)) not in (bool, type(None)):
-                raise InputError(f"{name} is {getattr(self, name)!r:.40}, expected true or false")
+        for name, usual in (("symmetric", True), ("double", None)):
+            if type(given := getattr(self, name)) is not bool and given is not usual:
+                raise InputError(f"{name} is {given!r:.40}, expected true or false")
         if self.search is None:
             return
         if self.search != "mse" and (type(self.search) is not int or not 0 <= self.search <= 1000):
@@ -189,6 +189,8 @@ def plan(weights: Mapping[str, Any], recipe: Recipe, keep: Sequence[str] = (), *
                     rule.layout(shape)
                 except (ValueError, TypeError) as error:
                     raise InputError(f"{name}: {error}") from None
+    if not schemes:
+        raise InputError("the recipe keeps every matrix as it is; give a format to some")
     ordered = {name: schemes[name] for name in weights if name in schemes}
     return Plan(ordered, {pattern: rule and rule.to_json() for pattern, rule in rules})
 

@@ -1,6 +1,7 @@
 """A folder of quantized weights: safetensors files, and a manifest that says which arrays make which matrix.
 
-    quantization.json     version, recipe, importance, source, and for each matrix its format, shape, block_size, axis
+    quantization.json     version, family, recipe, importance, source (files and their sizes), bytes, files (SHA-256),
+                          and in tensors for each matrix its format, shape, block_size, axis
     model*.safetensors    a matrix K in blocks as K.packed, K.scales, … (the arrays of `kernels.formats.Blocks`);
                           all other parameters as they are
     config.json           the source's, with a quantization_config that keeps other software from reading it wrongly
@@ -47,7 +48,7 @@ def collect(
     Raises InputError for a manifest of another version, and where it and the arrays do not fit together.
     """
     said = read_json(manifest)
-    if said.get("version") != VERSION:
+    if type(said.get("version")) is not int or said["version"] != VERSION:
         raise InputError(f"{manifest} has version {said.get('version')!r:.40}, expected {VERSION}; update refimpl")
     matrices = said.get("tensors")
     if not isinstance(matrices, dict) or not matrices:

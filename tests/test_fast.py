@@ -385,6 +385,13 @@ def test_what_no_kernel_reads_goes_through_numpy(blocks):
     assert np.array_equal(NumbaOps().linear(x, weight), NumPyOps("float32").linear(x, weight))
 
 
+def test_activations_of_another_width_are_refused():
+    for kind in ("q4_0", "float32"):
+        for columns in (64, 96, 160):
+            with pytest.raises(ValueError, match=r"mismatch|shape"):
+                NumbaOps().linear(activations(2, columns), matrix(kind, 7, 128))
+
+
 @pytest.mark.parametrize("kind", ["int4", "matmulnbits asymmetric", "nf4", "lpbq"])
 def test_blocks_of_any_size_have_their_own_scales(kind):
     """A scale of a neighbour is off by a factor of up to 2^8: no rounding hides that."""

@@ -151,7 +151,10 @@ def test_the_verb(capsys, tmp_path):
         (["--format", "q4_0", "--jobs", "2", "--dask", "tcp://127.0.0.1:9"], "either jobs or a Dask"),
         (["--format", "q4_0", "--attribution", "--top", "0"], "top is 0"),
         (["--format", "q4_0", "--window", "1"], "fewer than two tokens"),
+        (["--format", "q4_0", "--window", "0"], "fewer than two tokens"),
         (["--format", "q4_0", "--text", "no such file"], "cannot read"),
+        (["--format", "q4_0", "--tokens", "-5"], "tokens is -5, expected how many to read"),
+        (["--format", "q4_0", "--out", "x.svg"], "give --attribution, too"),
     ],
 )
 def test_bad_input_gets_one_line(arguments, message, capsys):

@@ -115,11 +115,13 @@ def test_the_head_is_quantized_as_it_is_used(tiny_model):
         ("q4_0", dict(symmetric=False), "q4_0 has no option 'symmetric'"),
         ("q4_0", dict(double=True), "q4_0 has no scales to quantize again"),
         ("q4_0", dict(symmetric=1), "symmetric is 1, expected true or false"),
+        ({"*": {"format": "q4_0", "symmetric": None}}, {}, "symmetric is None, expected true or false"),
+        ({"*": None}, {}, "keeps every matrix as it is; give a format to some"),
         ("q4_0", dict(bits=3), "the scheme is .*expected a format's name, or some of format, block_size"),
         ({"*": {"block_size": 32}}, {}, r"'\*': the scheme is"),
         ({"*": 4}, {}, r"'\*': the scheme is 4"),
         ({"*": ["q4_0"]}, {}, "the scheme is"),
-        ({"*": {"format": ["q4_0"]}}, {}, "unhashable|the format is"),
+        ({"*": {"format": ["q4_0"]}}, {}, r"the format is .*'q4_0'.*expected one of int4"),
         (4, {}, "the scheme is 4"),
         ({"*": "q4_0"}, dict(search="mse"), "search goes with a format's name"),
     ],
@@ -245,6 +247,8 @@ def test_the_folder_is_mapped_and_checked_by_sha256sum(tmp_path, folder):
     assert len(said["files"]) > 3 and said["files"].items() < sums.items()
     del found["SHA256SUMS"]
     assert sums == found and (tmp_path / "out" / "tokenizer_config.json").exists()
+    keys = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert keys["quantization_config"] == {"quant_method": "refimpl"}, "other software would read it wrongly"
     weight = refimpl.load(tmp_path / "out").weights["model.layers.0.mlp.up_proj.weight"]
     base = weight.blocks.packed
     while isinstance(base.base, np.ndarray):
@@ -324,6 +328,8 @@ NF4 = dict(format="nf4", axis=None)
     [
         (lambda said: said.update(version=2), "has version 2, expected 1; update refimpl"),
         (lambda said: said.pop("version"), "has version None"),
+        (lambda said: said.update(version=True), "has version True"),
+        (lambda said: said.update(version=1.0), "has version 1.0"),
         (lambda said: said.update(tensors=[]), "names no tensors"),
         (lambda said: said["tensors"].pop(UP), "has unknown model.layers.0.mlp.up_proj.weight.packed"),
         (lambda said: said["tensors"].update({"ghost.weight": said["tensors"][UP]}), "the files have no arrays of it"),
@@ -368,6 +374,30 @@ def test_scales_that_are_not_finite_are_told(tmp_path, folder, part, capsys):
     assert cli.main(["generate", str(tmp_path / "out"), "--ids", "5,17", "--max-new-tokens", "2"]) == 2
     said = capsys.readouterr()
     assert not said.out and "the next token's logits are NaN or infinite" in said.err and said.err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--tokens 5", "--tokens says how much of --text is read"),
+        ("--text TEXT --tokens -5", "tokens is -5, expected how many to read"),
+        ("--text TEXT --tokens 0", "tokens is 0, expected how many to read"),
+        ("--text EMPTY", "empty.txt holds no text"),
+        ("--block-size rows", "block_size is 'rows', expected a positive number, 'channel' or 'tensor'"),
+        ("--block-size -32", "block_size is -32, expected a positive number"),
+    ],
+)
+def test_arguments_that_do_not_fit(tmp_path, capsys, arguments, message):
+    (tmp_path / "empty.txt").write_text("\n\n")
+    arguments = arguments.replace("TEXT", str(EMBEDDED / "held_out.txt")).replace("EMPTY", str(tmp_path / "empty.txt"))
+    assert cli.main(["quantize", "--out", str(tmp_path / "out"), "--format", "int4", *arguments.split()]) == 2
+    assert message in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_a_row_may_be_a_block(tmp_path, capsys):
+    channel = ["--block-size", "channel", "--keep", "model.layers.*"]
+    assert cli.main(["quantize", "--out", str(tmp_path / "out"), "--format", "int4", *channel]) == 0
+    assert capsys.readouterr().out.startswith("1 matrix is quantized; ")
 
 
 @pytest.mark.parametrize("format", ["nf4", "fp4", "int8"])

@@ -86,6 +86,16 @@ def test_a_changed_checkpoint_is_not_resumed(tmp_path):
     assert before != after
 
 
+def test_another_backend_is_not_resumed(tiny_folder, tmp_path):
+    """Its last bits are others."""
+    model = refimpl.load(tiny_folder("Qwen2-7B"))
+    small = model.quantize("q4_0")
+    for backend in ("numpy", "numba"):
+        alone = quality(small.with_backend(backend), model, TEXT[:50])
+        assert quality(small.with_backend(backend), model, TEXT[:50], resume=tmp_path) == alone
+    assert len(list(tmp_path.iterdir())) == 2
+
+
 def test_a_model_travels_as_the_calls_that_made_it(tiny_folder):
     model = refimpl.load(tiny_folder("Baichuan2-7B"))
     small = model.quantize("int4", 16, keep=["lm_head"])

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from refimpl.cli.verbs import DTYPE, JSON, MODEL, SWEEP, TEXT, load_model, model_folder, option, verb
+from refimpl.cli.verbs import DTYPE, JSON, MODEL, SWEEP, TEXT, load_model, model_folder, option, size_of_blocks, verb
 
 if TYPE_CHECKING:
     from refimpl.importance import Importance
@@ -60,7 +60,7 @@ def convert(arguments) -> int:
     option("--format", help="of all matrices but the embedding: q4_0, q4_k, int4, nf4, … (kernels/README.md)"),
     option("--recipe", metavar="FILE", help='instead: JSON such as {"lm_head": "q8_0", "*": {"format": "q4_k"}}'),
     option("--keep", action="append", default=[], metavar="PATTERN", help="modules that stay as they are"),
-    option("--block-size", type=int, metavar="N", help="(default: the format's own)"),
+    option("--block-size", type=size_of_blocks, metavar="N", help="or channel, or tensor (default: the format's own)"),
     option(
         "--search",
         choices=("mse", "nearest"),
@@ -86,7 +86,9 @@ def quantize(arguments) -> int:
     options = {name: value for name, value in given.items() if value is not None}
     report = quantize_checkpoint(model_folder(arguments), arguments.out, recipe, arguments.keep,
                                  _importance(arguments), arguments.shard_size, **options)  # fmt: skip
-    said = f"{len(report['tensors'])} matrices are quantized; {report['bytes'] / 1e9:.3g} GB are in {arguments.out}"
+    count = len(report["tensors"])
+    what = f"{count} {'matrix is' if count == 1 else 'matrices are'} quantized"
+    said = f"{what}; {report['bytes'] / 1e9:.3g} GB are in {arguments.out}"
     print(json.dumps(report) if arguments.json else said)
     return 0
 
@@ -103,7 +105,7 @@ def importance(arguments) -> int:
     from refimpl.sweep import workers
 
     model = load_model(arguments)
-    ids = read_documents(Path(arguments.text), model)[: arguments.tokens]
+    ids = read_documents(Path(arguments.text), model, arguments.tokens)
     with workers(arguments.jobs, arguments.dask) as executor:
         found = observe_importance(model, ids, arguments.window, arguments.dtype, executor, arguments.resume)
     write_importance(arguments.out, found)
@@ -120,6 +122,8 @@ def _importance(arguments) -> Importance | None:
     from refimpl.errors import InputError
     from refimpl.importance import observe_importance, read_importance
 
+    if arguments.tokens is not None and not arguments.text:
+        raise InputError("--tokens says how much of --text is read; give that, too")
     if arguments.importance and arguments.text:
         raise InputError("give either --importance or --text; both say which columns matter")
     if arguments.importance:
@@ -127,4 +131,4 @@ def _importance(arguments) -> Importance | None:
     if not arguments.text:
         return None
     model = load_model(arguments)
-    return observe_importance(model, read_documents(Path(arguments.text), model)[: arguments.tokens])
+    return observe_importance(model, read_documents(Path(arguments.text), model, arguments.tokens))

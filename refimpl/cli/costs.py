@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from refimpl.cli.verbs import CACHE_DTYPE, DTYPE, JSON, MODEL, SWEEP, load_model, option, verb
+from refimpl.cli.verbs import CACHE_DTYPE, DTYPE, JSON, MODEL, SWEEP, load_model, option, size_of_blocks, verb
 from refimpl.errors import InputError
 
 
@@ -17,7 +17,7 @@ from refimpl.errors import InputError
     ),
     option("--format", "--formats", metavar="NAME", help="quantize to this format first; several, or all: a table"),
     option("--recipe", metavar="FILE", help="or as this recipe says: see refimpl quantize"),
-    option("--block-size", type=int, metavar="N", help="with it: weights that share a scale"),
+    option("--block-size", type=size_of_blocks, metavar="N", help="with it: weights that share a scale"),
     option("--keep", action="append", default=[], metavar="PATTERN", help="with it: modules that stay as they are"),
     option("--text", metavar="FILE", help="UTF-8 text, blank lines between documents (default: held-out poems)"),
     option("--tokens", type=int, metavar="N", help="read no more than so many (default: all)"),
@@ -51,6 +51,8 @@ def quality(arguments) -> int:
     if arguments.top < 1:
         raise InputError(f"top is {arguments.top}, expected how many tensors to show")
     if arguments.out:
+        if not arguments.attribution:
+            raise InputError("--out is the picture of an attribution; give --attribution, too")
         expect_svg(arguments.out)
     model = load_model(arguments)
     reference = load(arguments.against) if arguments.against else model
@@ -83,4 +85,4 @@ def text_ids(arguments, model) -> list[int]:
 
     if arguments.text is None and model.folder != EMBEDDED:
         raise InputError("give a text to judge by with --text FILE")
-    return read_documents(Path(arguments.text or EMBEDDED / "held_out.txt"), model)[: arguments.tokens]
+    return read_documents(Path(arguments.text or EMBEDDED / "held_out.txt"), model, arguments.tokens)

@@ -47,7 +47,7 @@ def calibrate(arguments) -> int:
     from refimpl.sweep import workers
 
     model = load_model(arguments)
-    ids = read_documents(Path(arguments.text), model)[: arguments.tokens]
+    ids = read_documents(Path(arguments.text), model, arguments.tokens)
     recipe = Recipe(weight_bits=arguments.weight_bits, block_size=arguments.block_size, lpbq=arguments.lpbq)
     with workers(arguments.jobs, arguments.dask) as executor:
         found = calibrate(model, ids, recipe, arguments.method, arguments.percentile, arguments.window, arguments.dtype,
@@ -90,7 +90,7 @@ def simulate(arguments) -> int:
 
     model = load_model(arguments)
     encodings = read_encodings(arguments.encodings, model)
-    ids = read_documents(Path(arguments.text), model)[: arguments.tokens]
+    ids = read_documents(Path(arguments.text), model, arguments.tokens)
     changes = [change(text) for text in arguments.what_if]
     with workers(arguments.jobs, arguments.dask) as executor:
         rest = (arguments.window, arguments.rounding, arguments.integer, arguments.dtype, executor, arguments.resume)

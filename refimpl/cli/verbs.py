@@ -148,6 +148,11 @@ def model_folder(arguments) -> Path:
     return Path(arguments.model) if arguments.model else EMBEDDED
 
 
+def size_of_blocks(text: str) -> int | str:
+    """A number of weights, or "channel" or "tensor" as formats have it; they refuse other words."""
+    return int(text) if text.lstrip("-").isdecimal() else text
+
+
 def integers(text: str) -> tuple[int, ...]:
     """The numbers of a list such as 128,1."""
     try:
