@@ -9,6 +9,7 @@ import re
 import shutil
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -131,6 +132,30 @@ def connect(url: str) -> Any:
         raise InputError(f"{url} is not encrypted, and would be sent your token; use https")
     config.api_url, config.verbose = url, sys.stderr.isatty()
     return Client(config)
+
+
+def expect_answer(url: str, patience: float) -> None:
+    """Raises InputError if nothing answers at an address for so many seconds; the client itself would try for minutes.
+
+    Any answer is one: what is there shows when the client asks. No token is sent.
+    """
+    import requests
+
+    until, told = time.monotonic() + patience, False
+    while True:
+        try:
+            requests.head(url, timeout=(5, 10), allow_redirects=False)
+            return
+        except requests.exceptions.RequestException as error:
+            said = one_line(str(error))
+            why = re.search(r"Errno -?\d+\] ([^'\")]+)|Read (timed out)", said)
+            reason = why[1] or why[2] if why else said[:200]
+        if time.monotonic() + 2 > until:
+            raise InputError(f"no connection to {url}: {reason}; is the address right, and is this machine online?")
+        if not told:
+            print(f"no connection to {url} yet; trying for {patience:.0f} seconds", file=sys.stderr)
+        told = True
+        time.sleep(2)
 
 
 def is_here(host: str) -> bool:

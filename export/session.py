@@ -24,7 +24,18 @@ from typing import Any, TypeVar
 
 from tqdm import tqdm
 
-from export.client import PUBLIC, advice, configured, connect, likely, one_line, scratch, transient, version
+from export.client import (
+    PUBLIC,
+    advice,
+    configured,
+    connect,
+    expect_answer,
+    likely,
+    one_line,
+    scratch,
+    transient,
+    version,
+)
 from export.device import sanitised
 from export.executor import Arrays
 from export.jobs import Options, Source, arrays_digest, digest, io_spec, named_outputs, of_graph
@@ -33,7 +44,8 @@ from golden.bundle import sha256
 from refimpl.errors import InputError, at_most
 
 POLL = 10.0  # seconds between two looks at a job, as the client has it
-PATIENCE = 600.0  # seconds without an answer before a session gives up; the client itself tries for some 30
+FIRST = 20.0  # seconds in which a server must answer at all
+PATIENCE = 600.0  # seconds without an answer, from then on, before a session gives up; the client tries for some 30
 PAGES = 20  # of 50 jobs, models or datasets, that are searched for a name
 T = TypeVar("T")
 
@@ -397,7 +409,9 @@ class Session:
     def client(self) -> Any:
         """The `qai-hub` client, connected by client.ini."""
         if self._client is None:
-            self._client = connect(self.url)
+            client = connect(self.url)
+            expect_answer(self.url, FIRST)
+            self._client = client
         return self._client
 
     @staticmethod
@@ -501,8 +515,8 @@ class Session:
                         f"no {lacking} {self.url} while trying to {what}: {reason[:200]}; "
                         "run the same command again, it goes on where it stopped"
                     ) from None
-            if sys.stderr.isatty() and pause == 1.0:
-                tqdm.write(f"no connection to {self.url}; trying for {PATIENCE / 60:.0f} minutes", file=sys.stderr)
+            left = (until - time.monotonic()) / 60
+            tqdm.write(f"no answer from {self.url} to {what}; trying for {left:.0f} minutes more", file=sys.stderr)
             time.sleep(pause)
             pause = min(2 * pause, 60.0)
 

@@ -7,7 +7,9 @@ import os
 import re
 import shutil
 import signal
+import socket
 import threading
+import time
 import zipfile
 
 import h5py
@@ -402,7 +404,7 @@ def test_passing_faults_pass(exports, tmp_path, fault):
         assert all(any(known.startswith(route) for known in hub.counts) for route in ROUTES)
 
 
-def test_a_long_outage_is_waited_for(exports, tmp_path, monkeypatch):
+def test_a_long_outage_is_waited_for(exports, tmp_path, monkeypatch, capsys):
     """Longer than the client's own patience; no job is sent twice when only the answer was lost."""
     folder = shutil.copytree(exports["one"], tmp_path / "x")
     monkeypatch.setattr(session, "PATIENCE", 60.0)
@@ -410,6 +412,34 @@ def test_a_long_outage_is_waited_for(exports, tmp_path, monkeypatch):
     with LoopbackHub(fault=at("POST /jobs/", Fault("status", 429), 20)) as hub:
         assert act(hub, "infer", folder) == 0
         assert hub.kinds() == {"compile": 1, "link": 1, "inference": 1}
+    assert f"no answer from {hub.url} to send compile" in capsys.readouterr().err, "without a terminal, too"
+
+
+@pytest.mark.parametrize("accepts", [False, True])
+def test_no_server_is_told_within_seconds(export, monkeypatch, capsys, accepts):
+    """Neither where nothing listens nor where nothing answers, and meanwhile it is said what is waited for."""
+    import requests
+
+    asked = []
+
+    def head(url, timeout, **options):
+        asked.append(timeout)
+        return ask(url, timeout=0.2, **options)
+
+    ask = requests.head
+    monkeypatch.setattr(requests, "head", head)
+    monkeypatch.setattr(session, "FIRST", 2.5)
+    with socket.create_server(("127.0.0.1", 0)) as nobody:
+        url = f"http://127.0.0.1:{nobody.getsockname()[1]}"
+        if not accepts:
+            nobody.close()
+        started = time.monotonic()
+        assert main(["hub", "compile", str(export), "--device", PHONE, "--api-url", url]) == 2
+    assert time.monotonic() - started < 5 and len(asked) > 1 and asked[0] == (5, 10)
+    waiting, told = capsys.readouterr().err.splitlines()
+    assert waiting == f"no connection to {url} yet; trying for 2 seconds"
+    assert told.startswith(f"refimpl: no connection to {url}: ") and "is the address right" in told
+    assert ("Connection refused" in told) != accepts and ("timed out" in told) == accepts
 
 
 def test_a_lost_answer_is_looked_for(exports, tmp_path, monkeypatch):
