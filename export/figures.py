@@ -18,10 +18,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 
+from export.device import Way
+from export.references import TEXTS
 from golden.compare import Difference, compare, finite
 from golden.quality import log_softmax
 from golden.tolerance import Tolerance
@@ -30,7 +32,7 @@ from refimpl.config import Config
 from refimpl.errors import InputError
 from refimpl.names import Tap, taps
 
-WAYS, KINDS = ("isolated", "chained"), ("float", "ends", "simulation", "even")
+SIZES = {"rows", "typical", "tokens", "heads", "max_abs", "token_lsb", "head_lsb", "lsb_max", "lsb_over"}  # 0 and above
 TOGETHER = (("lsb_max", "lsb_over"), ("kl", "top1", "cost_kl", "cost_top1"))  # figures that come with each other
 ROWS, TYPICAL = 4.0, 1.5
 LOWEST_SQNR = -1e3  # what stands for minus infinity in a file
@@ -168,15 +170,16 @@ class Figures:
             or set(stored) - set(known)
             or not {"graph", "way", "tap", "kind"} <= set(stored)
         ):
-            raise InputError("a tensor of the run has other keys than expected; run verify again")
+            raise InputError("a tensor of the run has other keys than expected")
         values: dict[str, Any] = {}
         for key, value in stored.items():
             kind, many = str(known[key].type), isinstance(value, list)
             numbers = [math.inf if many and x is None and "float" in kind else x for x in (value if many else [value])]
             allowed = {
-                "way": WAYS, "kind": KINDS, "born": ("", "here", "inherited")
+                "way": get_args(Way), "kind": TEXTS, "born": ("", "here", "inherited")
             }.get(key, numbers)  # fmt: skip
-            if many != kind.startswith("tuple") or not all(_is(x, kind) and x in allowed for x in numbers):
+            sound = all(_is(x, kind) and x in allowed and not (key in SIZES and x < 0) for x in numbers)
+            if many != kind.startswith("tuple") or not sound:
                 raise InputError(f"{key} of a tensor of the run is {_start(value)}, which is not what it should be")
             values[key] = tuple(numbers) if many else value
         for keys in TOGETHER:
@@ -188,9 +191,12 @@ class Figures:
 
 
 def _is(x: Any, kind: str) -> bool:
-    """Whether a stored number or text is of a field's type; whole numbers fit 64 bits, so that floats hold them."""
+    """Whether a stored number or text is of a field's type; whole numbers fit 64 bits, so that floats hold them.
+
+    A text has nothing in it that a terminal would obey.
+    """
     if kind == "str":
-        return isinstance(x, str)
+        return isinstance(x, str) and x.isprintable()
     if type(x) is int:
         return abs(x) < 2**63 and (x >= 0 or "int" not in kind)
     return type(x) is float and "int" not in kind

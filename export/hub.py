@@ -16,10 +16,11 @@ import zlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 
+from export.device import Way
 from export.executor import Arrays
 from export.jobs import SAMPLE, Source
 from export.ledger import Entry, Ledger
@@ -27,10 +28,10 @@ from export.parts import GraphSpec, carry
 from export.preflight import check
 from export.session import JOBS, Session, expect_export, failures
 from export.verify import read_arrays, read_manifest
-from refimpl.config import read_json
 from refimpl.errors import InputError
+from refimpl.files import read_json
 
-WAYS = ("isolated", "chained")
+WAYS = get_args(Way)
 VERBS = ("compile", "link", "infer", "profile", "fetch", "binaries")
 
 

@@ -128,6 +128,8 @@ def sound(fact: Any) -> bool:
         return False
     if not all(isinstance(fact.get(name), (kind, type(None))) for name, kind in FIELDS.items()):
         return False
+    if not all(value.isprintable() for value in fact.values() if isinstance(value, str)):  # a terminal shows them
+        return False
     if not all(_ID.fullmatch(fact.get(name) or "-") for name in ("id", "target")):
         return False
     graphs = [graph for which in ("inputs", "outputs") for graph in (fact.get(which) or {}).values()]

@@ -22,7 +22,7 @@ from export.figures import Figures, Thresholds
 from export.references import TEXTS
 from golden.compare import Difference, Report
 from refimpl.config import Config
-from refimpl.errors import InputError, at_most
+from refimpl.errors import InputError, at_most, one_line
 from refimpl.files import read_json, write_whole
 from refimpl.names import taps
 
@@ -274,13 +274,15 @@ def read_run(path: str | Path) -> Verdict:
         config = Config(**stored["config"])
         tensors = tuple(Figures.from_json(tensor) for tensor in stored["tensors"])
         known = taps(config)
-        causes = {name: Cause(**{key: str(value) for key, value in cause.items()})
+        causes = {name: Cause(**{key: one_line(str(value)) for key, value in cause.items()})
                   for name, cause in stored["causes"].items()}  # fmt: skip
-        remarks = tuple(str(remark) for remark in stored["remarks"])
+        remarks = tuple(one_line(str(remark)) for remark in stored["remarks"])
         limits = Thresholds(**{k: None if v is None else float(v) for k, v in stored["thresholds"].items()})
         inside = {graph: tuple(tap for tap in known if tap in set(inner)) for graph, inner in stored["inside"].items()}
         if stored["kind"] not in TEXTS or any(t.tap not in inside.get(t.graph, known) for t in tensors):
             raise ValueError("it is of another model than it says")
+        if len({tensor.name for tensor in tensors}) < len(tensors):
+            raise ValueError("it has a tensor twice")
         return Verdict(tensors, stored["kind"], config, causes, remarks, dict(stored["about"]), limits, inside)
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise InputError(f"{path} is damaged: {' '.join(str(error).split())[:200]}; run verify again") from None

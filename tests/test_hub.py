@@ -321,7 +321,10 @@ def test_a_ledger_cut_anywhere_goes_on(tmp_path, monkeypatch):
         assert Ledger(tmp_path).get("c")["id"] == "j1"
 
 
-@pytest.mark.parametrize("line", [b'{"key": 1}', b"[]", b"{", b'{"key": "a", "id": "../../x"}', b"\xff", b"[" * 100000])
+@pytest.mark.parametrize("line", [
+    b'{"key": 1}', b"[]", b"{", b'{"key": "a", "id": "../../x"}', b"\xff", b"[" * 100000,
+    b'{"key": "a", "kind": "model", "label": "x\\u001b[31mevil"}', b'{"key": "a", "reason": "x\\n"}',
+])  # fmt: skip
 def test_a_damaged_ledger_is_refused(tmp_path, line):
     with Ledger(tmp_path) as ledger:
         ledger.write("a", kind="model", label="g", id="m1")

@@ -135,7 +135,8 @@ def test_a_way_is_escaped():
     {"way": HOSTILE}, {"kind": "else"}, {"born": "<b>"}, {"histogram": [1, 2]}, {"histogram": [-1] * BINS},
     {"lsb_over": None}, {"lsb_max": 3.0, "lsb_over": ...}, {"kl": ..., "top1": 0.5}, {"kl": 0.1, "top1": ...},
     {"rows": None}, {"sqnr": 10**400}, {"position": 10**400}, {"position": 0.5}, {"bits": True}, {"tokens": ["a"]},
-    {"tokens": [10**400]}, {"index": [None]},
+    {"tokens": [10**400]}, {"index": [None]}, {"graph": "a\x1b[31m"}, {"problem": "a\nb"}, {"rows": -1.0}, {"x": 1},
+    {"head_lsb": [-1.0]},
 ])  # fmt: skip
 def test_a_damaged_run_is_refused_in_a_line(change, tmp_path):
     stored = json.loads(verdict(layers=1, wrong=0).to_json())
@@ -145,6 +146,18 @@ def test_a_damaged_run_is_refused_in_a_line(change, tmp_path):
     with pytest.raises(InputError) as caught:
         read_run(tmp_path / "run.json")
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 300
+    assert str(caught.value).count("run verify again") == 1
+
+
+def test_a_run_says_nothing_twice_and_nothing_that_a_terminal_obeys(tmp_path):
+    stored = json.loads(verdict(layers=1, wrong=0).to_json())
+    stored |= {"remarks": ["\x1b[31m"], "causes": {stored["tensors"][0]["tap"]: {"name": "a", "text": "b\nc\x1b"}}}
+    (tmp_path / "run.json").write_text(json.dumps(stored))
+    read = read_run(tmp_path / "run.json")
+    (tmp_path / "run.json").write_text(json.dumps(stored | {"tensors": stored["tensors"][:1] * 2}))
+    with pytest.raises(InputError, match="it has a tensor twice; run verify again"):
+        read_run(tmp_path / "run.json")
+    assert all(text.isprintable() for text in (*read.remarks, *(str(cause) for cause in read.causes.values())))
 
 
 def test_junit_says_what_failed():
