@@ -24,6 +24,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import permutations
+from os import PathLike
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -132,6 +133,10 @@ def _by_graph(outputs: Any, specs: Mapping[str, GraphSpec], way: Way, graph: str
             else:
                 yield name, way, list(of_mapping(part))
         return
+    if not isinstance(outputs, str | PathLike):
+        raise InputError(
+            f"the outputs are of the type {type(outputs).__name__}, expected a path or a mapping of arrays by name"
+        )
     path = Path(outputs)
     if path.is_file():
         yield graph or _called(path, specs), way, list(of_file(path, largest(specs)))
@@ -159,6 +164,9 @@ def _of_folder(path: Path, specs: Mapping[str, GraphSpec], way: Way, graph: str 
         yield _called(child, specs), way, list(entries)
     if ways or graphs:
         return
+    devices = [str(child) for child in inside if any((child / name).is_dir() for name in get_args(Way))]
+    if devices:
+        raise InputError(f"{path} holds what several runs may have given; give one of them: {at_most(devices, 3)}")
     yield graph or _called(path, specs), way, list(in_folder(path, largest(specs)))
 
 
@@ -307,7 +315,9 @@ def _arrangement(
     axis, S = value.token_axis, value.shape[value.token_axis]
     lengths = {S: ""}
     if value.name.startswith("past_"):
-        lengths.setdefault(spec.context, f"the last {S} of a cache of {spec.context}")
+        known = "" if value.shape.count(spec.context) == 0 else (
+            f", whose slots are taken to be on axis {axis}, for another one has {spec.context} as well")  # fmt: skip
+        lengths.setdefault(spec.context, f"the last {S} of a cache of {spec.context}{known}")
     lengths.setdefault(spec.real, f"padding was cut off, {spec.real} tokens of {S}")
     for length, cut in lengths.items():
         target = (*value.shape[:axis], length, *value.shape[axis + 1 :])

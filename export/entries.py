@@ -50,7 +50,11 @@ def of_mapping(arrays: Mapping[str, Any]) -> Iterator[Entry]:
         if isinstance(array, list | tuple) and (not array or hasattr(array[0], "dtype")):
             _expect_samples(len(array), source)
             array = array[0]
-        array = np.asarray(array)
+        try:
+            array = np.asarray(array)
+            _plain(array.dtype)
+        except ValueError as error:  # ragged lists, texts, anything
+            raise InputError(f"{source} is no array of numbers: {error}") from None
         yield Entry(str(name), source, array.shape, array.dtype, array.nbytes, partial(np.asarray, array))
 
 

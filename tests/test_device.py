@@ -237,6 +237,32 @@ def test_whose_outputs_they_are(parts, tmp_path):
     refused(parts, {"a": np.array(["text"])}, "no output|real numbers|fit none", graph=LAST)
 
 
+def test_what_is_no_outputs_is_told(parts, tmp_path):
+    for outputs, match in [
+        (5, "type int, expected a path or a mapping"), (None, "type NoneType"),
+        ({"logits": [[1, 2], [3]]}, "'logits' is no array of numbers"), ({"logits": ["x"]}, "expected real numbers"),
+        ({"logits": None}, "holds object"),
+    ]:  # fmt: skip
+        refused(parts, outputs, match, graph=LAST)
+    write_npz(tmp_path / "isolated.npz", parts[3][LAST])
+    (tmp_path / "outputs" / "phone" / "isolated").mkdir(parents=True)
+    refused(parts, tmp_path / "outputs", "give one of them: .*outputs/phone")
+
+
+def test_a_square_cache_is_told_to_be_one(tiny_folder, tmp_path):
+    """Nothing but the golden could tell a transposed one, and it has the last slot alone."""
+    model = refimpl.load(tiny_folder("Baichuan2-7B"))
+    context = model.config.head_dim
+    folder = emit(model, tokens=1, context=context, parts=1, prompt=[3]).save(tmp_path / "x")
+    [spec] = read_manifest(folder)[0].runs[0]
+    golden = read_arrays(folder, spec, "output", spec.outputs)
+    for name, axis in (("past_key_0_out", 3), ("past_value_0_out", 2)):
+        full = np.concatenate([np.zeros_like(golden[name])] * (context - 1) + [golden[name]], axis)
+        [answer] = read_answers(folder, {name: full})
+        assert f"taken to be on axis {axis}, for another one has {context} as well" in answer.remarks[0]
+        assert np.array_equal(answer.arrays[name], golden[name])
+
+
 def test_raw_files_have_the_size(parts, tmp_path):
     folder = write_raws(tmp_path / "a", {**parts[3][MIDDLE], "model.layers.0": np.zeros(5, "f4")})
     refused(parts, folder, "20 bytes, but model.layers.0 of .* is .*2048 as float32", graph=MIDDLE)
