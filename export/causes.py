@@ -14,7 +14,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import chain
 from typing import TYPE_CHECKING, Any
@@ -23,10 +23,11 @@ import ml_dtypes
 import numpy as np
 from tqdm import tqdm
 
+from export.cut import stage
 from export.emit import Arrays
 from export.figures import unused_bits
 from export.operations import SLOTS, Hypothesis, Operation, hypotheses, last_name
-from export.parts import GraphSpec, Value
+from export.parts import GraphSpec, Value, boundary
 from export.verify import unpadded
 from kernels.affine import Encoding, fake_quantize, quantize
 from refimpl.config import Config
@@ -42,6 +43,8 @@ if TYPE_CHECKING:
 ROWS_TO_FIT = 8  # tokens, for a factor each of whose channels is fitted to them
 LARGEST_ORDER = 8192  # channels whose order is looked for
 GAIN, ENOUGH, EQUAL = 6.0, 10.0, 3.0  # dB: nearer than the right tensor; near at all; no nearer than another
+MOST = 4.0  # times what rounding explains: a cause that leaves more than that is not all of it
+ROUGHLY = "which is the nearest of the known faults, but explains only a part of the error"
 THETAS = (1e4, 1e5, 5e5, 1e6)  # that a Baichuan, a Llama or a Qwen has
 SHIFTS = (1, -1, 2, -2)
 
@@ -77,6 +80,8 @@ class Evidence:
     """A failing tensor, and all that can be asked about it. Arrays without padding have the layout of the tap.
 
     `suspects`: the operations of which one is wrong, the tensor's own the last; none if that is not known.
+    `needs`: what a device needs over what rounding explains, of its tensor, of what that should be, and of the tokens
+    that these have; above 1 it is not explained. nan: that is not known.
     """
 
     references: References
@@ -85,6 +90,7 @@ class Evidence:
     value: Value
     inputs: Mapping[str, np.ndarray]
     suspects: tuple[str, ...] = ()
+    needs: Callable[[np.ndarray, np.ndarray, tuple[slice, ...]], float] = lambda device, right, tokens: math.nan
 
     @property
     def spec(self) -> GraphSpec:
@@ -169,7 +175,8 @@ class Evidence:
 
     def if_true(self, hypothesis: Hypothesis) -> np.ndarray:
         """This tensor, were a hypothesis true."""
-        seen: dict[str, np.ndarray] = {}
+        spec, inputs, before = self._from_suspects
+        seen = dict(before)
 
         def change(name: str, x: Any) -> Any:
             if name in self.suspects and last_name(name) in hypothesis.at:
@@ -184,9 +191,30 @@ class Evidence:
             return x
 
         with contextlib.suppress(_ReachedError):
-            self.references.run(self.kind, self.spec, self.inputs, change=change)
+            self.references.run(self.kind, spec, inputs, change=change)
         x = seen[self.tap]
         return self.shown(x.transpose(np.argsort(self.value.tap_axes)) if self.value.tap_axes else x)
+
+    @cached_property
+    def _from_suspects(self) -> tuple[GraphSpec, Mapping[str, np.ndarray], Arrays]:
+        """The graph from the first layer under suspicion on, its inputs, and the stream before; what is right is given.
+
+        A hypothesis is tried hundreds of times, and parts have many layers.
+        """
+        spec, part = self.spec, self.spec.part
+        first = min((stage(tap, self.config.num_hidden_layers) for tap in self.suspects), default=-1)
+        if spec.cut or first <= part.layers.start or first >= part.layers.stop:
+            return spec, self.inputs, Arrays()
+        stream, before = boundary(first), Arrays()
+
+        def record(name: str, x: Any) -> Any:
+            before.update({name: x} if name == stream else {})
+            return x
+
+        self.references.run(self.kind, spec, self.inputs, change=record)
+        later = replace(spec, part=replace(part, layers=range(first, part.layers.stop), embeds=False))
+        given = {v.name: self.inputs[v.name] for v in later.inputs if v.name in self.inputs}
+        return later, given | {later.part.reads: before[stream]}, before
 
     def with_inputs(self, **changed: np.ndarray) -> np.ndarray:
         """This tensor, had the graph been given these instead."""
@@ -200,7 +228,7 @@ class _ReachedError(Exception):
 def likely_causes(evidence: Evidence, table: Mapping[str, Callable[[Evidence], Iterator[Guess]]]) -> Cause | None:
     """The cause that explains a tensor best, or None if nothing known does."""
     healthy = nearness(evidence.device, evidence.expected)
-    best, most = None, -math.inf
+    best, most, needed = None, -math.inf, 0.0
     for name, detector in tqdm(table.items(), "explaining", unit="cause", disable=None, leave=False):
         for guess in detector(evidence):
             if guess.certain:
@@ -210,7 +238,10 @@ def likely_causes(evidence: Evidence, table: Mapping[str, Callable[[Evidence], I
             near = nearness(device[at], guess.predicted[at])
             if near >= max(healthy + GAIN, ENOUGH) and near > most + (EQUAL if best else 0):
                 best, most = Cause(name, guess.text), near
-    return best
+                needed = evidence.needs(device[at], guess.predicted[at], at)
+                if needed <= 1:  # nothing is left to explain
+                    return best
+    return replace(best, text=f"{best.text}; {ROUGHLY}") if best and needed > MOST else best
 
 
 def nearness(a: np.ndarray, b: np.ndarray) -> float:

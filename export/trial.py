@@ -7,9 +7,9 @@ those inputs, and with the device's tensors in the place of its own, and what ag
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -279,10 +279,14 @@ class Trial:
         raise ValueError(f"{answer.spec.name} is in no run")
 
     def causes(self, kind: Kind, verdict: Verdict) -> dict[str, Cause]:
-        """Why the first failing tensors that did not inherit their error may be wrong."""
+        """Why the first failing tensors that did not inherit their error may be wrong.
+
+        Those for which the same operations may be at fault are one matter, and the first of them is looked into.
+        """
         bad = [t for t in verdict.failures if t.born != "inherited"]
         bad.sort(key=lambda t: t.way != "isolated")
         found: dict[str, Cause] = {}
+        doubted: set[str] = set()
         for figures in bad[:SUSPECTS]:
             answer = self.answer(self.references.specs[figures.graph], figures.way)
             assert answer is not None
@@ -292,11 +296,36 @@ class Trial:
             linked = figures.way == "chained"
             inputs = self._as_fed(answer) if linked else self.references.inputs(answer.spec)
             suspects = tuple(verdict.suspected(figures))
-            evidence = Evidence(self.references, kind, answer, value, inputs, suspects)
+            if not doubted.isdisjoint(suspects):
+                continue
+            doubted.update(suspects)
+            needs = self._needs(kind, figures, value, inputs)
+            evidence = Evidence(self.references, kind, answer, value, inputs, suspects, needs)
             cause = likely_causes(evidence, CAUSES) or by_elimination(evidence)
             if cause and not any(cause == other for other in found.values()):
                 found[figures.name] = cause
         return found
+
+    def _needs(self, kind: Kind, about: Figures, value: Value, inputs: Mapping[str, np.ndarray]) -> Callable:
+        """What a device needs over what is allowed, were what is right another tensor; see `Evidence`."""
+        spec, noise = self.references.specs[about.graph], self.noise(kind)
+        empty = Figures(about.graph, about.way, about.tap, kind)
+
+        @cache
+        def added() -> np.ndarray | None:
+            """What the rounding of activations adds to the right tensor."""
+            if noise is None or (kind in ("simulation", "ends") and self.references.model is None):
+                return None
+            right, base = (self.references.run(k, spec, inputs, wanted=[about.tap])[value.name] for k in (kind, noise))
+            return unpadded(value, right, spec).astype(np.float64) - unpadded(value, base, spec)
+
+        def needs(device: np.ndarray, right: np.ndarray, tokens: tuple[slice, ...]) -> float:
+            rounding = added()
+            base = None if rounding is None else right - rounding[tokens]
+            limit, grid = self.limit(about.tap, spec, about.way), self.references.grids.get(about.tap)
+            return DERIVED.excess(measure(empty, device, right, right, limit, grid, base))
+
+        return needs
 
 
 def probed(answer: Answer) -> list[str]:

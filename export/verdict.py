@@ -86,9 +86,6 @@ class Verdict:
         flow, beside = self._flow(guilty), self._beside(guilty)
         known = Known(flow, {t.tap: self._proven(t, guilty) for t in beside})
         candidates = set(flow.ancestors[guilty.tap]) - known.right | {guilty.tap}
-        for other in beside:  # where another fault was born, this one was born later
-            if other is not guilty and other.born == "here" and other.tap in candidates:
-                candidates -= flow.ancestors[other.tap]
         return [tap for tap in flow.places if tap in candidates]
 
     def _beside(self, tensor: Figures) -> list[Figures]:

@@ -1,8 +1,10 @@
 """The catalogue of faults: each is found, localised, named; no healthy device is suspected. More: measure_faults.py."""
 
 import json
+from dataclasses import replace
 from itertools import product
 
+import numpy as np
 import pytest
 from faults import FAULTS, SETTINGS, World, tried
 
@@ -79,6 +81,16 @@ def test_a_fault_is_among_the_suspects_in_a_graph_of_several_layers(together, na
     assert right.isdisjoint(verdict.suspects)
     if {"model.layers.0.self_attn.key", "model.layers.0.self_attn.value"} <= right:
         assert "model.layers.0.input_layernorm" not in verdict.suspects, "keys and values show that it is right"
+
+
+def test_what_one_fault_does_is_not_called_several(together):
+    world = together("float")
+    fault = next(fault for fault in FAULTS if fault.name == "norm gain dropped")
+    gain = "model.layers.0.input_layernorm.weight"
+    first = replace(fault, runs=("prompt_ar12",), edit=lambda g: g.put(gain, np.ones(64, np.float32)))
+    verdict = world.judged(world.faulty(first), probes=False)
+    assert len(verdict.failures) > 3 and "Also" not in verdict.story
+    assert [str(cause) for cause in verdict.causes.values()] == ["RMSNorm has no gain: its weight is not applied"]
 
 
 @pytest.mark.parametrize("way", ["isolated", "chained"])

@@ -667,6 +667,40 @@ def test_what_no_pattern_explains_has_no_cause(world):
     assert "No known pattern explains it." in verdict.story
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_hypotheses_begin_at_the_first_suspect(world, monkeypatch, tmp_path, kind):
+    """They say the same as if all of the graph were computed again for each, and are tried in one layer of three."""
+    folder = emit(world.model, tokens=(16,), context=64, parts=1).save(tmp_path / "x")
+    references = References(folder, world.model, world.encodings)
+    ((name, spec),) = references.specs.items()
+    mlp = "model.layers.2.mlp"
+    seen = {}
+
+    def wrong(at, x):
+        seen[at] = x
+        return np.maximum(seen[f"{mlp}.gate_proj"], 0) if at == f"{mlp}.act_fn" else x
+
+    outputs = references.run(kind, spec, references.inputs(spec), change=wrong)
+    stages = []
+    begun = Evidence._from_suspects.func
+    monkeypatch.setattr(Evidence, "_from_suspects", property(lambda e: stages.append(begun(e)) or stages[-1]))
+    verdict = judge(folder, {name: outputs}, world.model, world.encodings)
+    assert verdict.guilty.tap == "lm_head" and f"{mlp}.act_fn" in verdict.suspects
+    assert [str(cause) for cause in verdict.causes.values()] == ["the activation is ReLU, expected SiLU"]
+    assert {tuple(later.part.layers) for later, _, _ in stages} == {(1, 2)}
+    monkeypatch.setattr(Evidence, "_from_suspects", property(lambda e: (e.spec, e.inputs, {})))
+    assert judge(folder, {name: outputs}, world.model, world.encodings).causes == verdict.causes
+
+
+def test_a_cause_that_explains_a_part_says_so(world):
+    noise = np.random.default_rng(0)
+    for share, roughly in ((0.0, False), (0.05, True)):
+        change = lambda x, s, share=share: 2 * x + share * x.std() * noise.standard_normal(x.shape)
+        verdict = world.judged(at(3, "past_value_1_out", change)(world, "float", "isolated"))
+        (cause,) = verdict.causes.values()
+        assert cause.name == "scale" and ("explains only a part" in cause.text) == roughly, cause
+
+
 @pytest.mark.parametrize("mean", [3.0, 100.0, -1e4])
 def test_noise_far_from_zero_is_no_zero_point(world, mean):
     noise = np.random.default_rng(0)
