@@ -77,6 +77,29 @@ def best_lines(
     return _run(_best_lines, LINE, [x, scales, np.broadcast_to(lows, scales.shape)], importance, fits, highest)
 
 
+def largest(x: np.ndarray) -> np.ndarray:
+    """See `search.largest`."""
+    return _found(_largest, x)[0]
+
+
+def ends(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """See `search.ends`."""
+    low, high = _found(_ends, x)
+    return low, high
+
+
+def _found(kernel, x: np.ndarray) -> np.ndarray:
+    found, x = np.empty((2, len(x), 1), np.float32), np.ascontiguousarray(x)
+    with _LOCK:
+        run = compiled(kernel, _OF_BLOCKS, parallel=False, nogil=True)
+    run(x, x.view(np.int32), found)
+    return found
+
+
+_OF_BLOCKS = types.void(
+    types.Array(types.float32, 2, "C", readonly=True), types.Array(types.int32, 2, "C", readonly=True),
+    types.Array(types.float32, 3, "C"),
+)  # fmt: skip
 # What `_best_lines` is compiled for; it has its rule in itself.
 LINE = Rule("blocks with a minimum", grid=search.reciprocal, level=search.line_code)
 
@@ -100,14 +123,16 @@ def _best_scales(rule, x, trials, lows, costs, fits, codes, scales, zeros, which
     tile, rest, weigh = _tile(size), _tile(size), _tile(costs.shape[1])
     best, trial, low, by, zero, unit = _floats(), _floats(), _floats(), _floats(), _floats(), _floats()
     error, least, norm, product, number = _doubles(), _doubles(), _doubles(), _doubles(), _doubles()
+    tried = len(trials) + fits if len(trials) > 1 else 0
     for first in range(0, count, LANES):
         here = slice(first, min(first + LANES, count))
         lanes = here.stop - first
-        _lay_out(x[here], tile)
-        _lay_out(costs[here], weigh)
+        if tried:
+            _lay_out(x[here], tile)
+            _lay_out(costs[here], weigh)
         least[:], number[:] = np.inf, 0
         best[:lanes], low[:lanes] = trials[0, here], lows[0, here]
-        for n in range(len(trials) + fits if len(trials) > 1 else 0):
+        for n in range(tried):
             if n < len(trials):
                 trial[:lanes] = trials[n, here]
             else:
@@ -129,12 +154,12 @@ def _best_scales(rule, x, trials, lows, costs, fits, codes, scales, zeros, which
                 least[lane] = error[lane] if better else least[lane]
                 best[lane] = trial[lane] if better else best[lane]
                 number[lane] = n if better else number[lane]
-        _grids(rule, best, low, by, zero, unit)
-        for i in range(size):
-            for lane in range(LANES):
-                rest[i, lane] = code(rule, tile[i, lane], by[lane], zero[lane])
-        _lay_back(rest, codes[here])
-        scales[here], zeros[here], which[here] = best[:lanes], zero[:lanes], number[:lanes]
+        scales[here], which[here] = best[:lanes], number[:lanes]
+        for block in range(first, here.stop):
+            factor, point, _ = grid(rule, scales[block], lows[0, block])
+            zeros[block] = point
+            for i in range(size):
+                codes[block, i] = np.int32(code(rule, x[block, i], factor, point))
 
 
 def _best_lines(rule, x, trials, lows, costs, fits, highest, codes, scales, mins, which):
@@ -179,9 +204,43 @@ def _best_lines(rule, x, trials, lows, costs, fits, highest, codes, scales, mins
                 best[lane] = trial[lane] if better else best[lane]
                 lowest[lane] = low[lane] if better else lowest[lane]
                 number[lane] = n if better else number[lane]
-        _line_codes(tile, best, lowest, by, rest)
-        _lay_back(rest, codes[here])
         scales[here], mins[here], which[here] = best[:lanes], lowest[:lanes], number[:lanes]
+        for block in range(first, here.stop):
+            inverse, bottom = reciprocal(scales[block]), mins[block]
+            for i in range(size):
+                codes[block, i] = np.int32(line_code(x[block, i], inverse, bottom))
+
+
+def _largest(x, bits, found):
+    """Bits of float32 without their sign are in the order of magnitudes."""
+    for block in range(len(bits)):
+        most, i = np.int32(0), 0
+        for word in bits[block]:
+            most = max(most, np.int32(word & np.int32(0x7FFFFFFF)))
+        while bits[block, i] & np.int32(0x7FFFFFFF) != most:
+            i += 1
+        found[0, block, 0] = x[block, i]
+
+
+def _ends(x, bits, found):
+    """Bits of float32 are in the order of numbers if those of a negative one are turned, and -0 is made 0."""
+    for block in range(len(bits)):
+        low = high = _ordered(bits[block, 0])
+        for word in bits[block]:
+            number = _ordered(word)
+            low, high = min(low, number), max(high, number)
+        i = j = 0
+        while _ordered(bits[block, i]) != low:
+            i += 1
+        while _ordered(bits[block, j]) != high:
+            j += 1
+        found[0, block, 0], found[1, block, 0] = x[block, i], x[block, j]
+
+
+@register_jitable
+def _ordered(word):
+    word = np.int32(0) if word == np.int32(-0x80000000) else word
+    return np.int32(word ^ (word >> 31 & np.int32(0x7FFFFFFF)))
 
 
 @register_jitable
@@ -205,14 +264,6 @@ def _lay_out(x, tile):
     for block in range(len(x)):
         for i in range(len(tile)):
             tile[i, block] = x[block, i]
-
-
-@register_jitable
-def _lay_back(tile, codes):
-    """Codes, as they lie in a tile, as rows of bytes."""
-    for block in range(len(codes)):
-        for i in range(len(tile)):
-            codes[block, i] = np.int32(tile[i, block])
 
 
 @register_jitable

@@ -36,7 +36,7 @@ from types import ModuleType
 import numpy as np
 
 from kernels import search as numpy_search
-from kernels.search import Rule, clip, ends, largest, nonzero, trials
+from kernels.search import Rule, clip, nonzero, trials
 
 
 def _symmetric(scale, low):
@@ -68,10 +68,10 @@ def quantize(
     A block of zeros has scale 0 and codes 0. `search`, `importance`: see search.py.
     """
     if symmetric:
-        scales = np.abs(largest(x)) / np.float32(7)
+        scales = np.abs(backend.largest(x)) / np.float32(7)
         found = backend.best_scales(x, trials(scales, search), SYMMETRIC, importance)
         return dict(codes=found.codes, scales=found.scales)
-    low, high = ends(x)
+    low, high = backend.ends(x)
     low, high = np.minimum(low, np.float32(0)), np.maximum(high, np.float32(0))
     scales = (high - low) / np.float32(15)
     found = backend.best_scales(x, trials(scales, search), ASYMMETRIC, importance, low)

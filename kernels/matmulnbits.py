@@ -29,7 +29,7 @@ import numpy as np
 
 from kernels import int4
 from kernels import search as numpy_search
-from kernels.search import Rule, ends, half_up, nonzero, reciprocal, trials
+from kernels.search import Rule, half_up, nonzero, reciprocal, trials
 
 
 def _symmetric(scale, low):
@@ -59,7 +59,7 @@ def quantize(
 
     `search`, `importance`: see search.py.
     """
-    low, high = ends(x)
+    low, high = backend.ends(x)
     if symmetric:
         scales = np.where(np.abs(high) > np.abs(low), high, low) / np.float32(-8)
         found = backend.best_scales(x, trials(scales, search), SYMMETRIC, importance)

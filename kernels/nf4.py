@@ -33,7 +33,7 @@ from types import ModuleType
 import numpy as np
 
 from kernels import search as numpy_search
-from kernels.search import Rule, clip, largest, trials
+from kernels.search import Rule, clip, trials
 
 VALUES = np.array(
     [
@@ -90,7 +90,7 @@ def quantize_to(
     rule: Rule, x: np.ndarray, last: int | None, search: int, importance: np.ndarray | None, backend: ModuleType
 ) -> dict[str, np.ndarray]:
     """Blocks (n, b) as codes of 16 values: NF4 and FP4 in one."""
-    scales = np.abs(largest(x))
+    scales = np.abs(backend.largest(x))
     incomplete = last is not None and last < x.shape[1]
     if incomplete:
         scales[-1] = np.maximum(scales[-1], TINY)

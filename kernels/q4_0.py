@@ -25,7 +25,7 @@ from types import ModuleType
 import numpy as np
 
 from kernels import search as numpy_search
-from kernels.search import Rule, clip, half, largest, reciprocal, trials
+from kernels.search import Rule, clip, half, reciprocal, trials
 
 BLOCK = np.dtype([("scales", "<f2"), ("packed", "u1", 16)])
 
@@ -45,7 +45,7 @@ def quantize(
     x: np.ndarray, search: int = 0, importance: np.ndarray | None = None, backend: ModuleType = numpy_search
 ) -> dict[str, np.ndarray]:
     """Blocks (n, 32) of float32 as `codes` (n, 32) uint8 and `scales` (n, 1) float16. Options: see search.py."""
-    found = backend.best_scales(x, trials(largest(x) / np.float32(-8), search), RULE, importance)
+    found = backend.best_scales(x, trials(backend.largest(x) / np.float32(-8), search), RULE, importance)
     return dict(codes=found.codes, scales=found.scales.astype(np.float16))
 
 

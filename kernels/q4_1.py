@@ -22,7 +22,7 @@ import numpy as np
 
 from kernels import q4_0
 from kernels import search as numpy_search
-from kernels.search import FITS, LINE_FACTORS, ends, reciprocal, trials
+from kernels.search import FITS, LINE_FACTORS, reciprocal, trials
 
 BLOCK = np.dtype([("scales", "<f2"), ("mins", "<f2"), ("packed", "u1", 16)])
 
@@ -31,7 +31,7 @@ def quantize(
     x: np.ndarray, search: int = 0, importance: np.ndarray | None = None, backend: ModuleType = numpy_search
 ) -> dict[str, np.ndarray]:
     """Blocks (n, 32) of float32 as `codes` (n, 32) uint8, `scales`, `mins` (n, 1) float16. Options: see search.py."""
-    mins, highest = ends(x)
+    mins, highest = backend.ends(x)
     scales = (highest - mins) / np.float32(15)
     if search:
         _, scales, mins, _ = backend.best_lines(x, trials(scales, search, *LINE_FACTORS), mins.T, importance, FITS)

@@ -34,7 +34,7 @@ from types import ModuleType
 import numpy as np
 
 from kernels import search as numpy_search
-from kernels.search import FITS, LINE_FACTORS, ends, reciprocal, trials
+from kernels.search import FITS, LINE_FACTORS, reciprocal, trials
 
 BLOCK = np.dtype([("scales", "<f2"), ("dmins", "<f2"), ("six_bits", "u1", 12), ("packed", "u1", 128)])
 
@@ -47,7 +47,7 @@ def quantize(
     """
     subs = x.reshape(-1, 32)
     importance = None if importance is None else importance.reshape(-1, 32)
-    lowest, highest = ends(subs)
+    lowest, highest = backend.ends(subs)
     mins = np.minimum(lowest, np.float32(0))
     scales = (highest - mins) / np.float32(15)
     if search:

@@ -93,6 +93,15 @@ def test_sums_go_from_the_first_weight_to_the_last(blocks, size):
                 assert found[block, 0] == total
 
 
+@pytest.mark.parametrize("columns", [1, 5, 32, 256])
+def test_the_first_of_the_ends_is_taken_by_either(columns):
+    bits = np.random.default_rng(7).integers(0, 2**32, (300, columns), np.uint32).view(F32)
+    few = np.random.default_rng(8).choice(F32([-1, -0.0, 0.0, 1]), (300, columns))
+    for x in (np.where(np.isfinite(bits), bits, 0), few, -np.abs(few), np.abs(few) * F32(1e-45)):
+        assert search.largest(x).tobytes() == fast_search.largest(x).tobytes()
+        assert [end.tobytes() for end in search.ends(x)] == [end.tobytes() for end in fast_search.ends(x)]
+
+
 def test_the_order_of_sums_is_the_same():
     @numba.njit
     def of_columns(a, b, weigh, total):
@@ -149,4 +158,5 @@ def test_a_cold_compile_announces_itself(tmp_path):
                        capture_output=True, check=True).stderr
         for _ in range(2)
     ]  # fmt: skip
-    assert runs == ["refimpl: compiling kernels.fast_search._best_scales for q4_0, once\n", ""]
+    said = "compiling kernels.fast_search._largest for ", "compiling kernels.fast_search._best_scales for q4_0, once"
+    assert all(text in line for text, line in zip(said, runs[0].splitlines(), strict=True)) and runs[1] == ""
