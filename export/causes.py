@@ -82,6 +82,7 @@ class Evidence:
     `suspects`: the operations of which one is wrong, the tensor's own the last; none if that is not known.
     `needs`: what a device needs over what rounding explains, of its tensor, of what that should be, and of the tokens
     that these have; above 1 it is not explained. nan: that is not known.
+    `handed_on`: other tensors inherited its error, so inside of its graph it is wrong, too.
     """
 
     references: References
@@ -91,6 +92,7 @@ class Evidence:
     inputs: Mapping[str, np.ndarray]
     suspects: tuple[str, ...] = ()
     needs: Callable[[np.ndarray, np.ndarray, tuple[slice, ...]], float] = lambda device, right, tokens: math.nan
+    handed_on: bool = False
 
     @property
     def spec(self) -> GraphSpec:
@@ -314,7 +316,9 @@ def swapped(e: Evidence) -> Iterator[Guess]:
     for value in e.spec.outputs:
         other = unpadded(value, e.outputs[value.name], e.spec).astype(np.float64)
         if value.name != e.value.name and other.shape == e.expected.shape:
-            yield Guess(f"it is {value.name}: two outputs have each other's names, or their order is another", other)
+            why = ("the graph computes one for the other" if e.handed_on else
+                   "two outputs have each other's names, or their order is another")  # fmt: skip
+            yield Guess(f"it is {value.name}: {why}", other)
     for spec in e.references.specs.values():
         if spec.name != e.spec.name and spec.tokens == e.spec.tokens:
             for value in spec.outputs:

@@ -305,7 +305,8 @@ class Trial:
                 continue
             doubted.update(suspects)
             needs = self._needs(kind, figures, value, inputs)
-            evidence = Evidence(self.references, kind, answer, value, inputs, suspects, needs)
+            handed_on = any(t.born == "inherited" for t in verdict.following(figures))
+            evidence = Evidence(self.references, kind, answer, value, inputs, suspects, needs, handed_on)
             cause = likely_causes(evidence, CAUSES) or by_elimination(evidence)
             if cause and not any(cause == other for other in found.values()):
                 found[figures.name] = cause

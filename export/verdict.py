@@ -27,7 +27,7 @@ from refimpl.files import read_json, write_whole
 from refimpl.names import taps
 
 FORMAT = "refimpl verdict 1"
-KEPT = ("self_attn.query", "self_attn.key", "self_attn.value")
+HEADS = ("self_attn.query", "self_attn.key", "self_attn.value")
 MUCH = 8
 LISTED = 10  # suspects that a sentence names
 DERIVED = Thresholds()  # no number given: the rules of `export/figures.py`
@@ -81,7 +81,7 @@ class Verdict:
 
     def suspected(self, guilty: Figures) -> list[str]:
         """The same for any tensor that did not inherit its error."""
-        if guilty.operation in KEPT and self._follows(guilty):
+        if guilty.operation in HEADS and self._follows(guilty):
             return [guilty.tap]
         flow, beside = self._flow(guilty), self._beside(guilty)
         known = Known(flow, {t.tap: self._proven(t, guilty) for t in beside})
@@ -106,8 +106,12 @@ class Verdict:
 
     def _follows(self, guilty: Figures) -> bool:
         """Whether a right tensor is made of the guilty one, so that inside of its graph that one was right."""
-        made = self._flow(guilty).ancestors
-        return any(guilty.tap in made[t.tap] and self._proven(t, guilty) for t in self._beside(guilty))
+        return any(self._proven(t, guilty) for t in self.following(guilty))
+
+    def following(self, tensor: Figures) -> list[Figures]:
+        """Those of the same run of the same graph that are made of a tensor."""
+        made = self._flow(tensor).ancestors
+        return [t for t in self._beside(tensor) if tensor.tap in made[t.tap]]
 
     @property
     def summary(self) -> str:
@@ -148,9 +152,9 @@ class Verdict:
             among = ", ".join(self.suspects) if count <= LISTED else (
                 f"the {count} operations from {self.suspects[0]} to {self.suspects[-1]}")  # fmt: skip
             lines.append(f"{until} is one of {among}.")
-        elif guilty.operation in KEPT and self._follows(guilty):
+        elif guilty.operation in HEADS and self._follows(guilty):
             # what all keys have in common, or keys and queries, is nothing to a softmax of their products
-            unseen = "" if guilty.operation == KEPT[2] else "; or attention does not see the error"
+            unseen = "" if guilty.operation == HEADS[2] else "; or attention does not see the error"
             lines.append("What follows from it is right, so its output alone is wrong: its layout, name, scale or copy"
                          f"{unseen}.")  # fmt: skip
         cause = self.causes.get(guilty.name)

@@ -523,6 +523,21 @@ def test_probes_narrow_it_down(world):
     assert not judge(world.folder, {name: outputs}, None, world.encodings)  # the graph itself computes what is right
 
 
+def test_what_a_graph_exchanges_is_no_matter_of_names(world):
+    """Others inherit it: so the names are right, and what the graph computes is not."""
+    spec, width = world.references.specs[P.format(3)], 128
+    attention = "model.layers.1.self_attn"
+    probed = [f"{attention}.{name}" for name in ("query", "scores", "probs", "context")]
+
+    def exchange(name, x):
+        turned = np.r_[width : 2 * width, :width, 2 * width : 3 * width]
+        return x[..., turned] if name == f"{attention}.W_pack" else x
+
+    outputs = world.references.run("float", spec, world.references.inputs(spec), wanted=probed, change=exchange)
+    verdict = world.judged({spec.name: outputs})
+    assert "past_key_1_out: the graph computes one for the other" in verdict.causes[verdict.guilty.name].text
+
+
 def test_missing_and_absent_outputs(world):
     outputs = world.healthy("simulation", "isolated")
     del outputs["isolated"][P.format(3)]["past_value_1_out"]
