@@ -114,9 +114,9 @@ class Finding:
     """Where a device goes wrong: `guilty` is the first wrong tensor, which follows from `given`.
 
     `rivals`: what else may be the first, where that could not be seen. `agrees`: nothing is wrong at all.
-    `beside`: wrong outputs that do not follow from the guilty one. `pieces`: the values of it that are wrong, where it
-    is in pieces. `nodes`: the operations that compute it, or those pieces, from what is given, type and name. `taps`:
-    how many there are to search, `bound` the runs that one fault takes at most.
+    `beside`: wrong outputs that do not follow from the guilty one; `spread`: those that do. `pieces`: the values of it
+    that are wrong, where it is in pieces. `nodes`: the operations that compute it, or those pieces, from what is given,
+    type and name. `taps`: how many there are to search, `bound` the runs that one fault takes at most.
     """
 
     graph: str
@@ -131,6 +131,7 @@ class Finding:
     given: Mapping[str, Figures] = field(default_factory=dict)
     rivals: tuple[str, ...] = ()
     beside: tuple[str, ...] = ()
+    spread: tuple[str, ...] = ()
     pieces: tuple[str, ...] = ()
     nodes: tuple[tuple[str, str], ...] = ()
     hidden: tuple[str, ...] = ()
@@ -173,7 +174,9 @@ class Finding:
                          "joins operations there; graphs cut off there (--until) may keep it.")  # fmt: skip
         if self.beside:
             lines.append(f"Wrong as well, and not because of it: {at_most(self.beside, 4)}; so there is another fault.")
-        lines.append("What follows from it is wrong anyway; others may hide there. Mend it, and bisect again.")
+        hides = "What follows from it is wrong anyway; others may hide there." if self.spread else (
+            "No output that follows from it is wrong.")  # fmt: skip
+        lines.append(f"{hides} Mend it, and bisect again.")
         known = "the outputs were known; " if self.known else ""
         lines.append(f"{known}{len(self.runs)} runs, at most {self.bound} for one fault among {self.taps} taps:")
         lines += [f"  {i}. {run}" for i, run in enumerate(self.runs, 1)]
@@ -205,7 +208,8 @@ class Finding:
             "pieces": self.pieces, "nodes": [{"op": op, "name": name} for op, name in self.nodes],
             "given": {name: one.to_json() for name, one in self.given.items()},
             "figures": self.figures and self.figures.to_json(), "excess": self.excess, "rivals": self.rivals,
-            "beside": self.beside, "hidden": self.hidden, "cause": self.cause, "taps": self.taps, "bound": self.bound,
+            "beside": self.beside, "spread": self.spread, "hidden": self.hidden, "cause": self.cause,
+            "taps": self.taps, "bound": self.bound,
             "runs": [{"showed": run.showed, "until": run.until, "wrong": run.wrong, "gone": run.gone}
                      for run in self.runs],
             "healthy": self.healthy, "remarks": self.remarks,
@@ -429,6 +433,7 @@ class Bisection:
             given={name: seen[name] for name in self.flow.behind[guilty] if name in seen},
             rivals=tuple(rivals) if len(rivals) > 1 else (),
             beside=tuple(name for name in first.wrong if name not in follows),
+            spread=tuple(name for name in first.wrong if name in follows and self.flow.places[name].tap != one.tap),
             pieces=tuple(pieces),
             nodes=tuple((node.op_type, node.name) for node in self.flow.computing(guilty, pieces)),
             hidden=tuple(dict.fromkeys(gone)), cause=self.judge.cause(kind, one, given) if given else None,

@@ -259,7 +259,8 @@ def test_what_is_printed(saved, tmp_path, capsys):
     folder, model = saved
     found = bisect(folder, Faulty(tmp_path, scaled([f"{LAYER}.mlp.act_fn"])), model)
     text = str(found)
-    assert not found and found.summary in text
+    assert not found and found.summary in text and found.spread == ("lm_head",)
+    assert "What follows from it is wrong anyway; others may hide there. Mend it" in text
     assert "layer 1, mlp.act_fn: SiLU of the gate" in text and "computed by Sigmoid Sigmoid_1, Mul" in text
     assert f"from what is right: {LAYER}.mlp.gate_proj (" in text
     assert "Likely cause: all values are 1.3 times" in text and "at most 7 for one fault among 37 taps" in text
@@ -313,7 +314,7 @@ def test_several_faults(saved, tmp_path, unexplained):
     ):  # fmt: skip
         found = bisect(folder, Faulty(tmp_path / guilty, scaled(values)), model)
         assert (found.guilty, found.beside) == (guilty, beside), found
-        assert "others may hide there" in str(found)
+        assert ("others may hide there" in str(found)) == bool(found.spread)
         assert ("another fault" in str(found)) == bool(beside)
 
 
@@ -445,6 +446,7 @@ def test_what_a_softmax_hides_is_found_in_the_graph(tiny_model, tmp_path, unexpl
     found = bisect(folder, device, model)
     assert found.guilty == f"{LAYER}.self_attn.key" and found.runs[0].wrong == ("past_key_1_out",), found
     assert len(found.runs) <= found.bound
+    assert "No output that follows from it is wrong. Mend it" in str(found) and not found.spread
 
 
 def test_encodings_may_come_from_a_file(tiny_model, tmp_path, unexplained):
