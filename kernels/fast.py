@@ -28,7 +28,7 @@ from numba import types
 from numba.core import event
 
 from kernels import dynamic8, fast_attention, fast_integer, fast_linear, fast_softmax, formats
-from kernels.fast_layout import LINE, Layout, LayoutType
+from kernels.fast_layout import LINE, NIBBLES, Layout, LayoutType, nested_bytes
 from kernels.formats import Blocks
 from kernels.ops import NumPyOps, Readable
 from kernels.q8_rows import Q8Rows
@@ -200,7 +200,7 @@ def _dense(array: np.ndarray, divisors: np.ndarray | None) -> Matrix | None:
 
 
 # How a layout names the codes of formats.py.
-_CODES = {"lpbq": "int4", "q8_0": "int8"} | {name: name for name in ("int4", "q4_0", "matmulnbits", "nf4", "fp4")}
+_CODES = {"lpbq": "int4", "qlinear4": "int4", "q8_0": "int8", "qlinear8": "int8"} | {name: name for name in NIBBLES}
 
 
 def _blocks(blocks: Blocks, rounded: np.dtype | None) -> Matrix | None:
@@ -211,17 +211,22 @@ def _blocks(blocks: Blocks, rounded: np.dtype | None) -> Matrix | None:
     (rows, columns), size, extra = blocks.shape, blocks.block_size, dict(blocks.extra)
     if blocks.format not in _CODES or blocks.axis == 0 or (blocks.axis is None and columns % size):
         return None
-    scales, zeros = blocks.scales, blocks.zero_points
+    scales, zeros, mins = blocks.scales, blocks.zero_points, extra.pop("mins", None)
     if "nested_scales" in extra:
         nested = {name: extra.pop(name) for name in formats.NESTED if name in extra}
         scales = dynamic8.unnest(scales, np.arange(len(scales)), **nested)
     if "block_scales" in extra:
         scales = (extra.pop("block_scales") * scales).astype(np.float32)
-    if extra:  # a table of its own
-        return None
     if zeros is not None:
         zeros = (zeros.astype(np.int16) - 8 * (blocks.format == "matmulnbits")).astype(np.int8)
-    layout = Layout(_CODES[blocks.format], scales.dtype.name, None if zeros is None else "int8")
+    kinds = [None if part is None else part.dtype.name for part in (scales, mins)]
+    if blocks.format == "q4_k":
+        scales = nested_bytes(scales, extra.pop("sub_scales"))
+        mins = nested_bytes(-extra.pop("dmins"), extra.pop("sub_mins"))
+        size, kinds = 32, ["nested", "nested"]
+    if extra:  # a table of its own
+        return None
+    layout = Layout(_CODES[blocks.format], kinds[0], None if zeros is None else "int8", kinds[1])
     narrow = None if rounded is None or rounded == np.float32 else rounded.name
     layout = replace(layout, block=math.gcd(size, layout.line), rounded=narrow)
     if layout.block % (layout.line // LANES):
@@ -235,7 +240,8 @@ def _blocks(blocks: Blocks, rounded: np.dtype | None) -> Matrix | None:
         part = part.reshape(rows, -1)
         return _lines(np.repeat(part, size // layout.block, axis=1) if size != layout.block else part, lines * nbytes)
 
-    return Matrix(layout, codes, of_lines(scales, layout.sizes[1]), of_lines(zeros, layout.sizes[2]))
+    third = mins if zeros is None else zeros
+    return Matrix(layout, codes, of_lines(scales, layout.sizes[1]), of_lines(third, layout.sizes[2]))
 
 
 def _lines(array: np.ndarray, length: int = LINE) -> np.ndarray:

@@ -12,9 +12,9 @@ fast_layout.py; fma(a, b, c) is a * b + c in float32, rounded once:
     total[l] = total[l] + lane[l]                 chunk after chunk, from 0
     out      = lane l + lane l+8 of the total, of these l + l+4, then l + l+2, then l + l+1
 
-Where there are no scales, lane[l] = fma(w, x, lane[l]) vector after vector. So a product takes part in at most
-n = 32 + I/512 + 4 roundings, w's own among them, and the error is at most n u / (1 - n u) times the sum of |w x|, with
-u = 2^-24.
+Where there are no scales, or where there are minima, w is the number itself, and lane[l] = fma(w, x, lane[l]) vector
+after vector. So a product takes part in at most n = 32 + I/512 + 4 roundings, w's own among them, and the error is at
+most n u / (1 - n u) times the sum of |w x|, with u = 2^-24.
 
 **One token** reads each weight once: the speed of memory is the limit. Four rows go together through their lines, one
 load of x for all four, and the next four rows are asked for ahead of time, in the order in which they lie.
