@@ -281,8 +281,9 @@ def quantize(
     infinite, and a scale that the format cannot hold.
     """
     form = format_named(format)
-    if weight.ndim != 2 or 0 in weight.shape:
-        raise ValueError(f"the weight has shape {weight.shape}, expected a matrix (O, I) that is not empty")
+    if weight.ndim != 2 or 0 in weight.shape or weight.dtype.kind == "c":
+        found = f"{weight.dtype} of shape {weight.shape}"
+        raise ValueError(f"the weight is {found}, expected a matrix (O, I) of floats that is not empty")
     axis, block_size, unit = _placed(form, weight.shape, block_size, axis)
     unknown = [k for k in options if k not in form.options]
     if unknown or (importance is not None and "importance" not in form.options):
@@ -291,7 +292,7 @@ def quantize(
     if importance is not None:
         options.setdefault("search", 16)
     tries = options.get("search", 0)
-    if not isinstance(tries, int) or tries < 0 or (importance is not None and not tries):
+    if type(tries) is not int or tries < 0 or (importance is not None and not tries):
         raise ValueError(f"search is {tries!r}, expected how many scales to try, above 0 for importance to matter")
     with np.errstate(over="ignore"):
         x = np.asarray(weight, np.float32)
@@ -340,8 +341,8 @@ def _placed(
     form: Format, shape: tuple[int, ...], block_size: int | str | None, axis: int | None
 ) -> tuple[int | None, int, int]:
     """The axis, the block size as a number, and how many weights are quantized as one unit."""
-    if axis is not None and axis not in form.axes and axis + 2 not in form.axes:
-        raise ValueError(f"{form.name} has no axis {axis}; {_names(a for a in form.axes if a is not None)}")
+    if axis is not None and (type(axis) is not int or not {axis, axis + 2} & {*form.axes}):
+        raise ValueError(f"{form.name} has no axis {axis!r}; {_names(a for a in form.axes if a is not None)}")
     axis = None if block_size == "tensor" else form.axes[0] if axis is None else axis % 2
     return axis, *_fitting(form, shape, block_size, axis)
 

@@ -550,6 +550,9 @@ def test_the_search_of_one_scale_is_near_the_best_of_all():
         (dict(format="matmulnbits", block_size=24), "block_size 24 does not exist in matmulnbits"),
         (dict(format="nf4", block_size=4097), "block_size 4097 is more than the 3072 weights that there are; use 64"),
         (dict(format="lpbq", block_size=100), "row length 512 is not a multiple of block_size 100"),
+        (dict(format="int4", axis="x"), "int4 has no axis 'x'; its axes: 1, 0"),
+        (dict(format="int4", axis=1.0), "int4 has no axis 1.0"),
+        (dict(format="q4_0", search=True), "search is True, expected how many scales to try"),
         (dict(format="int4", axis=2), "int4 has no axis 2; its axes: 1, 0"),
         (dict(format="q4_0", axis=0), "q4_0 has no axis 0; its axes: 1"),
         (dict(format="nf4", axis=1), "nf4 has no axis 1; its axes: none, its blocks run through the flattened matrix"),
@@ -626,6 +629,11 @@ def test_weights_too_large_for_a_float16_scale_are_refused(name):
 def test_only_matrices_are_quantized(shape):
     with pytest.raises(ValueError, match="expected a matrix"):
         formats.quantize(np.zeros(shape, np.float32), "int4")
+
+
+def test_numbers_with_an_imaginary_part_are_refused():
+    with pytest.raises(ValueError, match="the weight is complex64 of shape"):
+        formats.quantize(np.full((2, 64), 1 + 1j, np.complex64), "int4")
 
 
 def test_bytes_that_are_not_whole_blocks_are_refused():
