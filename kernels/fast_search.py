@@ -90,16 +90,19 @@ def ends(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 def _found(kernel, x: np.ndarray) -> np.ndarray:
     found, x = np.empty((2, len(x), 1), np.float32), np.ascontiguousarray(x)
-    with _LOCK:
-        run = compiled(kernel, _OF_BLOCKS, parallel=False, nogil=True)
-    run(x, x.view(np.int32), found)
+    _finding(kernel)(x, x.view(np.int32), found)
     return found
 
 
-_OF_BLOCKS = types.void(
-    types.Array(types.float32, 2, "C", readonly=True), types.Array(types.int32, 2, "C", readonly=True),
-    types.Array(types.float32, 3, "C"),
-)  # fmt: skip
+@cache
+def _finding(kernel):
+    """A kernel that finds something in each block, compiled, or from the disk."""
+    blocks = types.Array(types.float32, 2, "C", readonly=True), types.Array(types.int32, 2, "C", readonly=True)
+    with _LOCK:
+        signature = types.void(*blocks, types.Array(types.float32, 3, "C"))
+        return compiled(kernel, signature, parallel=False, nogil=True)
+
+
 # What `_best_lines` is compiled for; it has its rule in itself.
 LINE = Rule("blocks with a minimum", grid=search.reciprocal, level=search.line_code)
 
@@ -213,28 +216,31 @@ def _best_lines(rule, x, trials, lows, costs, fits, highest, codes, scales, mins
 
 def _largest(x, bits, found):
     """Bits of float32 without their sign are in the order of magnitudes."""
-    for block in range(len(bits)):
-        most, i = np.int32(0), 0
-        for word in bits[block]:
-            most = max(most, np.int32(word & np.int32(0x7FFFFFFF)))
-        while bits[block, i] & np.int32(0x7FFFFFFF) != most:
-            i += 1
-        found[0, block, 0] = x[block, i]
+    count, size = bits.shape
+    for block in range(count):
+        most, first = np.int32(0), np.int32(size)
+        for i in range(size):
+            most = max(most, np.int32(bits[block, i] & np.int32(0x7FFFFFFF)))
+        for i in range(size):  # no branch, which could not be foreseen
+            here = bits[block, i] & np.int32(0x7FFFFFFF) == most
+            first = min(first, np.int32(i) if here else np.int32(size))
+        found[0, block, 0] = x[block, first]
 
 
 def _ends(x, bits, found):
     """Bits of float32 are in the order of numbers if those of a negative one are turned, and -0 is made 0."""
-    for block in range(len(bits)):
+    count, size = bits.shape
+    for block in range(count):
         low = high = _ordered(bits[block, 0])
-        for word in bits[block]:
-            number = _ordered(word)
+        for i in range(size):
+            number = _ordered(bits[block, i])
             low, high = min(low, number), max(high, number)
-        i = j = 0
-        while _ordered(bits[block, i]) != low:
-            i += 1
-        while _ordered(bits[block, j]) != high:
-            j += 1
-        found[0, block, 0], found[1, block, 0] = x[block, i], x[block, j]
+        first = last = np.int32(size)
+        for i in range(size):
+            number = _ordered(bits[block, i])
+            first = min(first, np.int32(i) if number == low else np.int32(size))
+            last = min(last, np.int32(i) if number == high else np.int32(size))
+        found[0, block, 0], found[1, block, 0] = x[block, first], x[block, last]
 
 
 @register_jitable

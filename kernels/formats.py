@@ -25,6 +25,7 @@ import inspect
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from types import ModuleType
 from typing import Any
 
@@ -66,7 +67,7 @@ class Format:
     def name(self) -> str:
         return self.module.__name__.rpartition(".")[2]
 
-    @property
+    @cached_property
     def options(self) -> tuple[str, ...]:
         """The keywords that `quantize` takes for this format."""
         return tuple(k for k in inspect.signature(self.module.quantize).parameters if k not in ("x", "last", "backend"))
