@@ -44,20 +44,20 @@ ROWS_TO_FIT = 8  # tokens, for a factor each of whose channels is fitted to them
 LARGEST_ORDER = 8192  # channels whose order is looked for
 GAIN, ENOUGH, EQUAL = 6.0, 10.0, 3.0  # dB: nearer than the right tensor; near at all; no nearer than another
 MOST = 4.0  # times what rounding explains: a cause that leaves more than that is not all of it
-ROUGHLY = "which is the nearest of the known faults, but explains only a part of the error"
 THETAS = (1e4, 1e5, 5e5, 1e6)  # that a Baichuan, a Llama or a Qwen has
 SHIFTS = (1, -1, 2, -2)
 
 
 @dataclass(frozen=True)
 class Cause:
-    """A likely cause: its `name` in the table, and what was found, in a sentence."""
+    """A likely cause: its `name` in the table, what was found, in a sentence, and whether that is only a part."""
 
     name: str
     text: str
+    partial: bool = False
 
     def __str__(self) -> str:
-        return self.text
+        return f"{self.text} (the nearest of the known faults; it explains only a part)" if self.partial else self.text
 
 
 @dataclass(frozen=True, eq=False)
@@ -243,7 +243,7 @@ def likely_causes(evidence: Evidence, table: Mapping[str, Callable[[Evidence], I
                 needed = evidence.needs(device[at], guess.predicted[at], at)
                 if needed <= 1:  # nothing is left to explain
                     return best
-    return replace(best, text=f"{best.text}; {ROUGHLY}") if best and needed > MOST else best
+    return replace(best, partial=needed > MOST) if best else None
 
 
 def nearness(a: np.ndarray, b: np.ndarray) -> float:

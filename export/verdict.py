@@ -158,7 +158,8 @@ class Verdict:
             lines.append("What follows from it is right, so its output alone is wrong: its layout, name, scale or copy"
                          f"{unseen}.")  # fmt: skip
         cause = self.causes.get(guilty.name)
-        lines.append(f"Likely cause: {cause}." if cause else "No known pattern explains it.")
+        likely = "Likely cause" if cause and not cause.partial else "Perhaps"
+        lines.append(f"{likely}: {cause}." if cause else "No known pattern explains it.")
         others = [name for name in self.causes if name != guilty.name]
         lines += [f"Also {name}: {self.causes[name]}." for name in others]
         inherited = sum(tensor.born == "inherited" for tensor in self.failures)
@@ -275,7 +276,7 @@ def read_run(path: str | Path) -> Verdict:
         config = Config(**stored["config"])
         tensors = tuple(Figures.from_json(tensor) for tensor in stored["tensors"])
         known = taps(config)
-        causes = {name: Cause(**{key: one_line(str(value)) for key, value in cause.items()})
+        causes = {name: Cause(one_line(str(cause["name"])), one_line(str(cause["text"])), cause.get("partial") is True)
                   for name, cause in stored["causes"].items()}  # fmt: skip
         remarks = tuple(one_line(str(remark)) for remark in stored["remarks"])
         limits = Thresholds(**{k: None if v is None else float(v) for k, v in stored["thresholds"].items()})
