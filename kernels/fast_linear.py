@@ -97,18 +97,17 @@ def numbers(emit: Emitter, first: ir.Value, last: ir.Value, count: int) -> list[
 
 
 @intrinsic
-def _one_token(typingctx, layout, weights, scales, zeros, row, last, lines, x, token, sums):
-    """The sums of 4 rows from `row` on by row `token` of x, arranged: sums (16) has each of them four times."""
+def _one_token(typingctx, layout, weights, scales, zeros, row, last, lines, x, sums):
+    """The sums of 4 rows from `row` on by x, arranged: sums (16) has each of them four times."""
     form = layout.layout
 
     def generate(context, builder, signature, arguments):
         emit = Emitter(context, builder, form.portable)
-        _, *arrays, row, last, lines, x, token, sums = arguments
+        _, *arrays, row, last, lines, x, sums = arguments
         zero, kinds = ir.Constant(I64, 0), signature.args
         rows = Rows(emit, form, kinds[1:4], arrays, lines, numbers(emit, row, last, SIDE))
         ahead = Rows(emit, form, kinds[1:4], arrays, lines, [builder.add(row, ir.Constant(I64, SIDE))])
-        x = emit.address(kinds[7], x, builder.mul(token, emit.times(lines, form.line)))
-        sums = emit.address(kinds[9], sums, zero)
+        x, sums = emit.address(kinds[7], x, zero), emit.address(kinds[8], sums, zero)
         totals = [emit.variable(emit.floats(0.0)) for _ in range(SIDE)]
         with emit.pieces(lines, CHUNK // form.line) as (first, count):
             sums_of_chunk = [Sum(emit, form.scaled) for _ in totals]
@@ -128,7 +127,7 @@ def _one_token(typingctx, layout, weights, scales, zeros, row, last, lines, x, t
         emit.store(emit.totals([total.get() for total in totals]), sums)
         return context.get_dummy_value()
 
-    return types.void(layout, weights, scales, zeros, *[types.intp] * 3, x, types.intp, sums), generate
+    return types.void(layout, weights, scales, zeros, *[types.intp] * 3, x, sums), generate
 
 
 def _places(emit: Emitter, layout: Layout, kind, tile: ir.Value, row: ir.Value) -> tuple[ir.Value, ir.Value]:
@@ -213,11 +212,11 @@ def aligned(size):
 
 
 @njit(inline="never")
-def one_token(layout, weights, scales, zeros, start, stop, last, lines, x, token, out):
-    """out (stop - start): rows `start` to `stop` by row `token` of x. For Numba."""
+def one_token(layout, weights, scales, zeros, start, stop, last, lines, x, out):
+    """out (stop - start): rows `start` to `stop` by one token. For Numba."""
     sums = np.empty(16, np.float32)
     for row in range(start, stop, SIDE):
-        _one_token(layout, weights, scales, zeros, row, last, lines, x, token, sums)
+        _one_token(layout, weights, scales, zeros, row, last, lines, x, sums)
         for r in range(min(SIDE, stop - row)):
             out[row - start + r] = sums[SIDE * r]
 
@@ -238,12 +237,12 @@ def _fold(typingctx, sums, at, out):
 
 
 @njit(inline="never")
-def many_tokens(layout, weights, scales, zeros, start, stop, last, lines, vectors, x, first, out):
-    """out (T, stop - start): up to 16 rows from `start` on by T rows of x, from `first` on in each chunk. For Numba.
+def many_tokens(layout, weights, scales, zeros, start, stop, last, lines, vectors, x, out):
+    """out (T, stop - start): up to 16 rows from `start` on by T tokens. For Numba.
 
     x (chunks, tokens, width): see `chunked`. `vectors`: how many vectors a line has.
     """
-    chunks, all_tokens, width = x.shape
+    chunks, _, width = x.shape
     rows, per_chunk = stop - start, CHUNK // (LANES * vectors)
     tile = aligned(TILE * (CHUNK + LANES * per_chunk))
     sums = aligned(min(len(out) + SIDE - 1, TOKENS) * TILE * LANES)  # (tokens / 4, TILE, 4, LANES)
@@ -256,7 +255,7 @@ def many_tokens(layout, weights, scales, zeros, start, stop, last, lines, vector
             count = min(per_chunk, lines - line)
             for r in range(rows):
                 _unpack(layout, weights, scales, zeros, start + r, last, lines, line, count, tile, r)
-            token = chunk * all_tokens + first + begin
+            token = chunk * len(out) + begin
             for t in range(0, tokens, SIDE):
                 for r in range(0, rows, SIDE):
                     at = (t * TILE + r * SIDE) * LANES
@@ -278,12 +277,12 @@ def product(layout, weights, scales, zeros, x, out, lines, vectors):
     if tokens == 1:
         for task in prange((features + TASK - 1) // TASK):
             start, stop = task * TASK, min((task + 1) * TASK, features)
-            one_token(layout, weights, scales, zeros, start, stop, features - 1, lines, x, 0, out[0, start:stop])
+            one_token(layout, weights, scales, zeros, start, stop, features - 1, lines, x, out[0, start:stop])
     else:
         for task in prange((features + TILE - 1) // TILE):
             start, stop = task * TILE, min((task + 1) * TILE, features)
             place = out[:, start:stop]
-            many_tokens(layout, weights, scales, zeros, start, stop, features - 1, lines, vectors, x, 0, place)
+            many_tokens(layout, weights, scales, zeros, start, stop, features - 1, lines, vectors, x, place)
 
 
 def chunked(x: np.ndarray, layout: Layout, lines: int) -> np.ndarray:
