@@ -68,13 +68,13 @@ class NumbaOps(NumPyOps):
     def matmul(self, a: np.ndarray, b: np.ndarray) -> np.ndarray:
         """a (B, K, R, D) @ b (B, K, D, S), where b is a transposed view of keys (B, K, S, D) as a cache keeps them."""
         keys = b.swapaxes(-1, -2)
-        if not _attends(a, keys) or keys.shape[-1] % 32:
+        if not _attends(a, keys, a.shape[-1] == keys.shape[-1]) or keys.shape[-1] % 32:
             return super().matmul(a, b)
         return self._attention(fast_attention.scores, keys, a, (*a.shape[:-1], keys.shape[-2]))
 
     def weighted_sum(self, probs: np.ndarray, value: np.ndarray) -> np.ndarray:
         """probs (B, K, R, S) @ value (B, K, S, D): float32, whatever the cache keeps."""
-        if not _attends(probs, value) or value.shape[-1] % fast_attention.COLUMNS:
+        if not _attends(probs, value, probs.shape[-1] == value.shape[-2]) or value.shape[-1] % fast_attention.COLUMNS:
             return super().matmul(probs, value)
         return self._attention(fast_attention.context, value, probs, (*probs.shape[:-1], value.shape[-1]))
 
@@ -114,8 +114,10 @@ class NumbaOps(NumPyOps):
         return out
 
 
-def _attends(a: np.ndarray, rows: Any) -> bool:
-    return a.ndim == 4 and a.dtype == np.float32 and rows.dtype in (np.float32, np.float16, np.int8) and a.size > 0
+def _attends(a: np.ndarray, kept: Any, fit: bool) -> bool:
+    """Whether a kernel multiplies `a` by what a cache keeps: for it looks at no shape, and reads what it is told to."""
+    shapes = a.ndim == kept.ndim == 4 and a.shape[:2] == kept.shape[:2] and fit and min(*a.shape, *kept.shape) > 0
+    return shapes and a.dtype == np.float32 and (kept.dtype in (np.float32, np.float16) or isinstance(kept, Q8Rows))
 
 
 def _evenly(kept: Any) -> tuple[list[np.ndarray], int]:
@@ -288,14 +290,14 @@ def _softmax(many: bool):
     return compiled(fast_softmax.softmax, types.void(*rows), parallel=many)
 
 
-# Numba keeps what it compiled as long as the function's own file is the same. The instructions come from other files.
-SOURCES = sha256(b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py")))).hexdigest()[:16]
-
-
 @cache
 def _sigmoid(many: bool):
     x, out = types.Array(types.float32, 1, "C", readonly=True), types.Array(types.float32, 1, "C")
     return compiled(fast_softmax.sigmoid, types.void(x, out), parallel=many)
+
+
+# Numba keeps what it compiled as long as the function's own file is the same. The instructions come from other files.
+SOURCES = sha256(b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py")))).hexdigest()[:16]
 
 
 @cache
@@ -303,7 +305,9 @@ def compiled(function, signature, parallel: bool = True, **options):
     """`function` compiled for one signature by Numba with `options`, or, of the same sources, from the disk."""
     kind = "parallel" if parallel else "serial"  # Numba itself does not keep these apart on the disk
     function.__qualname__ = f"{function.__name__}_{kind}_{SOURCES}"  # what it calls the function there
-    announce = Announcement(f"compiling {function.__module__}.{function.__name__} for {signature.args[0]}, once")
+    known = signature.args[0]
+    what = f"{function.__module__}.{function.__name__}" + f" for {known}" * (not isinstance(known, types.Array))
+    announce = Announcement(f"compiling {what}, once")
     with event.install_listener("numba:compile", announce):
         dispatcher = numba.njit([signature], parallel=parallel, cache=True, **options)(function)
     _COMPILED.append(dispatcher)  # with it would go what it compiled

@@ -48,7 +48,7 @@ ORDER["matmulnbits"] = ORDER["int4"]
 
 def multiplies(layout: Layout) -> bool:
     """Whether `product` takes weights in this layout: codes of 4 bits that count, a scale for 32 and more."""
-    return layout.codes in ORDER and layout.block % BLOCK == 0
+    return layout.codes in ORDER and layout.block % BLOCK == 0 and layout.rounded is None
 
 
 def blocks_of(

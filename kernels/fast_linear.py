@@ -288,7 +288,8 @@ def product(layout, weights, scales, zeros, x, out, lines, vectors):
 def chunked(x: np.ndarray, layout: Layout, lines: int) -> np.ndarray:
     """x (T, I), filled up with zeros to whole lines and arranged for a layout, as (chunks, T, width), aligned.
 
-    One token is one chunk of all lines; of several, each chunk of 512 lies together, the last filled up with zeros.
+    One token is one chunk of all lines; of several, each chunk of 512 lies together, and what the last has beyond its
+    lines is not read.
     """
     tokens, columns = x.shape
     length = lines * layout.line

@@ -11,6 +11,7 @@ import numpy as np
 from kernels.q8_rows import BLOCK, Q8Rows
 from refimpl.errors import InputError
 
+UNIX = hasattr(mmap, "MAP_PRIVATE")
 DTYPES = ("float32", "float16", "int8")  # what a cache may keep, and as what a float32 run reads it
 
 
@@ -23,7 +24,18 @@ def room(shape: tuple[int, ...], dtype: Any) -> Any:
     if dtype == "int8":
         return Q8Rows(room(shape, np.int8), room((*shape[:-1], shape[-1] // BLOCK), np.float16))
     dtype = np.dtype(dtype)
-    return np.frombuffer(mmap.mmap(-1, math.prod(shape) * dtype.itemsize), dtype).reshape(shape)
+    nbytes = math.prod(shape) * dtype.itemsize
+    try:
+        # Where processes fork, what a child writes is its own.
+        mapped = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) if UNIX else mmap.mmap(-1, nbytes)
+        if hasattr(mmap, "MADV_NOHUGEPAGE"):
+            mapped.madvise(mmap.MADV_NOHUGEPAGE)
+    except (OSError, OverflowError, ValueError) as error:
+        said = getattr(error, "strerror", None) or error
+        raise InputError(
+            f"there is no memory for a cache of {nbytes / 1e9:.1f} GB: {said}; ask for fewer tokens"
+        ) from None
+    return np.frombuffer(mapped, dtype).reshape(shape)
 
 
 def expect_dtype(dtype: str | None, head_dim: int) -> None:

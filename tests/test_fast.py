@@ -88,7 +88,7 @@ def test_a_prompt_in_pieces_is_the_prompt_at_once_to_the_bit(kind):
         assert np.array_equal(NumbaOps().linear(x[start:stop], weight), whole[start:stop])
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in ("bfloat16", "float32")])  # have none
 def test_machines_without_special_instructions_give_the_same_bits(kind):
     weight = matrix(kind, 127, fitting(kind, 384))
     for tokens in (1, 7):
@@ -194,11 +194,11 @@ def same(a, b) -> bool:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "int8"])
-@pytest.mark.parametrize("batch, dim", [(1, 64), (2, 64), (2, 128)])
+@pytest.mark.parametrize("batch, dim", [(1, 64), (2, 128)])
 def test_attention_keeps_its_bound_over_a_view_of_a_cache(dtype, batch, dim):
     rng = np.random.default_rng(4)
     place = kept_as(dtype, rng.standard_normal((batch, 3, 300, dim)).astype(np.float32))
-    for size in [*ROWS, 65, 257, 300]:
+    for size in [1, 2, 3, 5, 31, 33, 65, 129, 257, 300]:
         keys = place[:, :, :size]
         read = np.asarray(keys).astype(np.float32)
         wide = read.astype(np.float64)
@@ -214,6 +214,32 @@ def test_attention_keeps_its_bound_over_a_view_of_a_cache(dtype, batch, dim):
             assert same(found, attention(read, queries, probs)), "what is kept is read exactly"
             alone = attention(keys, queries[:, :, :1], probs[:, :, :1])
             assert same((out[:, :, :1] for out in found), alone)
+
+
+def test_attention_of_what_does_not_fit_is_numpy_s():
+    """Kernels look at no shape: they would read beyond the end."""
+    ones = np.ones((1, 2, 3, 64), np.float32)
+    with pytest.raises(ValueError, match="mismatch"):
+        NumbaOps().weighted_sum(np.ones((1, 2, 3, 500), np.float32), np.ones((1, 2, 7, 64), np.float32))
+    with pytest.raises(ValueError, match="mismatch"):
+        NumbaOps().matmul(ones, np.ones((1, 2, 7, 96), np.float32).swapaxes(2, 3))
+    assert NumbaOps().matmul(ones, ones[:, :, :0].swapaxes(2, 3)).shape == (1, 2, 3, 0)
+    wide = np.ones((2, 2, 5, 64), np.float32)
+    assert (NumbaOps().matmul(wide, ones.swapaxes(2, 3)) == 64).all(), "one sequence's keys for two, as NumPy has it"
+
+
+def test_a_cache_is_its_process_s_own_and_fits_into_memory():
+    place = room((1, 1, 4, 32), "float32")
+    place[:] = 1
+    child = os.fork() if hasattr(os, "fork") else None
+    if child == 0:
+        place[:] = 2
+        os._exit(0)
+    if child:
+        os.waitpid(child, 0)
+    assert (place == 1).all()
+    with pytest.raises(InputError, match=r"there is no memory for a cache of .* GB: .*; ask for fewer tokens"):
+        room((1, 32, 10**13, 128), "float16")
 
 
 def test_attention_copies_no_cache():
@@ -418,7 +444,8 @@ def test_activations_of_another_width_are_refused():
 def test_blocks_of_any_size_have_their_own_scales(kind):
     """A scale of a neighbour is off by a factor of up to 2^8: no rounding hides that."""
     name, *asymmetric = kind.split()
-    sizes = (16, 64, 256) if asymmetric else (8, 24, 96, 160, 192, 224, 320, 384, 640)
+    # In pieces of 8, 32 or 64, as wide as a line and wider; each size of pieces is another kernel to compile.
+    sizes = {"int4": (8, 24, 96, 160, 320, 384, 640)}.get(kind, (256,) if asymmetric else (96,))
     for size in sizes:
         columns = 640 if 640 % size == 0 else 3 * size
         rng = np.random.default_rng(size)
