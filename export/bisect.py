@@ -28,7 +28,7 @@ import numpy as np
 from tqdm import tqdm
 
 import refimpl
-from export.causes import CAUSES, Evidence, likely_causes
+from export.causes import CAUSES, Evidence, by_elimination, likely_causes
 from export.dataflow import Dataflow, Known, Place
 from export.device import Answer
 from export.emit import Arrays
@@ -353,8 +353,8 @@ class Judge:
         grid = self.references.grids.get(one.tap)
         return measure(about, device, right, oracle, limit, grid, base, self.spec.config)
 
-    def cause(self, kind: Kind, one: Place, given: Mapping[str, np.ndarray]) -> str | None:
-        """Why a place may be wrong, if a known fault explains it."""
+    def cause(self, kind: Kind, one: Place, given: Mapping[str, np.ndarray], suspects: tuple[str, ...]) -> str | None:
+        """Why a place may be wrong, if a known fault of the suspects explains it."""
         array = one.array(given)
         shown = {value.tap: value for value in self.spec.outputs}
         value = one.value
@@ -364,7 +364,8 @@ class Judge:
             value = shown[one.tap]
             array = array.transpose(np.argsort(value.tap_axes)) if value.tap_axes else array
         answer = Answer(self.spec, "isolated", {value.name: array.astype(np.float32)}, {value.name: value})
-        cause = likely_causes(Evidence(self.references, kind, answer, value, self.inputs), CAUSES)
+        evidence = Evidence(self.references, kind, answer, value, self.inputs, suspects)
+        cause = likely_causes(evidence, CAUSES) or by_elimination(evidence)
         return str(cause) if cause else None
 
 
@@ -425,6 +426,7 @@ class Bisection:
         pieces = self.judge.wrong_pieces(kind, one, given, self.thresholds) if given else []
         candidates = search.candidates
         rivals = [name for name in self.flow.places if name in candidates]
+        suspects = tuple(dict.fromkeys([*(self.flow.places[name].tap for name in rivals), one.tap]))
         follows = {name for name in self.flow.places if guilty in self.flow.ancestors[name]}
         return Finding(
             self.judge.spec.name, kind, tuple(self.runs), guilty=guilty, tap=one.tap,
@@ -436,7 +438,7 @@ class Bisection:
             spread=tuple(name for name in first.wrong if name in follows and self.flow.places[name].tap != one.tap),
             pieces=tuple(pieces),
             nodes=tuple((node.op_type, node.name) for node in self.flow.computing(guilty, pieces)),
-            hidden=tuple(dict.fromkeys(gone)), cause=self.judge.cause(kind, one, given) if given else None,
+            hidden=tuple(dict.fromkeys(gone)), cause=self.judge.cause(kind, one, given, suspects) if given else None,
             taps=len({each.tap for each in self.flow.places.values()}),
             known=not self.runs or self.runs[0] is not first,
         )  # fmt: skip

@@ -746,10 +746,16 @@ def hypothetical(cause: str) -> Callable[[Evidence], Iterator[Guess]]:
     def detector(e: Evidence) -> Iterator[Guess]:
         if e.references.model is None:
             return
-        doubtful = {last_name(tap) for tap in e.suspects}
-        for hypothesis in hypotheses(e, cause):
-            if doubtful.intersection(hypothesis.at):
-                yield Guess(hypothesis.text, e.if_true(hypothesis))
+        layers: dict[int, list[str]] = {}
+        for tap in e.suspects:
+            layers.setdefault(stage(tap, e.config.num_hidden_layers), []).append(tap)
+        # One fault is in one layer; another model differs in all of them.
+        views = [(f", in layer {n}" * (len(layers) > 1), replace(e, suspects=tuple(own))) for n, own in layers.items()]
+        for where, view in [*views, ("", e)] if len(layers) > 1 else views:
+            doubtful = {last_name(tap) for tap in view.suspects}
+            for hypothesis in hypotheses(view, cause):
+                if doubtful.intersection(hypothesis.at):
+                    yield Guess(hypothesis.text + where, view.if_true(hypothesis))
 
     return detector
 

@@ -706,8 +706,8 @@ def test_hypotheses_begin_at_the_first_suspect(world, monkeypatch, tmp_path, kin
     monkeypatch.setattr(Evidence, "_from_suspects", property(lambda e: stages.append(begun(e)) or stages[-1]))
     verdict = judge(folder, {name: outputs}, world.model, world.encodings)
     assert verdict.guilty.tap == "lm_head" and f"{mlp}.act_fn" in verdict.suspects
-    assert [str(cause) for cause in verdict.causes.values()] == ["the activation is ReLU, expected SiLU"]
-    assert {tuple(later.part.layers) for later, _, _ in stages} == {(1, 2)}
+    assert [str(cause) for cause in verdict.causes.values()] == ["the activation is ReLU, expected SiLU, in layer 2"]
+    assert {tuple(later.part.layers) for later, _, _ in stages} == {(1, 2), (2,)}, "together, and each alone"
     monkeypatch.setattr(Evidence, "_from_suspects", property(lambda e: (e.spec, e.inputs, {})))
     assert judge(folder, {name: outputs}, world.model, world.encodings).causes == verdict.causes
 
@@ -839,3 +839,22 @@ def test_the_command(world, faulty, tmp_path, capsys):
         error = capsys.readouterr().err
         assert said in error and error.count("\n") == 1, error
     assert not Path(new).exists(), "all or none"
+
+
+@pytest.mark.parametrize("layer", [0, 1, 2])
+def test_a_fault_of_one_layer_is_named_with_other_layers_under_suspicion(world, tmp_path, layer):
+    """Where all of them are assumed to have it, nothing explains what one of them does."""
+    folder = emit(world.model, tokens=(16,), context=64, parts=1).save(tmp_path / "x")
+    references = References(folder, world.model)
+    ((name, spec),) = references.specs.items()
+    at, seen = f"model.layers.{layer}", {}
+
+    def wrong(tap, x):
+        seen[tap] = x
+        return seen[f"{at}.attention_residual"] if tap == at else x
+
+    outputs = references.run("float", spec, references.inputs(spec), change=wrong)
+    verdict = judge(folder, {name: outputs}, world.model)
+    assert at in verdict.suspects
+    assert all("down_proj is not added" in str(cause) or "MLP" in str(cause) for cause in verdict.causes.values())
+    assert verdict.causes and not any(cause.partial for cause in verdict.causes.values())
