@@ -70,9 +70,9 @@ class Verdict:
 
     @property
     def guilty(self) -> Figures | None:
-        """The first failing tensor that did not inherit its error: in isolated graphs, if there are any."""
-        born = [tensor for tensor in self.failures if tensor.born != "inherited"]
-        return next(iter(sorted(born, key=lambda tensor: tensor.way != "isolated")), next(iter(self.failures), None))
+        """The first failing tensor that is there and did not inherit its error: in isolated graphs, if there are."""
+        born = [tensor for tensor in self.failures if tensor.born != "inherited"] or self.failures
+        return min(born, key=lambda tensor: (tensor.problem == "missing", tensor.way != "isolated"), default=None)
 
     @property
     def suspects(self) -> list[str]:
@@ -89,8 +89,8 @@ class Verdict:
         return [tap for tap in flow.places if tap in candidates]
 
     def _beside(self, tensor: Figures) -> list[Figures]:
-        """Those of the same run of the same graph."""
-        return [t for t in self.tensors if (t.graph, t.way) == (tensor.graph, tensor.way)]
+        """Those that there are of the same run of the same graph."""
+        return [t for t in self.tensors if (t.graph, t.way) == (tensor.graph, tensor.way) and t.problem != "missing"]
 
     def _flow(self, tensor: Figures) -> TapFlow:
         """What follows from what in its graph. What that is given is right, or the tensor would have inherited."""
@@ -143,6 +143,8 @@ class Verdict:
         guilty = self.guilty
         if guilty is None:
             return ""
+        if guilty.problem == "missing":
+            return f"{guilty.name} is not among the outputs; nothing can be said of it."
         where = f"layer {guilty.layer}, {guilty.operation}" if guilty.layer is not None else guilty.operation
         lines = [f"It begins in {guilty.graph}, {where}" + (f": {guilty.problem}." if guilty.problem else ".")]
         lines += [self._extent(guilty)] if not guilty.problem else filter(None, [_first_place(guilty)])
