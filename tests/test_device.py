@@ -363,10 +363,13 @@ def test_hostile_hdf5(parts, tmp_path):
         (bomb, "not the 3072 bytes"), (garbage, "damaged"), (unwritten, "lacks its chunk"),
     ]:  # fmt: skip
         spoilt = change(replaced(make))
-        tracemalloc.start()
-        refused(parts, spoilt, match, graph=LAST)
-        assert tracemalloc.get_traced_memory()[1] < 2 << 20, make.__name__
-        tracemalloc.stop()
+        peaks = []
+        for _ in range(2):  # other packages may load what they need when they are asked first
+            tracemalloc.start()
+            refused(parts, spoilt, match, graph=LAST)
+            peaks.append(tracemalloc.get_traced_memory()[1])
+            tracemalloc.stop()
+        assert min(peaks) < 2 << 20, make.__name__
     refused(parts, change(lambda file: file["data/0"].attrs.pop("name")), "no name", graph=LAST)
     refused(parts, change(lambda file: file["data/0"].attrs.__setitem__("name", 3)), "no text", graph=LAST)
     refused(parts, change(lambda file: file["data/0"].attrs.__setitem__("batch_count", 2)), "2 samples", graph=LAST)
