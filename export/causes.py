@@ -79,7 +79,7 @@ class Guess:
 class Evidence:
     """A failing tensor, and all that can be asked about it. Arrays without padding have the layout of the tap.
 
-    `suspects`: the operations of which one is wrong, the tensor's own the last; none if that is not known.
+    `suspects`: the operations of which one is wrong, the tensor's own the last.
     `needs`: what a device needs over what rounding explains, of its tensor, of what that should be, and of the tokens
     that these have; above 1 it is not explained. nan: that is not known.
     `handed_on`: other tensors inherited its error, so inside of its graph it is wrong, too.
@@ -90,7 +90,7 @@ class Evidence:
     answer: Answer
     value: Value
     inputs: Mapping[str, np.ndarray]
-    suspects: tuple[str, ...] = ()
+    suspects: tuple[str, ...]
     needs: Callable[[np.ndarray, np.ndarray, tuple[slice, ...]], float] = lambda device, right, tokens: math.nan
     handed_on: bool = False
 

@@ -11,6 +11,7 @@ twice as large. Such a step is `partial`.
 from __future__ import annotations
 
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
@@ -37,18 +38,18 @@ CARRIES = (MOVES - PICKS) | {"QuantizeLinear", "DequantizeLinear", "Concat"}  # 
 CHUNK = 16 << 20  # bytes of weights that are copied at a time
 
 
-class Flow:
+class Flow(ABC):
     """Places, and what follows from what."""
 
     @property
+    @abstractmethod
     def places(self) -> dict[str, Any]:
         """By name, in computing order."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def behind(self) -> Mapping[str, Mapping[str, bool]]:
         """Place -> the places that it follows from directly -> whether it may be right although they are wrong."""
-        raise NotImplementedError
 
     @cached_property
     def ancestors(self) -> dict[str, frozenset[str]]:

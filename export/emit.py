@@ -43,11 +43,7 @@ from refimpl.trace import Tap, feeding, silent
 
 FORMAT = "refimpl export 1"
 PROMPT = "登鹳雀楼->王之涣\n夜雨寄北->"  # from the model card of Baichuan2-7B-Base
-BESIDE = (
-    "hub.jsonl",
-    "bisect.jsonl",
-    "outputs",
-)  # what `hub` and `bisect` keep in its folder: the next export may use it
+BESIDE = ("hub.jsonl", "bisect.jsonl", "outputs")  # of `hub` and `bisect` in its folder: the next export may use it
 TEST_DATA = "test_data/{}/test_data_set_0"  # beside the graphs' folders: AI Hub takes nothing else in those
 ONNX_TYPES = {"float32": TensorProto.FLOAT, "int32": TensorProto.INT32}
 

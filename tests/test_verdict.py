@@ -755,7 +755,8 @@ def test_no_cause_fires_on_a_healthy_tensor(world, kind):
         answer = fit(spec, "isolated", list(of_mapping(world.healthy(device, "isolated")["isolated"][graph])), {})
         for tap in taps:
             value = next(value for value in spec.outputs if value.tap == tap)
-            evidence = Evidence(world.references, kind, answer, value, world.references.inputs(spec))
+            inputs, suspects = world.references.inputs(spec), tuple(spec.taps)
+            evidence = Evidence(world.references, kind, answer, value, inputs, suspects)
             assert likely_causes(evidence, CAUSES) is None, (graph, tap)
 
 
