@@ -29,10 +29,9 @@ from dataclasses import dataclass
 import numpy as np
 from llvmlite import ir
 from numba import types
-from numba.extending import NativeValue, models, register_model, typeof_impl, unbox
 
 from kernels import fp4, nf4
-from kernels.vector import F32, I8, I16, INTS, LANES, Emitter
+from kernels.vector import F32, I8, I16, INTS, LANES, Emitter, without_bytes
 
 LINE = 64  # bytes
 # What each code of four bits stands for.
@@ -164,6 +163,7 @@ def nested_bytes(numbers: np.ndarray, times: np.ndarray) -> np.ndarray:
     return np.concatenate([halves, times.reshape(*halves.shape[:2], 4)], axis=-1).reshape(len(numbers), -1)
 
 
+@without_bytes
 class LayoutType(types.Type):
     """A layout as Numba sees it: each is a type of its own, for which kernels are compiled; no bytes at run time."""
 
@@ -173,16 +173,3 @@ class LayoutType(types.Type):
 
     def __str__(self) -> str:
         return str(self.layout)
-
-
-register_model(LayoutType)(models.OpaqueModel)
-
-
-@typeof_impl.register(Layout)
-def _typeof(layout, context):
-    return LayoutType(layout)
-
-
-@unbox(LayoutType)
-def _unbox(kind, layout, c):
-    return NativeValue(c.context.get_dummy_value())

@@ -16,16 +16,18 @@ from typing import Any
 import numba
 import numpy as np
 from numba import types
-from numba.extending import NativeValue, models, overload, register_jitable, register_model, typeof_impl, unbox
+from numba.extending import overload, register_jitable
 
 from kernels import search
 from kernels.fast import compiled
 from kernels.search import FITS, Rounded, Rule, fitted_line, fitted_scale, line_code, reciprocal
+from kernels.vector import without_bytes
 
 LANES = 128
 LONGEST = 1 << 12  # weights of a block; longer ones are few, and NumPy is as fast
 
 
+@without_bytes
 class RuleType(types.Type):
     """A rule as Numba sees it: each is a type of its own, for which kernels are compiled; no bytes at run time."""
 
@@ -35,19 +37,6 @@ class RuleType(types.Type):
 
     def __str__(self) -> str:
         return self.rule.name
-
-
-register_model(RuleType)(models.OpaqueModel)
-
-
-@typeof_impl.register(Rule)
-def _typeof(rule, context):
-    return _type(rule)
-
-
-@unbox(RuleType)
-def _unbox(kind, rule, c):
-    return NativeValue(c.context.get_dummy_value())
 
 
 def best_scales(

@@ -17,6 +17,7 @@ from typing import Any
 
 from llvmlite import ir
 from numba.core import cgutils, types
+from numba.extending import NativeValue, models, register_model, unbox
 
 LANES = 16
 I8, I16, I32, I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
@@ -255,3 +256,10 @@ class Variable:
 
     def set(self, value: ir.Value) -> None:
         self._builder.store(value, self._place)
+
+
+def without_bytes(kind: type[types.Type]) -> type[types.Type]:
+    """Makes a type whose values have no bytes at run time: kernels are compiled for each by itself."""
+    register_model(kind)(models.OpaqueModel)
+    unbox(kind)(lambda kind, value, c: NativeValue(c.context.get_dummy_value()))
+    return kind
