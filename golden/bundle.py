@@ -25,11 +25,11 @@ from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from golden.tolerance import ROUNDINGS, Tolerance
+from refimpl.checkpoint.weights import map_safetensors
 from refimpl.config import Config
 from refimpl.errors import InputError, at_most
 from refimpl.files import read_json, sha256, whole_folder
 from refimpl.trace import Trace, prompt_of
-from refimpl.weights import map_safetensors
 
 GOLDEN, TRACE = "refimpl golden 1", "refimpl trace 1"
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,199}")

@@ -15,8 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from kernels.ops import DTYPES, NumPyOps
 from refimpl.errors import InputError
+from refimpl_kernels.ops import DTYPES, NumPyOps
 
 NAMES = ("numpy", "numba", "numba-int16", "numba-int8")
 # From so many weights on, one pass saves what importing Numba and its kernels costs. Measured on a Zen 5 core: 0.35 s,
@@ -44,7 +44,7 @@ def choose(asked: str | None, weights: Mapping[str, Any]) -> str:
 def ops(backend: str, dtype: str) -> NumPyOps:
     """The operations at a number format. Numba is imported here, when it is needed."""
     if backend != "numpy" and dtype == "float32":
-        from kernels.fast import NumbaOps
+        from refimpl_kernels.fast.ops import NumbaOps
 
         return NumbaOps(activations=backend.removeprefix("numba").removeprefix("-") or "float32")
     return NumPyOps(DTYPES[dtype])

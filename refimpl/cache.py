@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from kernels.q8_rows import BLOCK, Q8Rows
 from refimpl.errors import InputError
+from refimpl_kernels.formats.q8_rows import BLOCK, Q8Rows
 
 UNIX = hasattr(mmap, "MAP_PRIVATE")
 DTYPES = ("float32", "float16", "int8")  # what a cache may keep, and as what a float32 run reads it

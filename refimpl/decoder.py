@@ -2,7 +2,7 @@
 
 This file is the model: NumPy computes it, the 16-bit emulation rounds it, and the ONNX graphs that run on a phone
 are this same code, run on symbols. It is written in `+ - * reshape transpose` on tensors and the functions of an
-`ops` (`kernels/ops.py` says what each one means); it never asks which one it runs on.
+`ops` (`kernels/refimpl_kernels/ops.py` says what each one means); it never asks which one it runs on.
 
 Every tensor passes through `tap(name, x)` under its PyTorch name, and goes on as what the tap returns: so a run can
 be recorded, fed, quantized or broken from outside. Likewise `cache(layer, key, value)` takes the new keys and

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from kernels import formats
-from refimpl import doctor
+from refimpl.checkpoint import doctor
+from refimpl.checkpoint.quantized_files import provenance
+from refimpl.checkpoint.weights import QuantizedWeight, Weights, expected_shapes, read_checkpoint, resolve
 from refimpl.config import Config, read_config
 from refimpl.errors import InputError, one_line
-from refimpl.quantized_files import provenance
-from refimpl.weights import QuantizedWeight, Weights, expected_shapes, read_checkpoint, resolve
+from refimpl_kernels import formats
 
 if TYPE_CHECKING:
     from refimpl.model import Model
@@ -89,7 +89,7 @@ def examine(folder: str | Path) -> dict[str, Any]:
         facts["shared storage"] = _shared(tensors)
         facts["remarks"] = doctor.remarks(config, tensors) + doctor.not_finite(tensors)
     try:
-        from refimpl.tokenizer import load_tokenizer
+        from refimpl.text.tokenizer import load_tokenizer
 
         tokenizer = load_tokenizer(folder, config)
         facts["tokenizer"] = (

@@ -11,25 +11,25 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from kernels.ops import DTYPES, NumPyOps
 from refimpl import backends
 from refimpl.cache import KVCache, expect_dtype, no_cache
+from refimpl.checkpoint.doctor import remarks
+from refimpl.checkpoint.quantized_files import provenance
+from refimpl.checkpoint.weights import Weights, read_checkpoint, resolve
 from refimpl.config import Config, read_config
 from refimpl.decoder import Decoder
-from refimpl.doctor import remarks
 from refimpl.errors import InputError, Remark, at_most
 from refimpl.files import read_json
 from refimpl.positions import attention_bias, rope_tables, token_positions
-from refimpl.quantized_files import provenance
-from refimpl.tokenizer import Tokenizer, load_tokenizer
+from refimpl.text.tokenizer import Tokenizer, load_tokenizer
 from refimpl.trace import Tap, Trace, expect_same_prompt, feeding, prompt_of, recording, silent
-from refimpl.weights import Weights, read_checkpoint, resolve
+from refimpl_kernels.ops import DTYPES, NumPyOps
 
 if TYPE_CHECKING:
-    from kernels.affine import Rounding
-    from refimpl.encodings import Encodings
-    from refimpl.importance import Importance
-    from refimpl.quantize import Recipe
+    from refimpl.blocks.importance import Importance
+    from refimpl.blocks.quantize import Recipe
+    from refimpl.grids.encodings import Encodings
+    from refimpl_kernels.affine import Rounding
 
 EMBEDDED = Path(__file__).parent / "embedded"
 
@@ -41,7 +41,7 @@ def load(path: str | Path | None = None, backend: str | None = None) -> Model:
 
     Weights are mapped, not read: a 15 GB checkpoint opens at once and takes the memory of what is used.
     Raises InputError, in one line, for whatever is missing, damaged or not understood; warns (`refimpl.errors.Remark`)
-    of weights that are not what their config makes one expect (`refimpl.doctor`), and of another model's tokenizer.
+    of weights that are not what their config makes one expect (`checkpoint.doctor`), and of another model's tokenizer.
     """
     folder = EMBEDDED if path is None else Path(path)
     if not folder.is_dir():
@@ -266,15 +266,15 @@ class Model:
     ) -> Model:  # fmt: skip
         """This model with matrices in blocks of number formats, as a recipe says; `keep`: globs on module names.
 
-        The recipe is a format of the table in `kernels/formats.py`, such as "int4", "q4_0", or "nf4" and "int8", which
+        The recipe is a format of the table in `formats/table.py`, such as "int4", "q4_0", or "nf4" and "int8", which
         are the official `quantize(4)` and `quantize(8)`; or a mapping of globs to formats, of which the first that
         matches decides: `{"lm_head": "q8_0", "*": {"format": "q4_k", "search": "mse"}}`. `options` of a format's name
-        are those of `refimpl.quantize.Scheme`: axis, search, symmetric, double. `importance`: what an error in each
-        input column costs (`refimpl.importance`), for a search.
+        are those of `blocks.quantize.Scheme`: axis, search, symmetric, double. `importance`: what an error in each
+        input column costs (`refimpl.blocks.importance`), for a search.
 
         Raises InputError for whatever does not exist, matches nothing or does not fit, and for NaN and infinity.
         """
-        from refimpl.quantize import quantize_weights
+        from refimpl.blocks.quantize import quantize_weights
 
         given = options if block_size is None else {"block_size": block_size, **options}
         weights = quantize_weights(self.weights, recipe, keep, importance, **given)
@@ -294,18 +294,18 @@ class Model:
         return Model(config, weights, self.folder, self.asked_backend, self.made_then("truncated", layers))
 
     def save(self, out: str | Path) -> dict[str, Any]:
-        """Writes the weights as they are, quantized ones too, into a new folder that `load` reads (`refimpl.save`)."""
-        from refimpl.save import save
+        """Writes the weights as they are, quantized ones too, into a new folder that `load` reads (`blocks.save`)."""
+        from refimpl.blocks.save import save
 
         return save(self, out)
 
     def simulate(self, encodings: Encodings, rounding: Rounding = "away", integer: bool = False) -> Model:
-        """This model as a quantized device computes it (see `refimpl.simulate`).
+        """This model as a quantized device computes it (see `refimpl.grids.simulate`).
 
         `rounding`: "away", AIMET's, or "even", that of ONNX. `integer` sums the products of codes exactly.
         Raises InputError for encodings of another model.
         """
-        from refimpl.simulate import SimulatedModel
+        from refimpl.grids.simulate import SimulatedModel
 
         return SimulatedModel(self, encodings, rounding, integer)
 

@@ -27,12 +27,12 @@ import numpy as np
 import torch_bytes as tb
 
 import refimpl
-from refimpl.bench_storage import BLOCK_BYTES as BLOCK
-from refimpl.bench_storage import AnonymousMemory, cold, copy_folder, official_keys, random_block
+from refimpl.bench.storage import BLOCK_BYTES as BLOCK
+from refimpl.bench.storage import AnonymousMemory, cold, copy_folder, official_keys, random_block
+from refimpl.checkpoint.convert import convert
+from refimpl.checkpoint.doctor import OFFICIAL
+from refimpl.checkpoint.weights import expected_shapes
 from refimpl.config import config_from_keys
-from refimpl.convert import convert
-from refimpl.doctor import OFFICIAL
-from refimpl.weights import expected_shapes
 
 FULL = 0xFFFFFFFF
 

@@ -19,7 +19,7 @@ from resource import RUSAGE_SELF, getrusage
 
 import refimpl
 from export import emit
-from refimpl.bench_storage import AnonymousMemory, cold
+from refimpl.bench.storage import AnonymousMemory, cold
 
 
 def measure(folder: Path, profile: str, rounds: int, parts: int, golden: bool) -> None:

@@ -13,7 +13,9 @@ import time
 import ml_dtypes
 import numpy as np
 
-from kernels import fast_search, formats, search
+from refimpl_kernels import formats
+from refimpl_kernels.fast import search as fast_search
+from refimpl_kernels.formats import search
 
 ROWS, COLUMNS = 256, 4096
 BACKENDS = {"NumPy": search, "Numba": fast_search}

@@ -8,8 +8,8 @@ import pytest
 from safetensors.numpy import save_file
 
 import refimpl
+from refimpl.checkpoint.weights import expected_shapes
 from refimpl.config import FAMILIES, config_from_keys
-from refimpl.weights import expected_shapes
 
 SHARED = Path(__file__).parents[2] / "shared"
 

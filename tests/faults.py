@@ -23,13 +23,13 @@ from safetensors.numpy import load_file, save_file
 
 import refimpl
 from export import emit
-from export.device import Way
-from export.parts import carry
-from export.references import References
-from export.trial import judge
-from export.verdict import Verdict
-from refimpl.calibrate import calibrate
-from refimpl.encodings import Recipe
+from export.graphs.plan import carry
+from export.measure.device import Way
+from export.measure.references import References
+from export.verdict.verdict.trial import judge
+from export.verdict.verdict.verdict import Verdict
+from refimpl.grids.calibrate import calibrate
+from refimpl.grids.encodings import Recipe
 from refimpl.positions import rope_tables
 
 TOKENS, CONTEXT, PARTS, BLOCK = (12, 1), 16, 3, 16

@@ -4,7 +4,7 @@
 
 The mutator knows the layers (bytes of the file, fields of the zip records, opcodes of the pickle, names and values of
 its tensors) and repairs the checksum of the pickle, so that mutations reach the machine. What is read goes through
-`refimpl.weights.resolve`, as `load` does it. A case that fails is written to a file and named.
+`refimpl.checkpoint.weights.resolve`, as `load` does it. A case that fails is written to a file and named.
 """
 
 import argparse
@@ -23,10 +23,10 @@ import torch_bytes as tb
 from torch_bytes import EMPTY, call, name, pickled, saved, saved_legacy, storage, tensor, value
 
 from refimpl import InputError
+from refimpl.checkpoint.pickles import ACTIONS
+from refimpl.checkpoint.torch_files import NAMES, REPEATED, read_torch
+from refimpl.checkpoint.weights import expected_shapes, resolve
 from refimpl.config import config_from_keys
-from refimpl.pickles import ACTIONS
-from refimpl.torch_files import NAMES, REPEATED, read_torch
-from refimpl.weights import expected_shapes, resolve
 
 PAIRS = [*NAMES, ("os", "system"), ("torch", "load"), ("builtins", "getattr")]
 SLOW = 2.0  # seconds that no file of this size may take

@@ -11,11 +11,12 @@ import sys
 import numpy as np
 
 import refimpl
-from golden.quality import quality, read_documents
-from kernels import formats, search
+from golden.cost.quality import quality, read_documents
+from refimpl.checkpoint.weights import QuantizedWeight
 from refimpl.model import EMBEDDED, Model
 from refimpl.names import input_of
-from refimpl.weights import QuantizedWeight
+from refimpl_kernels import formats
+from refimpl_kernels.formats import search
 
 WAYS = {"nearest": {"search": 0}, "search": {"search": 16}, "importance": {"search": 16}}
 TOKENS = 1024

@@ -6,7 +6,7 @@ The simulator's claim is about bits, so every tolerance here is zero.
 import numpy as np
 import pytest
 
-from kernels.affine import Encoding, dequantize, fake_quantize, for_weight, from_range, quantize
+from refimpl_kernels.affine import Encoding, dequantize, fake_quantize, for_weight, from_range, quantize
 
 F32 = np.float32
 EPS = float(np.finfo(F32).eps)

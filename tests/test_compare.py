@@ -17,11 +17,11 @@ from hypothesis.extra.numpy import array_shapes
 from golden import Report, Tolerance, compare, tolerances
 from golden.compare import TINY, row_length
 from golden.tolerance import ROUNDINGS, SAFETY, largest_scores, stated
-from kernels.ops import NumPyOps
 from refimpl import InputError, Trace
+from refimpl.checkpoint.weights import Weight
 from refimpl.config import Config
 from refimpl.decoder import Decoder
-from refimpl.weights import Weight
+from refimpl_kernels.ops import NumPyOps
 
 IDS = [5, 17, 9, 3, 80, 44, 2, 61, 9, 9, 33, 20]
 ANY = Tolerance(math.inf, "anything goes")

@@ -11,9 +11,9 @@ import pytest
 
 import golden
 import refimpl
+from refimpl.checkpoint.weights import NormHead, Weight
 from refimpl.decoder import Decoder
 from refimpl.positions import alibi_slopes, attention_bias, rope_tables
-from refimpl.weights import NormHead, Weight
 
 DATA = Path(golden.__file__).parent / "data"
 ROPE, ALIBI, GQA = "baichuan-7b-v1-tiny", "baichuan2-13b-tiny", "qwen2-tiny"
@@ -155,7 +155,7 @@ def _(patch, model):
 
 @mutant("scores are not scaled", ROPE, "model.layers.0.self_attn.probs")
 def _(patch, model):
-    from kernels.ops import NumPyOps
+    from refimpl_kernels.ops import NumPyOps
 
     softmax = NumPyOps.softmax
     patch.setattr(NumPyOps, "softmax", lambda self, x: softmax(self, x * np.where(x > -1e4, 10**0.5, 1)))
@@ -199,7 +199,7 @@ def _(patch, model):
 
 @mutant("GELU stands for SiLU", ROPE, "model.layers.0.mlp.act_fn")
 def _(patch, model):
-    from kernels.ops import NumPyOps
+    from refimpl_kernels.ops import NumPyOps
 
     erf = np.vectorize(math.erf)
     patch.setattr(NumPyOps, "sigmoid", lambda self, x: (0.5 * (1 + erf(x / 2**0.5))).astype(x.dtype))

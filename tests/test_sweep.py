@@ -11,12 +11,12 @@ import pytest
 from conftest import write_checkpoint
 
 import refimpl
-from golden.predict import predict, what_if
-from golden.quality import quality
+from golden.cost.predict import predict, what_if
+from golden.cost.quality import quality
 from refimpl import InputError
-from refimpl.calibrate import calibrate
+from refimpl.blocks.importance import observe_importance
 from refimpl.cli import main
-from refimpl.importance import observe_importance
+from refimpl.grids.calibrate import calibrate
 from refimpl.model import EMBEDDED
 from refimpl.sweep import remade, sweep, workers
 

@@ -5,7 +5,7 @@ import zlib
 
 import numpy as np
 
-from refimpl.torch_files import STORAGE_TYPES
+from refimpl.checkpoint.torch_files import STORAGE_TYPES
 
 PROTO, STOP, MARK = b"\x80\x02", b".", b"("
 TYPES = {dtype: name for name, dtype in STORAGE_TYPES.items()}

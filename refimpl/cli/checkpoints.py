@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from refimpl.cli.verbs import DTYPE, JSON, MODEL, SWEEP, TEXT, load_model, model_folder, option, size_of_blocks, verb
 
 if TYPE_CHECKING:
-    from refimpl.importance import Importance
+    from refimpl.blocks.importance import Importance
 
 
 @verb("refimpl info weights/Baichuan2-7B-Chat", MODEL, JSON)
@@ -39,7 +39,7 @@ def info(arguments) -> int:
 )
 def convert(arguments) -> int:
     """Write a checkpoint as safetensors: another format, NormHead applied, or an adapter merged."""
-    from refimpl.convert import convert
+    from refimpl.checkpoint.convert import convert
 
     report = convert(arguments.source, arguments.out, arguments.dtype, arguments.shard_size, arguments.normalize_head,
                      arguments.lora)  # fmt: skip
@@ -74,9 +74,9 @@ def convert(arguments) -> int:
 )
 def quantize(arguments) -> int:
     """Write a checkpoint with its matrices in blocks of a number format."""
+    from refimpl.blocks.quantize import read_recipe
+    from refimpl.blocks.save import quantize_checkpoint
     from refimpl.errors import InputError
-    from refimpl.quantize import read_recipe
-    from refimpl.save import quantize_checkpoint
 
     if (arguments.format is None) == (arguments.recipe is None):
         raise InputError("give either --format or --recipe, which says what the matrices become")
@@ -100,8 +100,8 @@ def quantize(arguments) -> int:
 )
 def importance(arguments) -> int:
     """Find on a text which input columns of each matrix matter, for refimpl quantize --importance."""
-    from golden.quality import read_documents
-    from refimpl.importance import observe_importance, write_importance
+    from golden.cost.quality import read_documents
+    from refimpl.blocks.importance import observe_importance, write_importance
     from refimpl.sweep import workers
 
     model = load_model(arguments)
@@ -118,9 +118,9 @@ def importance(arguments) -> int:
 
 def _importance(arguments) -> Importance | None:
     """What --importance or --text gives."""
-    from golden.quality import read_documents
+    from golden.cost.quality import read_documents
+    from refimpl.blocks.importance import observe_importance, read_importance
     from refimpl.errors import InputError
-    from refimpl.importance import observe_importance, read_importance
 
     if arguments.tokens is not None and not arguments.text:
         raise InputError("--tokens says how much of --text is read; give that, too")

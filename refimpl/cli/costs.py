@@ -29,12 +29,12 @@ from refimpl.errors import InputError
 )
 def quality(arguments) -> int:
     """Judge a model by a reference on a text: perplexity, KL divergence, same top-1, RMS Δp, with error bars."""
-    from golden.attribution import attribute, expect_svg
-    from golden.quality import quality, side_by_side, table, to_dicts
-    from kernels.formats import FORMATS
+    from golden.cost.attribution import attribute, expect_svg
+    from golden.cost.quality import quality, side_by_side, table, to_dicts
+    from refimpl.blocks.quantize import read_recipe
     from refimpl.model import load
-    from refimpl.quantize import read_recipe
     from refimpl.sweep import workers
+    from refimpl_kernels.formats.table import FORMATS
 
     if arguments.format and arguments.recipe:
         raise InputError("give either --format or --recipe, which says what the matrices become")
@@ -80,7 +80,7 @@ def quality(arguments) -> int:
 
 def text_ids(arguments, model) -> list[int]:
     """The ids of --text, or for the embedded model those of the poems that it was not trained on."""
-    from golden.quality import read_documents
+    from golden.cost.quality import read_documents
     from refimpl.model import EMBEDDED
 
     if arguments.text is None and model.folder != EMBEDDED:

@@ -40,10 +40,10 @@ FLOATS = option(
 )
 def calibrate(arguments) -> int:
     """Find the range of every tensor on a text, and write AIMET encodings for 4-bit weights, 16-bit activations."""
-    from export.encodings import write_encodings
-    from golden.quality import read_documents
-    from refimpl.calibrate import calibrate
-    from refimpl.encodings import Recipe
+    from export.files.encodings import write_encodings
+    from golden.cost.quality import read_documents
+    from refimpl.grids.calibrate import calibrate
+    from refimpl.grids.encodings import Recipe
     from refimpl.sweep import workers
 
     model = load_model(arguments)
@@ -83,9 +83,9 @@ def calibrate(arguments) -> int:
 )
 def simulate(arguments) -> int:
     """Predict what quantization by an encodings file costs, tensor by tensor, and what more bits would gain."""
-    from export.encodings import read_encodings
-    from golden.predict import outcome_table, outcomes_json, predict, what_if
-    from golden.quality import read_documents
+    from export.files.encodings import read_encodings
+    from golden.cost.predict import outcome_table, outcomes_json, predict, what_if
+    from golden.cost.quality import read_documents
     from refimpl.sweep import workers
 
     model = load_model(arguments)
@@ -142,8 +142,8 @@ def simulate(arguments) -> int:
 def export(arguments) -> int:
     """Emit the model as ONNX, part by part or a module alone, with golden inputs and outputs."""
     from export import emit
-    from export.encodings import read_encodings
-    from export.preflight import check
+    from export.files.encodings import read_encodings
+    from export.preflight.check.check import check
 
     if arguments.check:
         return report(arguments, check(arguments.check))
@@ -198,7 +198,7 @@ def export(arguments) -> int:
 def verify(arguments) -> int:
     """Run exported parts and compare every output with the oracle; or judge what a device returned for them."""
     from export import verify
-    from export.trial import verify_on_grids
+    from export.verdict.verdict.trial import verify_on_grids
     from refimpl.files import read_json
 
     path, outputs = Path(arguments.folder), arguments.outputs
@@ -209,10 +209,10 @@ def verify(arguments) -> int:
             expect_unasked(arguments, RUNNING - {"engine"} | JUDGING, "a device's outputs")
             rounds = read_json(path / "manifest.json").get("onnx", {}).get("on_grids")
             return report(arguments, (verify_on_grids if rounds else verify)(path, engine=arguments.engine or "auto"))
-    from export import report as files
-    from export.figures import Thresholds
-    from export.trial import judge
-    from export.verdict import Verdict, read_run
+    from export.measure.figures import Thresholds
+    from export.verdict.verdict import report as files
+    from export.verdict.verdict.trial import judge
+    from export.verdict.verdict.verdict import Verdict, read_run
     from refimpl.files import expect_writable, write_all
     from refimpl.model import load
 
@@ -263,11 +263,11 @@ def bisect(arguments) -> int:
     """Find the operation that goes wrong, with the fewest runs that tell it from all others."""
     from contextlib import ExitStack
 
-    from export.bisect import bisect
-    from export.executor import Engine, Executor
-    from export.figures import Thresholds
-    from export.jobs import Options
-    from export.session import Session
+    from export.hub.loop.jobs import Options
+    from export.hub.loop.session import Session
+    from export.measure.figures import Thresholds
+    from export.run.executor import Engine, Executor
+    from export.search.bisection import bisect
     from refimpl.model import load
 
     hub = arguments.executor == "hub"
@@ -298,8 +298,8 @@ def engine_version(name: str) -> str:
 
 def device_encodings(path: str, folder: Path, model):
     """The encodings in a file, of the model or of as much of it as the export tells."""
-    from export.encodings import read_encodings
-    from export.references import shapes_of
+    from export.files.encodings import read_encodings
+    from export.measure.references import shapes_of
 
     return read_encodings(path, model or shapes_of(folder))
 
@@ -314,7 +314,7 @@ def device_encodings(path: str, folder: Path, model):
 )
 def bundle(arguments) -> int:
     """Write what Genie needs beside the compiled binaries: configurations, tokenizer, metadata, a prompt."""
-    from export.bundle import binaries, bundle
+    from export.phone.bundle import binaries, bundle
 
     bundle(model_folder(arguments), arguments.graphs, arguments.out, arguments.bins, arguments.soc)
     print(f"the bundle is in {arguments.out}; put {', '.join(binaries(arguments.out))} there, and run")

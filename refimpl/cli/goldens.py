@@ -40,7 +40,7 @@ def compare(arguments) -> int:
 )
 def golden_make(arguments) -> int:
     """Record every tensor of the PyTorch model (extra: torch)."""
-    from golden.pytorch import make
+    from golden.make.pytorch import make
 
     folder = model_folder(arguments)
     prompts = _prompts(arguments)

@@ -27,7 +27,7 @@ from refimpl.errors import InputError
 )
 def demo(arguments) -> int:
     """Do the whole job on the embedded model and tell the story on one screen."""
-    from export.demo import run
+    from refimpl.cli.demo import run
 
     return 0 if run(Path(arguments.out)) else 1
 
@@ -115,7 +115,8 @@ def trace(arguments) -> int:
 )
 def bench(arguments) -> int:
     """Measure a synthetic Baichuan2-7B against other engines and the speed of memory (extra: bench)."""
-    from refimpl import bench, bench_storage
+    from refimpl.bench import race as bench
+    from refimpl.bench import storage as bench_storage
 
     threads = bench.default_threads() if arguments.threads is None else arguments.threads
     if arguments.what in ("load", "quantize"):

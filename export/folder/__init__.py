@@ -1,0 +1,1 @@
+"""A folder of graphs with golden inputs and outputs: emitted, saved, read, verified."""

@@ -1,0 +1,171 @@
+"""A stretch of the decoder cut at its taps: what a module or an operation reads, computes and gives.
+
+Taps delimit operations. Which follows from which is not written down a second time: the decoder runs on symbols, and
+from each tap the graph is walked back to the taps before it. So a module, or a tap, is a graph of its own: its inputs
+are the nearest tensors outside, its outputs what is read outside.
+
+>>> config = Config(family="Baichuan2-7B", vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=4)
+>>> matching_modules(config, ["*.1.mlp", "model.n*"])
+('model.layers.1.mlp', 'model.norm')
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from export.graphs.heads import Stack
+from export.graphs.ops import OnnxOps
+from export.graphs.symbols import Graph, Parameter, Tensor
+from refimpl.checkpoint.weights import Weight, expected_shapes
+from refimpl.config import Config
+from refimpl.errors import InputError, at_most
+from refimpl.grids.encodings import near
+from refimpl.names import taps
+from refimpl.trace import Tap
+
+HIDES = {"fused": ("scores", "probs")}  # form -> the taps that are inside one of its nodes
+
+
+@dataclass(frozen=True)
+class Cut:
+    """The taps that a graph computes, the taps and inputs that it `reads`, and the taps that it `gives`."""
+
+    inside: tuple[str, ...]
+    reads: frozenset[str]
+    gives: tuple[str, ...]
+
+
+def matching_taps(config: Config, patterns: Iterable[str]) -> tuple[str, ...]:
+    """The taps that some globs match, in computing order. Raises InputError for a glob that matches none."""
+    known = taps(config)
+    chosen = _matched(known, patterns)
+    return tuple(name for name in known if name in chosen)
+
+
+def matching_modules(config: Config, patterns: Iterable[str]) -> tuple[str, ...]:
+    """The modules and taps that some globs match, in computing order; what lies in another that matches is part of it.
+
+    Raises InputError for a glob that matches none.
+    """
+    known: dict[str, None] = {}
+    for name in taps(config):
+        path = name.split(".")
+        known |= dict.fromkeys(".".join(path[:end]) for end in range(1, len(path) + 1))
+    chosen = _matched(known, patterns)
+    return tuple(name for name in known if name in chosen and not any(belongs(name, m) for m in chosen - {name}))
+
+
+def _matched(known: Mapping[str, Any], patterns: Iterable[str]) -> set[str]:
+    found: set[str] = set()
+    for pattern in patterns:
+        chosen = {pattern} if pattern in known else {name for name in known if fnmatch.fnmatchcase(name, pattern)}
+        if not chosen:
+            kinds = {name.rpartition(".")[2] for name in known}
+            like = {f"*.{kind}" for kind in kinds if not kind.isdigit()} if pattern.startswith("*") else set(known)
+            raise InputError(f"no tensor or module is called {pattern!a:.99}{near(pattern, like)}")
+        found |= chosen
+    return found
+
+
+def belongs(name: str, module: str) -> bool:
+    """Whether a tap is that of a module, or lies in it; the module "" is everything."""
+    return not module or name == module or name.startswith(f"{module}.")
+
+
+def stage(name: str, layers: int) -> int:
+    """The layer of a tap; -1 is the embedding's, and one after the last the head's."""
+    path = name.split(".")
+    return int(path[2]) if path[1:2] == ["layers"] else -1 if name == "model.embed_tokens" else layers
+
+
+def visible(names: Sequence[str], hides: Sequence[str]) -> Sequence[str]:
+    """The names, if no form of the graph hides one. Raises InputError otherwise."""
+    if hidden := [name for name in names if name.rpartition(".")[2] in hides]:
+        raise InputError(f"the form fused has {at_most(hidden, 2)} inside a node; choose forms without it, or opset 21")
+    return names
+
+
+def cut_out(behind: Mapping[str, set[str]], module: str, gives: Sequence[str], hides: Sequence[str]) -> Cut:
+    """The taps of a module, with what they need; without `gives`, it gives what is read outside, or the cache keeps.
+
+    `behind`: see `flow`. What the form of the graph hides is no place to cut: there it is gone through.
+    """
+    own = {name for name in behind if belongs(name, module)}
+    outside = set().union(*(behind[name] for name in behind if name not in own))
+    kept = {name for name in own if name.endswith((".self_attn.key", ".self_attn.value"))}
+    last = [list(behind)[-1]]
+    gives = tuple(gives or (name for name in behind if name in own and name in {*outside, *kept, *last}))
+    inside, reads, todo = set(), set(), list(visible(gives, hides))
+    while todo:
+        name = todo.pop()
+        if name in inside:
+            continue
+        inside.add(name)
+        for source in behind[name]:
+            through = source in own or source.rpartition(".")[2] in hides
+            todo.append(source) if through and source in behind else reads.add(source)
+    return Cut(tuple(name for name in behind if name in inside), frozenset(reads), gives)
+
+
+def flow(config: Config, inputs: Mapping[str, tuple[int, ...]], run: Callable) -> dict[str, set[str]]:
+    """Tap -> the taps and inputs that it follows from, in computing order, of a stretch of the decoder.
+
+    `inputs`: the shapes of what the stretch reads; `run(weights, ops, inputs, tap)` is its forward.
+    """
+    graph = Graph()
+    symbols = {name: graph.input(name, shape) for name, shape in inputs.items()}
+    names = {tensor: name for name, tensor in symbols.items()}
+    tapped: dict[str, Tensor] = {}
+
+    def tap(name: str, x: Tensor) -> Tensor:
+        x = tapped[name] = graph.tap(name, x)
+        names[x] = name
+        return x
+
+    shapes = {"lm_head.weight": (config.vocab_size, config.hidden_size), **expected_shapes(config)}
+    nothing = np.zeros((), np.float32)
+    weights = {n: Parameter.whole(n, Weight(np.broadcast_to(nothing, shape))) for n, shape in shapes.items()}
+    run(weights, OnnxOps(graph), symbols, tap)
+
+    def behind(tensor: Tensor) -> set[str]:
+        found, todo, seen = set(), [tensor], {tensor}
+        while todo:
+            node = todo.pop().node
+            for source in node.inputs if node else ():
+                if source in names:
+                    found.add(names[source])
+                elif source not in seen:
+                    seen.add(source)
+                    todo.append(source)
+        return found
+
+    return {name: behind(tensor) for name, tensor in tapped.items()}
+
+
+def substituting(inputs: Mapping[str, Tensor], then: Tap) -> Tap:
+    """The tap that goes on with a graph's input in the place of the tensor that is so called, in the same form."""
+
+    def tap(name: str, x: Any) -> Any:
+        if name not in inputs:
+            return then(name, x)
+        fed = inputs[name]
+        if isinstance(x, Stack):
+            return Stack(tuple(fed.cut(x.axis, head) for head in range(len(x.pieces))), x.axis, x.group)
+        return sliceable(fed) if x.features else fed
+
+    return tap
+
+
+def sliceable(x: Tensor) -> Tensor:
+    """The tensor, with `features` that are slices of it, in the place of those of a linear."""
+
+    def features(start: int, stop: int, suffix: str) -> Tensor:
+        return sliceable(x.cut(len(x.shape) - 1, start, stop))
+
+    x.features = features
+    return x

@@ -1,0 +1,415 @@
+"""The decoder in parts: what each graph takes, computes and gives.
+
+A device takes a large model in parts, and each part as several graphs over the same weights: one reads a prompt, many
+tokens at a time, another a token at a time. Names and layouts are those of AI Hub's generic LLM export, S tokens at a
+time in a window of `context`:
+
+    input   input_ids (1, S) int32, or the hidden state (1, S, C) of the part before, under the name of its tap
+            attention_mask (1, 1, S, context), added to the scores; (1, H, S, context) with ALiBi, which is part of it
+            position_ids_cos, position_ids_sin (1, 1, S, D/2), not with ALiBi
+            past_key_{l}_in (K, 1, D, context - S), past_value_{l}_in (K, 1, context - S, D), of each layer in turn
+    output  the hidden state (1, S, C), or logits (1, S, V)
+            past_key_{l}_out (K, 1, D, S), past_value_{l}_out (K, 1, S, D): those of the new tokens only
+
+`Part.outputs` computes a part on whatever kind of tensor it is given: symbols make the graph, NumPy arrays its golden.
+
+A module or a tap is a graph alone: a part that is cut at its taps (`cut.py`). What it reads and gives of the
+decoder's inside has the names and layouts of the taps, all else that of a part.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from export.graphs.cut import Cut, belongs, cut_out, flow, matching_modules, matching_taps, stage, visible
+from export.graphs.profiles import profile_named
+from refimpl import names
+from refimpl.config import Config
+from refimpl.decoder import Decoder
+from refimpl.errors import InputError, at_most
+from refimpl.model import Model
+from refimpl.positions import LOWEST, attention_bias, token_positions
+from refimpl.trace import Tap, silent
+
+
+@dataclass(frozen=True)
+class Value:
+    """An input or output of a graph.
+
+    `token_axis` is the axis of its tokens, `key_axis` that of the window that they look at, if it has one. `tap` is the
+    tensor that it shows, `tap_axes` what transposes it to the tap's layout. `source` is the output of another graph, or
+    the tap, that an input continues.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    token_axis: int
+    dtype: str = "float32"
+    tap: str | None = None
+    tap_axes: tuple[int, ...] | None = None
+    source: str | None = None
+    key_axis: int | None = None
+
+
+@dataclass(frozen=True)
+class StaticCache:
+    """A cache of fixed size that the host keeps: the past comes in, new keys and values go out."""
+
+    inputs: Mapping[str, Any]
+    outputs: dict[str, Any]
+    ops: Any
+
+    def __call__(self, layer: int, key, value):
+        """Takes new keys and values (1, K, S, D); returns all that attention may see, (1, K, context, D) each."""
+        key, value = key.transpose(1, 0, 3, 2), value.transpose(1, 0, 2, 3)  # (K, 1, D, S), (K, 1, S, D)
+        self.outputs[f"past_key_{layer}_out"], self.outputs[f"past_value_{layer}_out"] = key, value
+        key = self.ops.concat((self.inputs[f"past_key_{layer}_in"], key), 3)  # (K, 1, D, context)
+        value = self.ops.concat((self.inputs[f"past_value_{layer}_in"], value), 2)  # (K, 1, context, D)
+        return key.transpose(1, 0, 3, 2), value.transpose(1, 0, 2, 3)  # (1, K, context, D) each
+
+
+@dataclass(frozen=True)
+class Part:
+    """A stretch of the decoder, `number` of `total`: an embedding or not, some layers, a head or not."""
+
+    number: int
+    total: int
+    layers: range
+    embeds: bool
+    heads: bool
+    hub_names: bool = False
+
+    @property
+    def reads(self) -> str:
+        """The name of the first input."""
+        return "input_ids" if self.embeds else self._hidden(self.layers.start)
+
+    @property
+    def gives(self) -> str:
+        """The name of the first output."""
+        return "logits" if self.heads else self._hidden(self.layers.stop)
+
+    def _hidden(self, layer: int) -> str:
+        return hub_boundary(layer) if self.hub_names else boundary(layer)
+
+    def outputs(self, config: Config, weights: Mapping, ops: Any, inputs: Mapping, tap: Tap = silent) -> dict[str, Any]:
+        """What the part computes of `inputs`, by ONNX name, in the order of the graph."""
+        new: dict[str, Any] = {}
+        decoder = Decoder(config, weights, ops, tap, StaticCache(inputs, new, ops))
+        x = decoder.embed(inputs["input_ids"]) if self.embeds else inputs[self.reads]
+        x = ops.upcast(x) if isinstance(x, np.ndarray) else x  # the host gives float32, whatever we compute in
+        cos, sin = inputs.get("position_ids_cos"), inputs.get("position_ids_sin")
+        for layer in self.layers:
+            x = decoder.layer(layer, x, cos, sin, inputs["attention_mask"])
+        return {self.gives: decoder.head(x) if self.heads else x, **new}
+
+
+def boundary(layer: int) -> str:
+    """The tap before a layer, where parts meet."""
+    return f"model.layers.{layer - 1}" if layer else "model.embed_tokens"
+
+
+def hub_boundary(layer: int) -> str:
+    """The same in Qualcomm's published parts of Baichuan2, after AI Hub has made each `.` and `/` a `_`."""
+    return f"_model_layers_{layer - 1}_Add_1_Add_output_0" if layer else "_model_embed_tokens_Gather_Gather_output_0"
+
+
+def split(layers: int, parts: int, hub_names: bool = False) -> list[Part]:
+    """The embedding alone, then the layers as evenly as they go, the last of them with the head; or all in one part.
+
+    Raises InputError if there are fewer layers than parts to hold them.
+
+    >>> [(part.embeds, list(part.layers), part.heads) for part in split(layers=5, parts=3)]
+    [(True, [], False), (False, [0, 1, 2], False), (False, [3, 4], True)]
+    """
+    if not 1 <= parts <= layers + 1:
+        raise InputError(
+            f"parts is {parts}, expected 1 to {layers + 1}: the embedding, and a layer or more in each other"
+        )
+    if parts == 1:
+        return [Part(1, 1, range(layers), embeds=True, heads=True, hub_names=hub_names)]
+    sizes = [len(group) for group in np.array_split(range(layers), parts - 1)]
+    stops = [0, *np.cumsum(sizes).tolist()]
+    starts = [0, 0, *stops[1:-1]]
+    return [Part(i + 1, parts, range(starts[i], stops[i]), i == 0, i == parts - 1, hub_names) for i in range(parts)]
+
+
+@dataclass(frozen=True)
+class GraphSpec:
+    """One graph of an export, and its golden's shape: `real` of its tokens are no padding, and follow `past` others.
+
+    `module`: what of the part is the graph, if not all of it. `probe`: taps that it gives beside its outputs, or, if
+    it goes on `until` them only, as its outputs. `hides`: the kinds of taps that its form has inside of nodes.
+    """
+
+    config: Config
+    part: Part
+    tokens: int
+    context: int
+    real: int
+    past: int
+    lowest_mask: float = LOWEST
+    module: str = ""
+    probe: tuple[str, ...] = ()
+    until: bool = False
+    hides: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """AI Hub's name of a graph; its runtime reads the numbers in it."""
+        kind = "token" if self.tokens == 1 else "prompt"
+        which = self.module or f"{self.part.number}_of_{self.part.total}"
+        return f"{kind}_ar{self.tokens}_cl{self.context}_{which}"
+
+    @property
+    def whole(self) -> GraphSpec:
+        """The part, without a cut and probes."""
+        return replace(self, module="", probe=(), until=False)
+
+    @cached_property
+    def cut(self) -> Cut | None:
+        """Where the part is cut, if it is."""
+        if not (self.module or self.until):
+            return None
+        inputs = {value.name: value.shape for value in self.whole.inputs}
+        behind = flow(self.config, inputs, lambda *run: self.part.outputs(self.config, *run))
+        return cut_out(behind, self.module, self.probe if self.until else (), self.hides)
+
+    @cached_property
+    def taps(self) -> list[str]:
+        """The taps that the graph computes, in computing order."""
+        if self.cut:
+            return list(self.cut.inside)
+        layers, part = self.config.num_hidden_layers, self.part
+        stages = {*part.layers, *[-1] * part.embeds, *[layers] * part.heads}
+        return [name for name in self._rows if stage(name, layers) in stages]
+
+    @cached_property
+    def _rows(self) -> dict[str, names.Tap]:
+        return names.taps(self.config)
+
+    def value(self, tap: str) -> Value:
+        """A tap as an input or output: in its own name and layout, padding included."""
+        row = self._rows[tap]
+        size, axes = names.shape(row, self.config, batch=1, tokens=self.tokens, keys=self.context), row.shape.split()
+        keys = axes.index("S") if "S" in axes else None
+        return Value(tap, size, axes.index("T"), tap=tap, source=tap, key_axis=keys)
+
+    @cached_property
+    def inputs(self) -> list[Value]:
+        """In the order of the graph: ids, hidden state or taps, mask, position tables, then each layer's past."""
+        values = self._inputs
+        if not self.cut:
+            return values
+        known, reads = {value.name for value in values}, self.cut.reads
+        inner = [self.value(name) for name in self._rows if name in reads - known]
+        return [v for v in values[:1] if v.name in reads] + inner + [v for v in values[1:] if v.name in reads]
+
+    @property
+    def _inputs(self) -> list[Value]:
+        config, part, S = self.config, self.part, self.tokens
+        bias_heads = config.num_attention_heads if config.alibi else 1
+        if part.embeds:
+            values = [Value("input_ids", (1, S), 1, "int32")]
+        else:
+            hidden = (1, S, config.hidden_size)
+            values = [Value(part.reads, hidden, 1, tap=boundary(part.layers.start), source=part.reads)]
+        if part.layers:
+            values.append(Value("attention_mask", (1, bias_heads, S, self.context), 2))
+        if part.layers and not config.alibi:
+            table = (1, 1, S, config.head_dim // 2)
+            values += [Value("position_ids_cos", table, 2), Value("position_ids_sin", table, 2)]
+        for layer in part.layers:
+            for what, shape, axis, _ in self._cache(self.context - S):
+                values.append(Value(f"past_{what}_{layer}_in", shape, axis, source=f"past_{what}_{layer}_out"))
+        return values
+
+    @cached_property
+    def outputs(self) -> list[Value]:
+        """In the order of the graph: hidden state, logits or taps, each layer's new keys and values, then probes."""
+        values = self._outputs
+        if self.cut:
+            known = {value.tap: value for value in values}
+            values = [known.get(tap) or self.value(tap) for tap in self.cut.gives]
+            values.sort(key=lambda value: value.tap_axes is not None)  # keys and values come last
+        given = {value.tap for value in values}
+        values = values + [self.value(tap) for tap in self.taps if tap in self.probe and tap not in given]
+        return [replace(value, source=None) for value in values]
+
+    @property
+    def _outputs(self) -> list[Value]:
+        config, part, S = self.config, self.part, self.tokens
+        size, tap = (config.vocab_size, "lm_head") if part.heads else (config.hidden_size, boundary(part.layers.stop))
+        values = [Value(part.gives, (1, S, size), 1, tap=tap)]
+        for layer in part.layers:
+            for what, shape, axis, tap_axes in self._cache(S):
+                tap = f"model.layers.{layer}.self_attn.{what}"
+                values.append(Value(f"past_{what}_{layer}_out", shape, axis, tap=tap, tap_axes=tap_axes))
+        return values
+
+    def computed(self, weights: Mapping, ops: Any, inputs: Mapping, tap: Tap = silent) -> dict[str, Any]:
+        """What the graph computes of `inputs`, by ONNX name.
+
+        If it is cut, `inputs` hold what the part reads as well (see `filled`), and `tap` puts in what the cut reads.
+        """
+        shown: dict[str, Any] = {}
+
+        def showing(name: str, x: Any) -> Any:
+            shown[name] = tap(name, x)
+            return shown[name]
+
+        shown |= self.part.outputs(self.config, weights, ops, inputs, showing)
+        return {value.name: shown[value.name if value.name in shown else str(value.tap)] for value in self.outputs}
+
+    def filled(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """The inputs, and zeros for what the part reads, but not the graph that is cut out of it."""
+        return {v.name: inputs[v.name] if v.name in inputs else np.zeros(v.shape, v.dtype) for v in self._inputs}
+
+    def _cache(self, length: int):
+        """Kind, shape, token axis, and axes of the tap, of a layer's keys, which are transposed, and values."""
+        K, D = self.config.num_key_value_heads, self.config.head_dim
+        return [("key", (K, 1, D, length), 3, (1, 0, 3, 2)), ("value", (K, 1, length, D), 2, (1, 0, 2, 3))]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which graphs an export has: `tokens` at a time, largest first, for each part; a golden prompt of `prompt` tokens.
+
+    `profile` says what the host writes, and the names. `modules`: these are the graphs, each alone, and not the parts.
+    `probe`: taps that are shown by those graphs that compute them. `only`: one graph of that name, which goes on
+    `until` the probes or to its end. `hides`: see `GraphSpec`.
+
+    Raises InputError for numbers that do not fit the config, or each other.
+    """
+
+    config: Config
+    tokens: tuple[int, ...]
+    context: int
+    parts: int
+    prompt: int = 1
+    profile: str = "plain"
+    modules: tuple[str, ...] = ()
+    probe: tuple[str, ...] = ()
+    only: str = ""
+    until: bool = False
+    hides: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        longest, sizes = self.config.max_position_embeddings, self.tokens
+        for number in (*sizes, self.context, self.parts, self.prompt):
+            if type(number) is not int:
+                raise InputError(f"tokens, context, parts and prompt are whole numbers, not {number!r}")
+        if not 2 <= self.context <= longest:
+            raise InputError(f"context is {self.context}, expected 2 to {longest}, which the model was made for")
+        if not sizes or list(sizes) != sorted(set(sizes), reverse=True) or sizes[-1] < 1 or sizes[0] >= self.context:
+            raise InputError(
+                f"tokens is {at_most(sizes)}, expected different numbers from 1 to {self.context - 1}, largest first: "
+                f"the context of {self.context} holds past and new tokens"
+            )
+        if not 1 <= self.prompt <= self.room:
+            raise InputError(
+                f"the prompt has {self.prompt} tokens, expected 1 to {self.room}, as many as fit every graph"
+            )
+        profile_named(self.profile)
+        layers = self.config.num_hidden_layers
+        split(layers, self.parts)
+        if profile_named(self.profile).even and self.parts > 1 and layers % (self.parts - 1):
+            dividing = [1, *(parts + 1 for parts in range(1, layers + 1) if layers % parts == 0)]
+            raise InputError(
+                f"parts is {self.parts}, but {layers} layers do not divide into {self.parts - 1} alike beside the "
+                f"embedding's; {at_most(dividing, 12)} do"
+            )
+        if self.modules and self.parts != 1:
+            raise InputError(f"parts is {self.parts}, but the graphs are modules; give one of the two")
+        if self.modules != matching_modules(self.config, self.modules) or self.probe != matching_taps(
+            self.config, self.probe
+        ):
+            raise InputError("modules and probes are names in computing order, none of them in another")
+        if not self.runs:
+            raise InputError(f"there is no graph {self.only!a:.99}")
+        visible(self.probe, self.hides)
+
+    def probing(self, patterns: Iterable[str]) -> Plan:
+        """This plan with probes: all that globs match of what the graphs compute.
+
+        Raises InputError for a glob of which no graph computes anything, and for a tap that a form hides.
+        """
+        patterns = tuple(patterns)
+        shown = {tap for run in self.runs for spec in run for tap in spec.taps}
+        for pattern in patterns:
+            matched = matching_taps(self.config, [pattern])
+            if shown.isdisjoint(matched):
+                raise InputError(f"no graph here computes {at_most(matched, 3)}, so none can show it")
+        return replace(self, probe=tuple(t for t in matching_taps(self.config, patterns) if t in shown))
+
+    @property
+    def room(self) -> int:
+        """The longest golden prompt: the largest graph reads it, and each other one goes on from there."""
+        return min(self.tokens[0], self.context - max(self.tokens[1:], default=0))
+
+    @property
+    def chained(self) -> bool:
+        """Whether the graphs together are the model, so that each can go on from those before it."""
+        return not self.modules and not self.only
+
+    @cached_property
+    def runs(self) -> list[list[GraphSpec]]:
+        """The graphs of each size. Those of the largest read the prompt; the others have it as their past."""
+        profile, layers = profile_named(self.profile), self.config.num_hidden_layers
+        parts = [(part, "") for part in split(layers, self.parts, profile.hub_names)]
+        if self.modules:
+            total = len(self.modules)
+            parts = [(around(self.config, m, i + 1, total), m) for i, m in enumerate(self.modules)]
+        runs: list[list[GraphSpec]] = []
+        for tokens in self.tokens:
+            real, past = (tokens, self.prompt) if runs else (self.prompt, 0)
+            numbers = (tokens, self.context, real, past, profile.lowest_mask)
+            more = (self.probe, self.until, self.hides)
+            runs.append([GraphSpec(self.config, part, *numbers, module, *more) for part, module in parts])
+        chosen = [[spec for spec in run if self.only in ("", spec.name)] for run in runs]
+        return [run for run in chosen if run]
+
+
+def around(config: Config, module: str, number: int = 1, total: int = 1) -> Part:
+    """The shortest stretch of the decoder that has all of a module in it."""
+    layers = config.num_hidden_layers
+    stages = [stage(name, layers) for name in names.taps(config) if belongs(name, module)]
+    first, last = min(stages), max(stages)
+    return Part(number, total, range(max(first, 0), min(last + 1, layers)), embeds=first < 0, heads=last == layers)
+
+
+def host_inputs(model: Model, spec: GraphSpec, ids: Sequence[int]) -> dict[str, np.ndarray]:
+    """What the host computes for `ids`, as many as are real: ids, mask, position tables.
+
+    All is aligned to the right of its window: `[padding, past, padding, ids]`. Positions count what is not padding.
+    A masked place gets the profile's lowest number: -30000, which float16 holds, too, or the -50 that 16 bits with a
+    step of 0.0008 hold, and that Genie writes.
+    """
+    mask = np.zeros((1, spec.context), np.int64)
+    start = spec.context - spec.tokens
+    mask[:, start - spec.past : start] = 1
+    mask[:, spec.context - spec.real :] = 1
+    bias = attention_bias(model.config, mask, spec.tokens, np.float32)
+    inputs = {
+        "input_ids": np.array([[0] * (spec.tokens - spec.real) + list(ids)], np.int32),
+        "attention_mask": np.maximum(bias, np.float32(spec.lowest_mask)),
+    }
+    cos, sin = model.position_tables(token_positions(mask)[:, start:], np.float64)
+    if cos is not None and sin is not None:
+        inputs |= {"position_ids_cos": cos.astype(np.float32), "position_ids_sin": sin.astype(np.float32)}
+    return inputs
+
+
+def carry(spec: GraphSpec, value: Value, outputs: Mapping[str, np.ndarray]) -> np.ndarray:
+    """The input `value` from other graphs' outputs: what is no padding of them, right-aligned after zeros."""
+    carried = np.zeros(value.shape, value.dtype)
+    count = spec.real if value.tap else spec.past
+    if count and value.source:
+        source = np.moveaxis(outputs[value.source], value.token_axis, -1)
+        np.moveaxis(carried, value.token_axis, -1)[..., -count:] = source[..., -count:]
+    return carried

@@ -1,0 +1,1 @@
+"""An export goes to devices of AI Hub and back."""

@@ -1,0 +1,1 @@
+"""What a device answered beside what it should have: references, distances, places."""

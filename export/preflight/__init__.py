@@ -1,0 +1,1 @@
+"""Rules that find what a compiler or a phone would refuse."""

@@ -1,0 +1,65 @@
+"""What runs a graph on inputs: an engine here, or a device behind AI Hub (`export.hub.loop.session.Session`).
+
+    run(graph_folder, [inputs, …]) -> [outputs, …]
+
+Inputs and outputs are name -> array, by the names in the graph and in its order. So whoever looks for a fault does not
+care where a graph runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import onnx
+from google.protobuf.message import DecodeError
+
+from export.folder.verify import engine_called
+from refimpl.errors import InputError
+
+Arrays = dict[str, np.ndarray]
+
+
+class Executor(Protocol):
+    """What runs a graph's folder on some inputs. Raises InputError if it cannot."""
+
+    def run(self, graph: Path, inputs: Sequence[Arrays]) -> list[Arrays]: ...
+
+
+@dataclass(frozen=True)
+class Engine:
+    """An engine on this machine: onnxruntime, reference, or auto, the first that is installed."""
+
+    name: str = "auto"
+
+    def run(self, graph: Path, inputs: Sequence[Arrays]) -> list[Arrays]:
+        """The outputs for each of the inputs. Raises InputError if the engine cannot run the graph."""
+        _, outputs = ends(graph)
+        try:
+            compute = engine_called(self.name)(graph / "model.onnx")
+            return [dict(zip(outputs, compute(list(outputs), fed), strict=True)) for fed in inputs]
+        except InputError:
+            raise
+        except Exception as error:  # each engine raises its own kinds
+            raise InputError(f"the engine cannot run {graph.name}: {' '.join(str(error).split())[:300]}") from None
+
+
+def ends(graph: Path) -> tuple[dict[str, tuple[int, ...]], dict[str, tuple[int, ...]]]:
+    """The inputs and the outputs of a graph's folder, in order, name -> shape. Raises InputError if it is none."""
+    path = graph / "model.onnx"
+    try:
+        proto = onnx.load(path, load_external_data=False).graph
+    except FileNotFoundError:
+        raise InputError(f"{path} is not there; expected the folder of a graph") from None
+    except (OSError, DecodeError) as error:
+        raise InputError(f"cannot read {path}: {error}") from None
+    initializers = {initializer.name for initializer in proto.initializer}
+    inputs = [value for value in proto.input if value.name not in initializers]
+
+    def shapes(values) -> dict[str, tuple[int, ...]]:
+        return {v.name: tuple(d.dim_value for d in v.type.tensor_type.shape.dim) for v in values}
+
+    return shapes(inputs), shapes(proto.output)

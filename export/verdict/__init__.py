@@ -1,0 +1,1 @@
+"""The judgement on a device's answers, its story and its files."""

@@ -1,0 +1,1 @@
+"""What an operation and a number format mean: NumPy in, NumPy out, no model."""

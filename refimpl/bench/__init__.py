@@ -1,0 +1,1 @@
+"""How fast the model and its files are, beside other engines."""

@@ -1,0 +1,143 @@
+"""A quantized model into a folder: `refimpl quantize MODEL --out DIR`, or `model.save(DIR)` of one in memory.
+
+Matrices are read from the mapped checkpoint tile by tile, quantized on all cores, and written in the model's order, so
+that memory holds two quantized matrices and some tiles, whatever the size of the model. The same model and recipe give
+the same bytes, at any number of threads, interrupted or not, and whether the model was quantized in memory before. The
+layout is that of `refimpl.checkpoint.quantized_files`; `refimpl.checkpoint.shards` makes the folder.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from refimpl.blocks.importance import Importance
+from refimpl.blocks.quantize import Recipe, Scheme, plan, quantizing
+from refimpl.checkpoint import shards
+from refimpl.checkpoint.quantized_files import MANIFEST, VERSION, describe_matrix
+from refimpl.checkpoint.weights import QuantizedWeight, Weight, expected_shapes, read_ahead, rounded_by
+from refimpl.config import OURS
+from refimpl.errors import InputError
+from refimpl.files import read_json
+from refimpl.model import Model, load
+
+SHARD_BYTES = 500_000_000  # what an interrupted run does again at most
+
+
+class Stored(Weight):
+    """An array to be written as it is."""
+
+    def tiles(self) -> Iterator[np.ndarray]:
+        """Its bytes in order, a few MiB at a time."""
+        rows = np.atleast_1d(self.array)
+        step = max(1, shards.TILE_BYTES * len(rows) // max(1, rows.nbytes))
+        for start in range(0, len(rows), step):
+            read_ahead(rows[start : start + 2 * step])
+            yield np.ascontiguousarray(rows[start : start + step]).reshape(-1).view(np.uint8)
+
+
+@dataclass(frozen=True)
+class Part:
+    """An array of a matrix that is quantized when it is written."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    arrays: Callable[[], Mapping[str, np.ndarray]]
+    part: str
+
+    def tiles(self) -> Iterator[np.ndarray]:
+        """Its bytes in order, a few MiB at a time."""
+        return Stored(self.arrays()[self.part]).tiles()
+
+
+def quantize_checkpoint(
+    source: str | Path, out: str | Path, recipe: Recipe, keep: Sequence[str] = (),
+    importance: Importance | None = None, shard_size: int | str = SHARD_BYTES, threads: int | None = None,
+    **options: Any,
+) -> dict[str, Any]:  # fmt: skip
+    """Quantizes the checkpoint in `source` into the new folder `out`; gives what the manifest says.
+
+    `recipe`, `keep`, `importance` and `options`: see `blocks.quantize`. `threads`: all cores if not given; the bytes
+    do not depend on them. An interrupted run, repeated, goes on after its last complete file.
+
+    Raises InputError for a source that cannot be loaded, a recipe that does not fit it, weights that are NaN or
+    infinite, an `out` that exists, and a disk that is too small.
+    """
+    limit = shards.byte_count(shard_size)
+    model = load(source)
+    planned = plan(model.weights, recipe, keep, **options)
+    with quantizing(model.weights, planned.schemes, importance, threads) as blocks:
+        return _write(model, Path(out), planned.schemes, blocks, planned.provenance(importance), limit)
+
+
+def save(model: Model, out: str | Path, shard_size: int | str = SHARD_BYTES) -> dict[str, Any]:
+    """Writes a model into the new folder `out`, its weights as they are; gives what the manifest says.
+
+    Interrupted, it leaves nothing. Raises InputError for an `out` that exists, and a disk that is too small.
+    """
+    return _write(model, Path(out), {}, None, model.weights.provenance, shards.byte_count(shard_size))
+
+
+def _write(
+    model: Model, out: Path, schemes: Mapping[str, Scheme], blocks: Any, provenance: Mapping[str, Any], limit: int
+) -> dict[str, Any]:  # fmt: skip
+    if model.folder is None:
+        raise InputError("the model comes from no folder, so there is no config.json to save with it")
+    folder, out = model.folder, Path(os.path.realpath(out))
+    if folder.resolve() in out.parents:
+        raise InputError(f"{out} is inside {folder}, which stays as it is; choose another place")
+    files, matrices = _shards(model, schemes, blocks, limit)
+    report: dict[str, Any] = {
+        "version": VERSION,
+        "family": model.config.family,
+        **provenance,
+        "source": {path.name: path.stat().st_size for path in shards.files_of(folder)},
+        "bytes": sum(shards.size_of(entry) for shard in files.values() for entry in shard.values()),
+        "tensors": matrices,
+    }
+    changed = [path.stat().st_mtime_ns for path in shards.files_of(folder)]
+    with shards.workplace(out, files, {**report, "changed": changed}, resumable=bool(schemes)) as work:
+        shards.copy_others(folder, work)
+        sums = shards.write_shards(work, files, "quantizing" if schemes else "saving")
+        keys = read_json(folder / "config.json")
+        keys.pop("quantization_config", None)
+        if matrices:
+            keys["quantization_config"] = OURS
+            shards.write_json(work / MANIFEST, {**report, "files": sums})
+        shards.write_json(work / "config.json", keys)
+        shards.write_sums(work, sums)
+    return report
+
+
+def _shards(
+    model: Model, schemes: Mapping[str, Scheme], blocks: Any, limit: int
+) -> tuple[shards.Shards, dict[str, dict[str, Any]]]:
+    """The files with what they hold, and what the manifest says of each quantized matrix."""
+    weights, order = model.weights, list(expected_shapes(model.config))
+    entries: dict[str, Any] = {}
+    matrices: dict[str, dict[str, Any]] = {}
+
+    @lru_cache(maxsize=1)  # the arrays of a matrix stand one after the other
+    def made(name: str) -> Mapping[str, np.ndarray]:
+        return blocks(name).arrays()
+
+    for name in [*order, *(name for name in weights if name not in order)]:
+        weight = weights[name]
+        if name in schemes:
+            header, arrays = schemes[name].layout(weight.shape)
+            matrices[name] = describe_matrix(header, rounded_by(header["format"]))
+            for part, (size, dtype) in arrays.items():
+                entries[f"{name}.{part}"] = Part(size, dtype, partial(made, name), part)
+        elif isinstance(weight, QuantizedWeight):
+            matrices[name] = describe_matrix(weight.blocks.header(), weight.rounded)
+            entries |= {f"{name}.{part}": Stored(array) for part, array in weight.blocks.arrays().items()}
+        elif name in order:
+            entries[name] = Stored(weight.array)
+        # a tied head is the embedding
+    return shards.cut(entries, limit), matrices

@@ -1,0 +1,1 @@
+"""A folder of files to weights by name, whatever their layout."""

@@ -1,0 +1,162 @@
+"""A checkpoint in any layout becomes safetensors: `refimpl convert SRC --out DST`.
+
+What is written is what the weights read as, tile by tile, so that memory stays small whatever the size: as they are,
+in another format, with NormHead applied, or with a LoRA adapter merged in. The same tensors and options give the same
+files, byte for byte, however the source was stored; `conversion.json` says what that was, and `SHA256SUMS` has its sum.
+
+Everything is made in `DST.part`, which becomes DST when it is complete. A conversion that was interrupted, or found the
+disk full, goes on there where it stopped, if its options, its adapter's sha256 and the sizes and times of the source's
+files are the same. The source is only read.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from refimpl.checkpoint import shards
+from refimpl.checkpoint.lora import adapter_files, merge
+from refimpl.checkpoint.weights import FLOATS, NormHead, Weight, expected_shapes, read_ahead, read_checkpoint, resolve
+from refimpl.config import Config, read_config
+from refimpl.errors import InputError
+from refimpl.files import read_json, sha256
+from refimpl_kernels.ops import DTYPES
+
+SHARD_BYTES = 5_000_000_000
+AHEAD = 4  # tiles that the disk is asked for at a time
+REPORT = "conversion.json"
+
+
+@dataclass(frozen=True)
+class Converted:
+    """A tensor to be written: what its rows read as in `dtype`."""
+
+    weight: Any
+    dtype: np.dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.weight.shape
+
+    def tiles(self) -> Iterator[np.ndarray]:
+        """Its bytes in order, a few MiB at a time, the next ones fetched meanwhile."""
+        rows = self.weight.shape[0]
+        step = max(1, shards.TILE_BYTES * rows // max(1, shards.size_of(self)))
+        for start in range(0, rows, step):
+            read_ahead(self.weight.array[start : start + AHEAD * step])
+            block = self.weight.read(self.dtype, slice(start, start + step))
+            yield np.ascontiguousarray(block).reshape(-1).view(np.uint8)
+
+
+def convert(
+    source: str | Path, out: str | Path, dtype: str | None = None, shard_size: int | str = SHARD_BYTES,
+    normalize_head: bool = False, lora: str | Path | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """Writes the checkpoint in `source` as safetensors into the new folder `out`; gives what `conversion.json` says.
+
+    `dtype`: "float32", "bfloat16" or "float16" for all parameters; as they are if not given. `shard_size`: bytes of
+    tensors in a file at most, unless one has more, such as 5_000_000_000 or "5GB". `lora`: the folder of a peft adapter
+    to merge (`checkpoint.lora`). The folder's other files are copied: not its subfolders, and of links those alone that
+    stay in it or lead into Hugging Face's cache. `sha256sum -c SHA256SUMS` checks all that was written.
+
+    `normalize_head` applies NormHead, so that what was made for Baichuan 1 runs a Baichuan2: each row of lm_head is
+    divided by its length, in the format that is written, as the official README's script does in the format that it
+    finds. In bfloat16 both the length and the quotient are rounded, and a row's length is 1 only to about 0.4 %
+    (`row lengths` in the result); `dtype="float32"` keeps it to 1e-7. The config then says `lm_head_normalized`,
+    which this package reads and checks; the official Baichuan2 code would normalise, and round, once more.
+
+    Raises InputError for a source that cannot be loaded or leads elsewhere, an `out` that exists, cannot be written or
+    is being written by another, numbers that a format cannot hold, and an adapter that is not understood.
+
+    Source: the head as in README.md of baichuan-inc/Baichuan2, "migrating Baichuan 1 optimisations".
+    """
+    source, out = Path(source), Path(os.path.realpath(out))
+    if source.resolve() in out.parents:
+        raise InputError(f"{out} is inside {source}, which stays as it is; choose another place")
+    config = read_config(source)
+    tensors = read_checkpoint(source)
+    resolve(config, tensors)  # everything is there and fits
+    entries = _entries(config, tensors, dtype, normalize_head)
+    if lora is not None:
+        entries |= {
+            name: Converted(weight, entries[name].dtype)
+            for name, weight in merge(Path(lora), {name: entry.weight for name, entry in entries.items()}).items()
+        }
+    files = shards.cut(entries, shards.byte_count(shard_size))
+    adapter = {path.name: sha256(path) for path in adapter_files(Path(lora))} if lora else None
+    report: dict[str, Any] = {
+        "family": config.family,
+        "options": {"dtype": dtype, "normalize_head": normalize_head, "lora": adapter},
+        "source": {path.name: path.stat().st_size for path in shards.files_of(source)},
+        "tensors": len(entries),
+        "bytes": sum(map(shards.size_of, entries.values())),
+    }
+    changed = [path.stat().st_mtime_ns for path in shards.files_of(source)]
+    with shards.workplace(out, files, {**report, "changed": changed}) as work:
+        shards.copy_others(source, work)
+        _write_config(source, work, dtype, normalize_head)
+        sums = shards.write_shards(work, files, "converting")
+        if normalize_head:
+            report["row lengths"] = _row_lengths(entries["lm_head.weight"])
+        shards.write_json(work / REPORT, report)
+        shards.write_sums(work, sums)
+    return report
+
+
+def _entries(
+    config: Config, tensors: Mapping[str, Any], dtype: str | None, normalize_head: bool
+) -> dict[str, Converted]:
+    """What is written of each tensor, in the model's own order: the same for every way in which it was stored."""
+    if dtype is not None and dtype not in ("float32", "bfloat16", "float16"):
+        raise InputError(f"dtype is {dtype!r}, expected float32, bfloat16 or float16")
+    if normalize_head and not config.norm_head:
+        raise InputError(f"this {config.family} has no NormHead to apply; leave --normalize-head out")
+    order = {name: place for place, name in enumerate(expected_shapes(config))}
+    entries = {}
+    for name in sorted(tensors, key=lambda name: (order.get(name, len(order)), name)):
+        array = tensors[name]
+        if not isinstance(array, np.ndarray) or array.dtype not in FLOATS or not array.ndim:
+            found = f"{array.dtype} {array.shape}" if isinstance(array, np.ndarray) else f"a {type(array).__name__}"
+            raise InputError(f"{name} is {found}, expected floats; is it quantized? convert what it was made of")
+        # Buffers such as v1's rotary frequencies are no parameters, and are kept as exact as they are.
+        wanted = DTYPES[dtype] if dtype and name in order else array.dtype
+        head = normalize_head and name == "lm_head.weight"
+        entries[name] = Converted((NormHead if head else Checked)(array), wanted)
+    return entries
+
+
+class Checked(Weight):
+    """A weight that does not become infinite by being converted."""
+
+    def _convert(self, values, dtype):
+        with np.errstate(over="ignore"):
+            converted = super()._convert(values, dtype)
+        if converted.dtype != values.dtype and np.isinf(converted).any() and not np.isinf(values).any():
+            largest = np.abs(values.astype(np.float64)).max()
+            raise InputError(f"a weight of magnitude {largest:g} is beyond {dtype}; convert to bfloat16 or float32")
+        return converted
+
+
+def _row_lengths(entry: Converted) -> list[float]:
+    """The shortest and the longest row of the head as written, rows of zeros left out."""
+    step = max(1, shards.TILE_BYTES // entry.weight.shape[1])
+    lengths = np.concatenate([
+        np.linalg.norm(entry.weight.read(entry.dtype, slice(start, start + step)).astype(np.float64), axis=-1)
+        for start in range(0, entry.weight.shape[0], step)
+    ])  # fmt: skip
+    lengths = lengths[lengths > 0]
+    return [float(lengths.min(initial=1)), float(lengths.max(initial=1))]
+
+
+def _write_config(source: Path, work: Path, dtype: str | None, normalize_head: bool) -> None:
+    keys = read_json(source / "config.json")
+    if dtype is not None:
+        keys["dtype" if "dtype" in keys else "torch_dtype"] = dtype  # transformers 5 renamed it
+    if normalize_head:
+        keys["lm_head_normalized"] = True
+    shards.write_json(work / "config.json", keys)

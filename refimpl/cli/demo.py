@@ -1,0 +1,90 @@
+"""The main job on the embedded model, start to end, told on one screen."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from importlib.util import find_spec
+from itertools import islice
+from pathlib import Path
+
+import golden
+from export.folder.emit import emit
+from export.folder.verify import verify
+from golden.compare import Report
+from golden.cost.quality import quality, read_documents
+from refimpl.errors import InputError, at_most
+from refimpl.info import describe
+from refimpl.model import EMBEDDED, Model, load
+
+PROMPT = "登鹳雀楼->王之涣\n夜雨寄北->"  # the one-shot example of Baichuan2's own model card
+ANSWER = "李商隐"
+GOLDEN = Path(golden.__file__).parent / "data" / "embedded"
+OURS = {"float", "int4", "report.txt", "report.json"}
+TOKENS = 4096  # of held-out text, for the cost of four bits
+
+
+def run(out: Path) -> bool:
+    """Completes a poem's author, checks against PyTorch, quantizes, exports and verifies; the verdict of all of it.
+
+    Graphs and reports go to the folder `out`, which is made, or must hold an earlier demo. Raises InputError if it
+    is something else.
+    """
+    strangers = {path.name for path in out.iterdir()} - OURS if out.is_dir() else set([out.name] * out.exists())
+    if strangers:
+        raise InputError(f"{out} holds {at_most(sorted(strangers), 3)}, not a demo; choose another place with --out")
+    begin = time.perf_counter()
+    model = load()
+    facts = describe(model)
+    print(f"The embedded model: a trained {facts['family']} of {facts['parameters'] / 1e6:.1f} M parameters "
+          f"({facts['layers']} layers, hidden {facts['hidden']}).\n")  # fmt: skip
+
+    said = complete(model, PROMPT)
+    right = said == ANSWER
+    shown = PROMPT.replace("\n", " ⏎ ")
+    print(f"1. It knows its poets    {shown}{said}" + ("" if right else f"   (expected {ANSWER})"))
+
+    against_pytorch = {dtype: golden.check(model, GOLDEN, dtype) for dtype in ("float64", "float32")}
+    for dtype, report in against_pytorch.items():
+        print(f"2. PyTorch, {dtype:13}{verdict(report)}")
+
+    small = model.quantize("int4", block_size=32)
+    ids = read_documents(EMBEDDED / "held_out.txt", model)[:TOKENS]
+    cost = quality(small, model, ids)
+    print(f"3. What 4 bits cost      perplexity {cost.reference_perplexity:.1f} -> {cost.perplexity:.1f} on held-out "
+          f"poems, KL {cost.kl_mean:.3f} nats,\n{'':25}same top-1 {cost.same_top:.1%} of {cost.tokens} tokens; "
+          f"the author is now {complete(small, PROMPT)}")  # fmt: skip
+
+    reports = dict(against_pytorch)
+    engine = "onnxruntime" if find_spec("onnxruntime") else "reference"
+    for name, version in (("float", model), ("int4", small)):
+        parts = emit(version, tokens=(16, 1), context=64, parts=3)
+        parts.save(out / name, overwrite=True)
+        reports[name] = report = verify(out / name, engine)
+        print(f"4. ONNX, {name:16}{len(parts)} graphs run by {engine}, isolated and chained:\n"
+              f"{'':25}{verdict(report)}")  # fmt: skip
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "report.txt").write_text("\n\n".join(f"{n}: {r}" for n, r in reports.items()) + "\n", encoding="utf-8")
+    content = {name: json.loads(report.to_json()) for name, report in reports.items()}
+    (out / "report.json").write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
+
+    good = right and all(reports.values())
+    print(f"\n{'All of it agrees' if good else 'IT DIFFERS'}, in {time.perf_counter() - begin:.0f} s. "
+          f"Every tensor: {out / 'report.txt'}; the graphs: {out / 'float'}, {out / 'int4'}")  # fmt: skip
+    return good
+
+
+def complete(model: Model, prompt: str) -> str:
+    """The rest of the prompt's last line, by greedy decoding."""
+    pieces: Sequence[int] = list(islice(model.generate(prompt, max_new_tokens=8), 8))
+    return model.tokenizer.decode(pieces).split("\n")[0]
+
+
+def verdict(report: Report) -> str:
+    """How many tensors agree, and the one that comes nearest to not agreeing."""
+    worst = report.worst[0]
+    where = worst.name.split("/", 1)[1] if "/" in worst.name else worst.name
+    total, wrong = len(report.tensors), len(report.failures)
+    count = f"{wrong} of {total} tensors DIFFER" if wrong else f"{total} tensors agree"
+    return f"{count}; worst {where}, {worst.needed:.0e} of {worst.allowed:.0e}"

@@ -1,0 +1,1 @@
+"""Activations and weights on integer grids: encodings, calibration, simulation."""

@@ -1,0 +1,262 @@
+"""Which tensor stands on which grid: the encodings of a model, and the recipe by which w4a16 models get theirs.
+
+The recipe is what Qualcomm's model zoo does with its language models, stated for our tensors:
+
+    weights of linears      int4, symmetric, a step for each output row (or block of a row, or LPBQ)
+    lm_head                 int8, symmetric, a step for each row: the words' logits
+    embedding, gains        uint16, one step: constants at the precision of activations
+    keys and values         int8, symmetric. Past and new ones are the same tensor, so they share the grid
+    probs, sigmoid          uint16 on [0, 1], whatever was seen
+    mask, cos, sin          uint16 on [-50, 0] and [-1, 1]: the host writes them, and knows
+    all other tensors       uint16 on the range that was seen
+    none at all             what a Gather gives (its table has one), what only moves data, all inside an RMSNorm
+
+A device multiplies 16 by 8 bits and not 16 by 16, which is why keys and values, the second operands of attention's
+products, are the tensors with 8.
+
+**Source**: AI Hub Models 0.46, `models/_shared/llm` and `utils/aimet/default_config_llama.json`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from refimpl.checkpoint.weights import Weights
+from refimpl.config import Config
+from refimpl.errors import InputError, at_most
+from refimpl.names import taps
+from refimpl_kernels.affine import Encoding, for_weight, from_range
+
+MASK, COS, SIN = INPUTS = "attention_mask", "position_ids_cos", "position_ids_sin"  # as export calls them
+EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+TILE_ELEMENTS = 4 << 20  # of a weight that is read at a time
+
+
+@dataclass(frozen=True)
+class Float16:
+    """In the place of an `Encoding`: kept as a 16-bit float."""
+
+    bits: int = 16
+
+
+@dataclass(frozen=True)
+class Encodings:
+    """The grids of a model. A tensor that is in neither mapping stays as it is.
+
+    `activations`: a tap's name, or an input's (`attention_mask`, `position_ids_cos`, `position_ids_sin`) -> its grid.
+    `parameters`: a weight's name -> its grids.
+    """
+
+    activations: Mapping[str, Encoding | Float16]
+    parameters: Mapping[str, Encoding | Float16] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.activations) + len(self.parameters)
+
+    def __iter__(self) -> Iterator[str]:
+        yield from self.activations
+        yield from self.parameters
+
+    def __getitem__(self, name: str) -> Encoding | Float16:
+        return self.activations[name] if name in self.activations else self.parameters[name]
+
+    def check(self, config: Config, weights: Mapping) -> Encodings:
+        """These encodings, if they can be a model's. Raises InputError for names and counts that are not its own."""
+        shapes = {name: weights[name].shape for name in weights}
+        known = {*taps(config), *INPUTS}
+        for name, where in [(n, known) for n in self.activations] + [(n, set(shapes)) for n in self.parameters]:
+            if name not in where:
+                raise InputError(f"there is an encoding for {name!a:.99}, which this model lacks{near(name, where)}")
+        for name in self:
+            encoding = self[name]
+            if isinstance(encoding, Encoding) and not name.endswith(".bias"):
+                _check_counts(name, encoding, shapes.get(name, ()))
+                if encoding.bits > 16:
+                    raise InputError(f"the encoding of {name} has {encoding.bits} bits, expected 2 to 16")
+        return self
+
+    def of(self, config: Config, weights: Mapping) -> Encodings:
+        """Those that a model has tensors for."""
+        known = {*taps(config), *INPUTS}
+        return Encodings({name: e for name, e in self.activations.items() if name in known},
+                         {name: e for name, e in self.parameters.items() if name in weights})  # fmt: skip
+
+    def raised(self, pattern: str, bits: int, weights: Weights) -> Encodings:
+        """These encodings with all that the glob matches on grids of at least `bits`, over the range that they have.
+
+        The grids of matrices are made anew from `weights`, the model's own, in rows or blocks as before.
+        Raises InputError if the glob matches nothing, or for bits that are no whole number from 2 to 16.
+        """
+        if not 2 <= bits <= 16:
+            raise InputError(f"bits is {bits}, expected 2 to 16")
+        matched = [name for name in self if fnmatch.fnmatchcase(name, pattern)]
+        if not matched:
+            raise InputError(f"no encoding is called {pattern!a:.99}{near(pattern, set(self))}")
+        activations, parameters = dict(self.activations), dict(self.parameters)
+        for name in matched:
+            old = self[name]
+            if isinstance(old, Float16) or old.bits >= bits:
+                continue
+            if old.scale.ndim:
+                granularity = (old.block_size, old.block_scale is not None)
+                parameters[name] = matrix_encoding(name, weights[name], bits, *granularity)
+            else:
+                new = from_range(old.low, old.high, bits, old.symmetric)
+                (activations if name in activations else parameters)[name] = new
+        return Encodings(activations, parameters)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The numbers of the recipe above. `block_size`: the steps of int4 weights are of blocks; `lpbq`: in two levels."""
+
+    weight_bits: int = 4
+    head_bits: int = 8
+    activation_bits: int = 16
+    kv_bits: int = 8
+    block_size: int | None = None
+    lpbq: bool = False
+    lowest_mask: float = -50.0
+
+    def __post_init__(self) -> None:
+        for name in ("weight_bits", "head_bits", "activation_bits", "kv_bits"):
+            bits = getattr(self, name)
+            if type(bits) is not int or not 2 <= bits <= 16:
+                raise InputError(f"{name} is {bits!r}, expected a whole number from 2 to 16")
+        if self.lpbq and not self.block_size:
+            raise InputError("LPBQ is made of blocks; give a block_size, such as 64")
+
+    def activation(self, config: Config, tap: str) -> Grid | None:
+        """What the recipe says of a tap, or None if it gets no encoding of its own."""
+        kind = tap.rpartition(".")[2]
+        if tap == "model.embed_tokens" or moves_data(config, kind):
+            return None
+        if kind in ("key", "value"):
+            return Grid(self.kv_bits, symmetric=True)
+        return Grid(self.activation_bits, fixed=(0.0, 1.0) if kind == "probs" else None)
+
+    def inputs(self, config: Config) -> dict[str, Encoding]:
+        """The grids of what the host computes."""
+        found = {MASK: from_range(self.lowest_mask, 0.0, self.activation_bits)}
+        if config.rope_theta:
+            found |= dict.fromkeys((COS, SIN), from_range(-1.0, 1.0, self.activation_bits))
+        return found
+
+    def parameters(self, config: Config, weights: Weights) -> dict[str, Encoding]:
+        """The grids of all weights. Biases have none: a device adds them as 32-bit integers, which costs nothing.
+
+        Raises InputError for a weight that is not finite, or not made of whole blocks.
+        """
+        found = {}
+        for name in weights:
+            if name.endswith(".bias"):
+                continue
+            if name == EMBED or len(weights[name].shape) == 1:
+                low, high = weight_range(name, weights[name])
+                found[name] = from_range(low, high, self.activation_bits)
+            elif name == HEAD:
+                found[name] = matrix_encoding(name, weights[name], self.head_bits)
+            else:
+                found[name] = matrix_encoding(name, weights[name], self.weight_bits, self.block_size, self.lpbq)
+        return found
+
+
+@dataclass(frozen=True)
+class Grid:
+    """What a recipe asks for a tensor: bits, kind, and a range if it is the same for every model."""
+
+    bits: int
+    symmetric: bool = False
+    fixed: tuple[float, float] | None = None
+
+
+def moves_data(config: Config, kind: str) -> bool:
+    """Whether a tap only shows another tensor's values in another order: it stands on that one's grid.
+
+    Queries do without RoPE, and v_proj's output is the values, which have a grid of their own.
+    """
+    return kind == "v_proj" or (kind == "query" and not config.rope_theta)
+
+
+def feature_grids(encodings: Encodings, config: Config, tap: str) -> list[tuple[int, Encoding | Float16 | None]]:
+    """The grids of a tap's features, with how many stand on each; -1 is all.
+
+    W_pack has up to three: what only moves on, to be values or, without RoPE, keys, is on that one's grid from the
+    start. A device has W_pack as three linears, and moving data is no reason to round it twice.
+    """
+    own, (at, _, kind) = encodings.activations.get(tap), tap.rpartition(".")
+    if kind != "W_pack":
+        return [(-1, own)]
+    width = config.num_key_value_heads * config.head_dim
+    key = None if config.rope_theta else encodings.activations.get(f"{at}.key")
+    value = encodings.activations.get(f"{at}.value")
+    return [(config.num_attention_heads * config.head_dim, own), (width, key or own), (width, value or own)]
+
+
+def grid_of(encodings: Encodings, config: Config, tap: str) -> Encoding | Float16 | None:
+    """The grid that a tap's values stand on: its own, or that of the tensor it is cut from."""
+    found = encodings.activations.get(tap)
+    if found is None and tap.endswith(".query") and moves_data(config, "query"):
+        at = tap.removesuffix("query")
+        found = encodings.activations.get(at + config.qkv_modules[0])
+    return found
+
+
+def matrix_encoding(name: str, weight, bits: int, block_size: int | None = None, lpbq: bool = False) -> Encoding:
+    """Symmetric grids for a parameter (O, I), read some rows at a time."""
+    pieces = []
+    for start in range(0, weight.shape[0], rows_at_a_time(weight)):
+        rows = weight.read(np.dtype(np.float32), slice(start, start + rows_at_a_time(weight)))
+        try:
+            pieces.append(for_weight(rows, bits, block_size, lpbq))
+        except ValueError as error:
+            raise InputError(f"{name}: {error}") from None
+    scale, offset = (np.concatenate([getattr(p, part) for p in pieces]) for part in ("scale", "offset"))
+    steps = np.concatenate([p.block_scale for p in pieces if p.block_scale is not None]) if lpbq else None
+    return replace(pieces[0], scale=scale, offset=offset, block_scale=steps)
+
+
+def weight_range(name: str, weight) -> tuple[float, float]:
+    """The smallest and largest value of a parameter. Raises InputError if one is not finite."""
+    low, high = np.inf, -np.inf
+    for start in range(0, weight.shape[0], rows_at_a_time(weight)):
+        rows = weight.read(np.dtype(np.float32), slice(start, start + rows_at_a_time(weight)))
+        low, high = min(low, float(rows.min())), max(high, float(rows.max()))
+        if not np.isfinite((low, high)).all():
+            raise InputError(f"{name}: a weight is NaN or infinite; no scale fits it")
+    return low, high
+
+
+def rows_at_a_time(weight) -> int:
+    """How many rows of a parameter are read at once, so that memory does not grow with it."""
+    return max(1, TILE_ELEMENTS // int(np.prod(weight.shape[1:])))
+
+
+def near(name: str, known: set[str]) -> str:
+    """What may have been meant, as the end of an error message."""
+    close = difflib.get_close_matches(name, known, 3, 0.6) if len(name) < 200 else []
+    return f"; near it are {at_most(close)}" if close else f"; it has {at_most(sorted(known), 3)}"
+
+
+def _check_counts(name: str, encoding: Encoding, shape: tuple[int, ...]) -> None:
+    """Raises InputError unless the encoding has a scale for the tensor, or one for each row or block of a matrix."""
+    size, steps = encoding.block_size, encoding.block_scale
+    rows: tuple[int, ...] = shape[:1] if len(shape) == 2 and encoding.scale.ndim else ()
+    if size and (not rows or shape[1] % size):
+        raise InputError(f"the encoding of {name} has block_size {size}, which does not divide rows of {shape}")
+    blocks = (*rows, shape[1] // size) if size else rows
+    expected = blocks if steps is None else rows
+    for what, found, wanted in (
+        ("scales", encoding.scale.shape, expected),
+        ("offsets", encoding.offset.shape, expected),
+        ("block scales", blocks if steps is None else steps.shape, blocks),
+    ):
+        if found != wanted:
+            counts = (" x ".join(map(str, counted)) or "1" for counted in (found, wanted))
+            raise InputError("the encoding of {} has {} {}, expected {} for {}".format(
+                name, next(counts), what, next(counts), f"shape {shape}" if shape else "a tensor"))  # fmt: skip

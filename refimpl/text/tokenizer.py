@@ -1,0 +1,237 @@
+"""Text to token ids and back, as the official tokenizers do it, quirks included."""
+
+from __future__ import annotations
+
+import operator
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from refimpl.config import Config, read_config
+from refimpl.errors import InputError
+from refimpl.files import read_json, read_small
+from refimpl.text.chat import LAYOUTS, ChatSettings, Message
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    """Text to token ids and back, and a conversation to a prompt. Made by `load_tokenizer`.
+
+    Two functions of a library do the work between special tokens; what is special is the same code for all families.
+    """
+
+    encode_plain: Callable[[str], list[int]]
+    decode_plain: Callable[[list[int]], str]
+    vocab_size: int  # the model's; ids that the tokenizer has no text for (Qwen2's padding) decode to nothing
+    special_tokens: dict[str, int]  # text -> id
+    markers: tuple[str, ...]  # the special tokens and those that open a turn: what `plain` spells out
+    eos_token_id: int
+    chat_settings: ChatSettings
+    family: str
+    bos_token_id: int | None = None
+    pad_token_id: int | None = None
+    before: tuple[int, ...] = ()  # every encoded text; the official checkpoints put nothing before or after it
+    after: tuple[int, ...] = ()
+    blank: str = ""  # what decode puts before a text that a special token follows
+
+    def encode(self, text: str, plain: bool = False) -> list[int]:
+        """The token ids of a text. No <s> before and no </s> after it, unless tokenizer_config.json asks for them.
+
+        A special token written out in the text becomes its id, and so does one that opens a turn: who types
+        "<reserved_106>" (Baichuan) or "<|im_start|>" (Qwen2) speaks as somebody else. The original does so, and it is
+        how prompts are injected; `plain=True` spells all of them out, for text that is not yours.
+
+        Raises InputError for what is not text, and for half a surrogate pair, which has no UTF-8.
+
+        **Source** tokenization_baichuan.py, and `PreTrainedTokenizer.tokenize` of transformers 4.33.
+        """
+        if not isinstance(text, str):
+            raise InputError(f"the text is {text!r:.40}, expected a str")
+        if half := re.search("[\ud800-\udfff]", text):
+            raise InputError(f"character {half.start()} of the text is {half[0]!a}, half of one; read text as UTF-8")
+        parts = (self._inside_markers if plain else self._special_token).split(text)
+        special = self.special_tokens
+        ids = [id for part in parts if part for id in ([special[part]] if part in special else self.encode_plain(part))]
+        return [*self.before, *ids, *self.after]
+
+    def decode(self, ids: Iterable[int], skip_special_tokens: bool = False) -> str:
+        """The text of token ids. A byte that belongs to no character becomes U+FFFD (Qwen2: all that belong together).
+
+        Baichuan means to put a blank before a special token, but puts it before the text in front of that: "a", </s>,
+        "b" becomes " a</s>b". U+2581 becomes a blank. Every other text comes back as it was encoded.
+
+        Raises InputError for an id outside the vocabulary.
+
+        **Source** `convert_tokens_to_string` in tokenization_baichuan.py.
+        """
+        text, run = "", []  # type: str, list[int]
+        for id in self._checked(ids):
+            if id not in self._special_text:
+                run.append(id)
+            elif not skip_special_tokens:
+                text += (self.blank + self.decode_plain(run) if run else "") + self._special_text[id]
+                run = []
+        return text + self.decode_plain(run)
+
+    def stream(self, ids: Iterable[int]) -> Iterator[str]:
+        """Pieces of text while ids come in: together they are `decode(ids, skip_special_tokens=True)`.
+
+        No piece ends within a character: its bytes wait for the others, or for the end. Special tokens are left out,
+        since they change the text before them (see `decode`); the official streamer repeats the whole text each time.
+
+        **Source** `TextIterStreamer` in generation_utils.py.
+        """
+        text, given = "", 0
+        recent: list[int] = []  # one id whose text is given (a text's first id may lose its blank), then those to give
+        for id in self._checked(ids):
+            if id in self._special_text:
+                continue
+            recent.append(id)
+            text = self.decode_plain(recent)
+            # A character has at most 4 bytes: of what is no character yet, the last 3 at most can become one.
+            complete = max(len(text.rstrip("\ufffd")), len(text) - 3)
+            if complete > given:
+                yield text[given:complete]
+                given = complete
+            if complete == len(text):
+                recent = [id]
+                text = self.decode_plain(recent)
+                given = len(text)
+        if given < len(text):
+            yield text[given:]
+
+    def chat(self, messages: Sequence[Message], max_new_tokens: int | None = None, plain: bool = False) -> list[int]:
+        """The prompt of a conversation, [{"role": "user", "content": "..."}, ...]: see `refimpl.text.chat`.
+
+        `max_new_tokens` of the context are kept free; without it, as many as generation_config.json says. `plain`:
+        see `encode`; the original has no such thing. Raises InputError for messages that the family does not take.
+        """
+        if max_new_tokens is not None and (type(max_new_tokens) is not int or max_new_tokens < 0):
+            raise InputError(f"max_new_tokens is {max_new_tokens!r:.40}, expected a whole number")
+        settings = replace(self.chat_settings, max_new_tokens=max_new_tokens or self.chat_settings.max_new_tokens)
+        return LAYOUTS[self.family](messages, partial(self.encode, plain=plain), settings)
+
+    def _checked(self, ids: Iterable[int]) -> Iterator[int]:
+        for id in ids:
+            try:
+                number = operator.index(id)
+            except TypeError:
+                raise InputError(f"a token id is {id!r:.40}, expected a flat list of integers") from None
+            if not 0 <= number < self.vocab_size:
+                raise InputError(f"token id {number} is outside the vocabulary of {self.vocab_size}")
+            yield number
+
+    @cached_property
+    def _special_text(self) -> dict[int, str]:
+        return {id: text for text, id in self.special_tokens.items()}
+
+    @cached_property
+    def _special_token(self) -> re.Pattern[str]:
+        longest_first = sorted(self.special_tokens, reverse=True)
+        return re.compile(f"({'|'.join(map(re.escape, longest_first))})")
+
+    @cached_property
+    def _inside_markers(self) -> re.Pattern[str]:
+        """The place after the first character of a marker: cut there, a text contains no marker."""
+        return re.compile("|".join(f"(?<={re.escape(text[:1])})(?={re.escape(text[1:])})" for text in self.markers))
+
+
+_FILES = ("tokenizer.model", "tokenizer.json")  # of Baichuan, and of Qwen2
+
+
+def load_tokenizer(folder: str | Path, config: Config | None = None) -> Tokenizer | None:
+    """The tokenizer of a checkpoint folder, or None if it has none.
+
+    Baichuan reads `tokenizer.model` (SentencePiece), Qwen2 `tokenizer.json` (byte-level BPE). The family and the
+    context come from `config`, by default the folder's. Role ids and `max_new_tokens` come from generation_config.json
+    if they are there, and tokenizer_config.json may ask for <s> and </s>.
+
+    Raises InputError for a file that is damaged or belongs to another model, and for a library that is missing.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise InputError(f"{folder} is not a folder; expected one with config.json and a tokenizer")
+    config = config or read_config(folder)
+    qwen = config.family == "Qwen2-7B"
+    path, theirs = (folder / name for name in (_FILES[::-1] if qwen else _FILES))
+    if not path.exists():
+        if theirs.exists():
+            raise InputError(f"{theirs} is no {config.family}'s, which has {path.name}; copy the file of this model")
+        return None
+    others = [folder / f"{kind}_config.json" for kind in ("tokenizer", "generation")]
+    keys, generation = (read_json(other) if other.exists() else {} for other in others)
+    return (_read_byte_level if qwen else _read_sentencepiece)(path, config, keys, generation)
+
+
+def _read_sentencepiece(path: Path, config: Config, keys: dict[str, Any], generation: dict[str, Any]) -> Tokenizer:
+    data, library = read_small(path), _import("sentencepiece", "sentencepiece")
+    try:
+        model = library.SentencePieceProcessor(model_proto=data or b"\0")  # b"" would mean: no model yet
+        special = {model.id_to_piece(id): id for id in (model.unk_id(), model.bos_id(), model.eos_id()) if id >= 0}
+    except RuntimeError:
+        raise InputError(f"{path} is damaged: {len(data)} bytes are no SentencePiece model; copy it again") from None
+    _check_size(path, model.get_piece_size(), config)
+    if special != {"<unk>": 0, "<s>": 1, "</s>": 2}:
+        raise InputError(f"{path} has the special tokens {special}, expected <unk> 0, <s> 1, </s> 2; copy Baichuan's")
+    if model.encode("a  b") == model.encode("a b"):  # what SentencePiece does if the settings at the end are missing
+        raise InputError(f"{path} takes two blanks for one, which no Baichuan does: its end is missing; copy it again")
+    settings = _settings(config, generation, max_new_tokens=min(2048, config.max_position_embeddings // 2))
+    roles = [model.id_to_piece(id) for id in (settings.user_token_id, settings.assistant_token_id)]
+    return Tokenizer(
+        model.encode, model.decode, config.vocab_size, special, (*special, *roles), 2, settings, config.family,
+        bos_token_id=1, pad_token_id=0, blank=" ",
+        before=(1,) if keys.get("add_bos_token") else (), after=(2,) if keys.get("add_eos_token") else (),
+    )  # fmt: skip
+
+
+def _read_byte_level(path: Path, config: Config, keys: dict[str, Any], generation: dict[str, Any]) -> Tokenizer:
+    data, library = read_small(path), _import("tokenizers", "'refimpl[qwen]'")
+    try:
+        model = library.Tokenizer.from_buffer(data)
+    except Exception:  # the library raises nothing more precise
+        raise InputError(f"{path} is damaged: it is no tokenizer of the library tokenizers; copy it again") from None
+    _check_size(path, max(model.get_vocab().values(), default=-1) + 1, config)
+    special = {token.content: id for id, token in model.get_added_tokens_decoder().items() if token.special}
+    if not {"<|im_start|>", "<|im_end|>"} <= set(special):
+        raise InputError(f"{path} has no special tokens <|im_start|> and <|im_end|>; copy Qwen2's")
+
+    def id_of(key: str) -> int | None:
+        token = keys.get(key)
+        text = token.get("content") if isinstance(token, dict) else token
+        return special.get(text) if isinstance(text, str) else None
+
+    start, end, eos = special["<|im_start|>"], special["<|im_end|>"], id_of("eos_token")
+    settings = _settings(config, {**generation, "user_token_id": start, "assistant_token_id": start})
+    return Tokenizer(
+        lambda text: model.encode(text, add_special_tokens=False).ids, model.decode, config.vocab_size,
+        special, tuple(special), end if eos is None else eos, replace(settings, eos_token_id=end), config.family,
+        pad_token_id=id_of("pad_token"),
+    )  # fmt: skip
+
+
+def _check_size(path: Path, size: int, config: Config) -> None:
+    # Qwen2 pads its vocabulary. Baichuan does not: there, fewer tokens mean a damaged file or tokens added elsewhere.
+    if size > config.vocab_size or (size < config.vocab_size and config.family != "Qwen2-7B"):
+        raise InputError(f"{path} has {size} tokens, the model has {config.vocab_size}; copy the file of this model")
+
+
+def _settings(config: Config, keys: dict[str, Any], max_new_tokens: int = 1) -> ChatSettings:
+    """What generation_config.json says about chat; `max_new_tokens` is for one that says nothing about it."""
+    settings = ChatSettings(config.max_position_embeddings, max_new_tokens)
+    limits = {"max_new_tokens": 1 << 31, "user_token_id": config.vocab_size, "assistant_token_id": config.vocab_size}
+    values = {name: getattr(settings, name) if keys.get(name) is None else keys[name] for name in limits}
+    for name, value in values.items():
+        if type(value) is not int or not 0 <= value < limits[name]:
+            raise InputError(f"{name} is {value!r:.40}, expected 0 to {limits[name] - 1}; mend generation_config.json")
+    return replace(settings, **values)
+
+
+def _import(name: str, package: str) -> Any:
+    try:
+        return import_module(name)
+    except ImportError:
+        raise InputError(f"this tokenizer needs the library {name}; pip install {package}") from None
