@@ -5,6 +5,6 @@ from export.folder.probe import probed
 from export.folder.verify import verify
 from export.measure.device import read_device
 from export.search.bisection import bisect
-from export.verdict.verdict.trial import judge
+from export.verdict.trial import judge
 
 __all__ = ["Parts", "bisect", "emit", "judge", "probed", "read_device", "verify"]

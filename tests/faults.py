@@ -26,8 +26,8 @@ from export import emit
 from export.graphs.plan import carry
 from export.measure.device import Way
 from export.measure.references import References
-from export.verdict.verdict.trial import judge
-from export.verdict.verdict.verdict import Verdict
+from export.verdict.trial import judge
+from export.verdict.verdict import Verdict
 from refimpl.grids.calibrate import calibrate
 from refimpl.grids.encodings import Recipe
 from refimpl.positions import rope_tables

@@ -16,7 +16,7 @@ from pathlib import Path
 from faults import FAULTS, SETTINGS, Outcome, World
 from tqdm import tqdm
 
-from export.hub.loop.loop import WAYS
+from export.hub.loop import WAYS
 from export.measure.device import Way
 
 

@@ -23,7 +23,7 @@ import ml_dtypes
 import numpy as np
 from tqdm import tqdm
 
-from export.causes.evidence.hypotheses import SLOTS, Hypothesis, Operation, hypotheses, last_name
+from export.causes.hypotheses import SLOTS, Hypothesis, Operation, hypotheses, last_name
 from export.folder.emit import Arrays
 from export.folder.verify import unpadded
 from export.graphs.cut import stage

@@ -22,7 +22,7 @@ from refimpl.names import input_of
 from refimpl_kernels.affine import Encoding, fake_quantize, from_range, integers
 
 if TYPE_CHECKING:
-    from export.causes.evidence.evidence import Evidence
+    from export.causes.evidence import Evidence
 
 LINEARS = ("W_pack", "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head")
 NORMS = ("input_layernorm", "post_attention_layernorm", "norm")

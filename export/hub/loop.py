@@ -22,10 +22,10 @@ import numpy as np
 
 from export.folder.verify import read_arrays, read_manifest
 from export.graphs.plan import GraphSpec, carry
-from export.hub.loop.jobs import SAMPLE, Source
-from export.hub.loop.session import JOBS, Session, expect_export, failures
+from export.hub.jobs import SAMPLE, Source
+from export.hub.session import JOBS, Session, expect_export, failures
 from export.measure.device import Way
-from export.preflight.check.check import check
+from export.preflight.check import check
 from export.run.executor import Arrays
 from export.run.ledger import Entry, Ledger
 from refimpl.errors import InputError

@@ -24,7 +24,7 @@ from typing import Any, TypeVar
 
 from tqdm import tqdm
 
-from export.hub.loop.client import (
+from export.hub.client import (
     PUBLIC,
     advice,
     configured,
@@ -36,7 +36,7 @@ from export.hub.loop.client import (
     transient,
     version,
 )
-from export.hub.loop.jobs import Options, Source, arrays_digest, digest, io_spec, named_outputs, of_graph
+from export.hub.jobs import Options, Source, arrays_digest, digest, io_spec, named_outputs, of_graph
 from export.measure.device import sanitised
 from export.run.executor import Arrays
 from export.run.ledger import Entry, Ledger

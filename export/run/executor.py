@@ -1,4 +1,4 @@
-"""What runs a graph on inputs: an engine here, or a device behind AI Hub (`export.hub.loop.session.Session`).
+"""What runs a graph on inputs: an engine here, or a device behind AI Hub (`export.hub.session.Session`).
 
     run(graph_folder, [inputs, …]) -> [outputs, …]
 

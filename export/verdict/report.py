@@ -18,7 +18,7 @@ from xml.etree import ElementTree
 
 from export.measure.figures import BINS, Figures
 from export.measure.references import TEXTS
-from export.verdict.verdict.verdict import Verdict
+from export.verdict.verdict import Verdict
 
 LEVELS = "0123456789abcdefghijklmnopqrstuvwxyz"  # an excess x is LEVELS[2 * log2(x) + 18]: 1 is "i", 2 is "k"
 COLOURS = ("#1a7f4b", "#58a65c", "#a9cf7a", "#e8dd7d", "#f0a04b", "#e0603c", "#c22f2f", "#7d1128")

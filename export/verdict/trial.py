@@ -19,14 +19,14 @@ import numpy as np
 from tqdm import tqdm
 
 import refimpl
-from export.causes.evidence.evidence import CAUSES, Cause, Evidence, by_elimination, likely_causes
+from export.causes.evidence import CAUSES, Cause, Evidence, by_elimination, likely_causes
 from export.folder.emit import Arrays
 from export.folder.verify import read_manifest, run_graphs, unpadded
 from export.graphs.plan import GraphSpec, Value, carry
 from export.measure.device import Answer, Way, fit_answers
 from export.measure.figures import Figures, Thresholds, measure
 from export.measure.references import TEXTS, Kind, References
-from export.verdict.verdict.verdict import DERIVED, Verdict
+from export.verdict.verdict import DERIVED, Verdict
 from golden.tolerance import Tolerance, tolerances
 from refimpl.errors import InputError, at_most
 from refimpl.grids.encodings import Encodings

@@ -16,7 +16,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from export.causes.evidence.evidence import Cause
+from export.causes.evidence import Cause
 from export.measure.figures import Figures, Thresholds
 from export.measure.places import Known, TapFlow
 from export.measure.references import TEXTS

@@ -143,7 +143,7 @@ def export(arguments) -> int:
     """Emit the model as ONNX, part by part or a module alone, with golden inputs and outputs."""
     from export import emit
     from export.files.encodings import read_encodings
-    from export.preflight.check.check import check
+    from export.preflight.check import check
 
     if arguments.check:
         return report(arguments, check(arguments.check))
@@ -198,7 +198,7 @@ def export(arguments) -> int:
 def verify(arguments) -> int:
     """Run exported parts and compare every output with the oracle; or judge what a device returned for them."""
     from export import verify
-    from export.verdict.verdict.trial import verify_on_grids
+    from export.verdict.trial import verify_on_grids
     from refimpl.files import read_json
 
     path, outputs = Path(arguments.folder), arguments.outputs
@@ -210,9 +210,9 @@ def verify(arguments) -> int:
             rounds = read_json(path / "manifest.json").get("onnx", {}).get("on_grids")
             return report(arguments, (verify_on_grids if rounds else verify)(path, engine=arguments.engine or "auto"))
     from export.measure.figures import Thresholds
-    from export.verdict.verdict import report as files
-    from export.verdict.verdict.trial import judge
-    from export.verdict.verdict.verdict import Verdict, read_run
+    from export.verdict import report as files
+    from export.verdict.trial import judge
+    from export.verdict.verdict import Verdict, read_run
     from refimpl.files import expect_writable, write_all
     from refimpl.model import load
 
@@ -263,8 +263,8 @@ def bisect(arguments) -> int:
     """Find the operation that goes wrong, with the fewest runs that tell it from all others."""
     from contextlib import ExitStack
 
-    from export.hub.loop.jobs import Options
-    from export.hub.loop.session import Session
+    from export.hub.jobs import Options
+    from export.hub.session import Session
     from export.measure.figures import Thresholds
     from export.run.executor import Engine, Executor
     from export.search.bisection import bisect

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 from refimpl.cli.verbs import JSON, option, verb
 
 if TYPE_CHECKING:
-    from export.hub.loop.loop import Outcome
-    from export.hub.loop.session import Session
+    from export.hub.loop import Outcome
+    from export.hub.session import Session
 
 FOLDER = option("folder", metavar="DIR", help="an export")
 API_URL = option("--api-url", metavar="URL", help="another server than that of client.ini, such as a loopback")
@@ -63,7 +63,7 @@ def hub_profile(arguments) -> int:
 )
 def hub_fetch(arguments) -> int:
     """Fetch the outputs of what has been sent and is done by now."""
-    from export.hub.loop.loop import Loop
+    from export.hub.loop import Loop
 
     with _session(arguments) as session:
         return _show(arguments, Loop(session).do("binaries" if arguments.binaries else "fetch"))
@@ -78,8 +78,8 @@ def hub_fetch(arguments) -> int:
 )
 def hub_status(arguments) -> int:
     """Show what was sent and what became of it, as the ledger in DIR has it."""
-    from export.hub.loop.loop import status
-    from export.hub.loop.session import Session
+    from export.hub.loop import status
+    from export.hub.session import Session
 
     if not arguments.device:
         return _show(arguments, status(Path(arguments.folder)))
@@ -88,8 +88,8 @@ def hub_status(arguments) -> int:
 
 
 def _session(arguments, locked: bool = True) -> Session:
-    from export.hub.loop.jobs import Options
-    from export.hub.loop.session import Session
+    from export.hub.jobs import Options
+    from export.hub.session import Session
 
     options = Options(arguments.qairt, arguments.compile_options, arguments.link_options, arguments.run_options)
     return Session(arguments.folder, arguments.device, arguments.api_url, options,
@@ -97,7 +97,7 @@ def _session(arguments, locked: bool = True) -> Session:
 
 
 def _send(arguments, verb: str) -> int:
-    from export.hub.loop.loop import Loop
+    from export.hub.loop import Loop
 
     with _session(arguments, locked=not arguments.dry_run) as session:
         loop = Loop(session, checked=not arguments.unchecked)

@@ -20,9 +20,9 @@ from typing import TYPE_CHECKING, Any
 from refimpl.errors import InputError
 
 if TYPE_CHECKING:
-    from export.preflight.check.check import Preflight
+    from export.preflight.check import Preflight
     from export.search.bisection import Finding
-    from export.verdict.verdict.verdict import Verdict
+    from export.verdict.verdict import Verdict
     from golden.compare import Report
     from refimpl.model import Model
 

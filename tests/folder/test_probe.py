@@ -8,7 +8,7 @@ import pytest
 from export import emit, probed, read_device, verify
 from export.folder.verify import read_arrays, read_manifest
 from export.graphs.cut import matching_modules
-from export.preflight.check.check import check
+from export.preflight.check import check
 from refimpl.config import FAMILIES
 from refimpl.errors import InputError
 from refimpl.grids.calibrate import calibrate

@@ -16,7 +16,7 @@ from export import emit, verify
 from export.files.encodings import write_encodings
 from export.folder.verify import engine_called, read_arrays, read_manifest
 from export.graphs.profiles import FORMS, PROFILES
-from export.preflight.check.check import check
+from export.preflight.check import check
 from refimpl.cli import main
 from refimpl.errors import InputError
 from refimpl.grids.calibrate import calibrate

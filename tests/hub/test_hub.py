@@ -20,11 +20,11 @@ from loopback_hub import Fault, LoopbackHub, fake_quantize, grid_of
 
 from export import emit
 from export.folder.verify import read_arrays, read_manifest, unpadded
-from export.hub.loop import session
-from export.hub.loop.client import likely
-from export.hub.loop.jobs import Options, Source, named_outputs
-from export.hub.loop.loop import Loop, status
-from export.hub.loop.session import Session
+from export.hub import session
+from export.hub.client import likely
+from export.hub.jobs import Options, Source, named_outputs
+from export.hub.loop import Loop, status
+from export.hub.session import Session
 from export.measure.device import read_device
 from export.run.executor import Engine
 from export.run.ledger import FILE, Ledger

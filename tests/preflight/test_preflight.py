@@ -16,7 +16,7 @@ from onnx import TensorProto, helper
 from export import emit
 from export.files.skeleton import read_grids, read_onnx
 from export.files.wire import FIELDS
-from export.preflight.check.check import RULES, check
+from export.preflight.check import RULES, check
 from refimpl import InputError, load
 from refimpl.cli import main
 

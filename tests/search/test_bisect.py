@@ -18,8 +18,8 @@ from onnx import helper, numpy_helper
 from export import emit
 from export.files.encodings import write_encodings
 from export.folder.verify import read_manifest
-from export.hub.loop import session
-from export.hub.loop.session import Session
+from export.hub import session
+from export.hub.session import Session
 from export.measure.figures import Thresholds
 from export.measure.places import Dataflow
 from export.measure.references import References

@@ -11,10 +11,10 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
-from export.causes.evidence.evidence import Cause
+from export.causes.evidence import Cause
 from export.measure.figures import BINS, Figures
-from export.verdict.verdict.report import COLOURS, DARK, LEVELS, colour, html, junit, level, model_explorer
-from export.verdict.verdict.verdict import Verdict, read_run, save_run
+from export.verdict.report import COLOURS, DARK, LEVELS, colour, html, junit, level, model_explorer
+from export.verdict.verdict import Verdict, read_run, save_run
 from refimpl.config import Config
 from refimpl.errors import InputError
 

@@ -15,17 +15,17 @@ from loopback_hub import LoopbackHub
 
 import refimpl
 from export import emit
-from export.causes.evidence.evidence import CAUSES, Evidence, likely_causes
+from export.causes.evidence import CAUSES, Evidence, likely_causes
 from export.files.entries import of_mapping
 from export.graphs.plan import carry
-from export.hub.loop import session
+from export.hub import session
 from export.measure.device import fit
 from export.measure.figures import Figures, Thresholds
 from export.measure.references import References
 from export.search.bisection import bisect
-from export.verdict.verdict.report import html
-from export.verdict.verdict.trial import judge, shown_dtype
-from export.verdict.verdict.verdict import read_run, save_run
+from export.verdict.report import html
+from export.verdict.trial import judge, shown_dtype
+from export.verdict.verdict import read_run, save_run
 from refimpl.checkpoint.weights import Weight
 from refimpl.cli import main
 from refimpl.errors import InputError
