@@ -376,7 +376,7 @@ def test_kernels_from_the_disk_are_those_of_these_sources(monkeypatch, tmp_path)
 
 PROGRAM = """
 import hashlib, sys
-sys.path.insert(0, {tests!r})
+sys.path[:0] = {tests!r}
 import numba, numpy as np
 from test_fast import KINDS, activations, attention, fitting, kept_as, matrix
 from refimpl_kernels.fast.ops import NumbaOps
@@ -397,7 +397,8 @@ print(digest.hexdigest())
 
 
 def digest(threads: int, **environment: str) -> str:
-    program = PROGRAM.format(tests=os.path.dirname(os.path.dirname(__file__)), threads=threads)
+    here = os.path.dirname(__file__)
+    program = PROGRAM.format(tests=[here, os.path.dirname(here)], threads=threads)
     run = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, env={**os.environ, **environment}
     )
