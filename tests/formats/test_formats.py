@@ -44,6 +44,7 @@ def sha(array):
 WORST = {
     "int4": 0.5 / 7, "nf4": (1 - 0.6961928) / 2, "fp4": 1 / 6, "int8": 0.5 / 127 + 2**-11, "q8_0": 0.5 / 127 + 2**-11,
     "q4_0": 1 / 8 + 2**-11, "q4_1": 1 / 15 + 2**-10, "matmulnbits": 1 / 8, "qlinear8": 0.5 / 127, "qlinear4": 0.5 / 7,
+    "mxfp4": 1 / 4,  # the largest weight lies between 4 and 8 scales; the values end at 6, and between 4 and 6 is none
 }  # fmt: skip
 finite = st.floats(-1e4, 1e4, width=32, allow_subnormal=False)
 
@@ -180,6 +181,7 @@ GGUF = {
     "q4_0": ("4032f258be1379df359bf147ac0268ce248a40b253fd9731", "c1ee4701bc191f09"),
     "q4_1": ("893240bef257bd1379cf358ae146ac0268bd24797732e0bd", "3a82b8b5559d77af"),
     "q8_0": ("4d229dfb59b61472d02e8be947a50361be1c7ad73593f14f", "5edb3f57af84520f"),
+    "mxfp4": ("7d7ec056fe9267ec147fda35feb056ed937d46fea267ec14", "47a5c85220951050"),
 }
 
 
@@ -187,6 +189,33 @@ GGUF = {
 def test_bytes_of_gguf(name):
     raw = gguf.to_bytes(formats.quantize(ramp(), name))
     assert (raw.tobytes()[:24].hex(), sha(raw)) == GGUF[name]
+
+
+def test_nvfp4_stands_for_what_gguf_reads():
+    # gguf 0.19.0: gguf.quants.dequantize(raw, GGMLQuantizationType.NVFP4)
+    raw = ((np.arange(72) * 89 + 7) % 127).astype(np.uint8)[None]
+    blocks = gguf.from_bytes(raw, "nvfp4")
+    values = formats.dequantize(blocks)
+    np.testing.assert_array_equal(values[0, :4], np.array([-0.041015625, 0.08203125, 0.0068359375, -0.013671875]))
+    assert sha(values) == "1f04ed2da6293680" and (gguf.to_bytes(blocks) == raw).all()
+
+
+@pytest.mark.parametrize(
+    "name, wrong, said",
+    [("mxfp4", 255, "numbers from 255 to 255, expected 0 to 254"), ("nvfp4", 127, "expected 0 to 126")],
+)
+def test_a_scale_that_is_no_number_is_refused(name, wrong, said):
+    blocks = formats.quantize(weights(), name)
+    blocks.scales[:] = wrong
+    with pytest.raises(ValueError, match=said):
+        formats.from_arrays(blocks.header(), blocks.arrays())
+
+
+def test_nvfp4_refuses_what_its_scales_do_not_reach():
+    with pytest.raises(ValueError, match="nvfp4 reaches 2688"):
+        formats.quantize(np.full((1, 16), 3000, np.float32), "nvfp4")
+    largest = formats.quantize(np.full((1, 16), 2688, np.float32), "nvfp4")
+    np.testing.assert_array_equal(formats.dequantize(largest), np.full((1, 16), 2688, np.float32))
 
 
 def test_q4_k_stands_for_what_gguf_reads():
@@ -467,7 +496,7 @@ def test_bits_per_weight():
     row = 32 / 4096
     assert table == {
         "int4": 5, "nf4": 4.5, "fp4": 4.5, "int8": 8 + row, "q4_0": 4.5, "q4_1": 5, "q4_k": 4.5, "q8_0": 8.5,
-        "matmulnbits": 5, "lpbq": 4 + 4 / 64 + 2 * row, "qlinear8": 8 + row, "qlinear4": 4 + row,
+        "matmulnbits": 5, "lpbq": 4 + 4 / 64 + 2 * row, "mxfp4": 4.25, "nvfp4": 4.5, "qlinear8": 8 + row, "qlinear4": 4 + row,
     }  # fmt: skip
     double = formats.quantize(weight, "nf4", double=True).bits_per_weight
     assert double == pytest.approx(4 + 8 / 64 + 32 / (64 * 256), abs=1e-3)

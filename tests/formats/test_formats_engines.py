@@ -77,11 +77,22 @@ def gguf_reads(name, **options):
         import gguf as engine
 
         kind = engine.GGMLQuantizationType[name.upper()]
-        for weight in matrices(256 if name == "q4_k" else 32):
+        for weight in matrices({"q4_k": 256, "nvfp4": 64}.get(name, 32)):
+            weight = np.clip(weight, -2688, 2688) if name == "nvfp4" else weight  # the largest that it holds
             blocks = formats.quantize(weight, name, **options)
             yield formats.dequantize(blocks), engine.quants.dequantize(gguf.to_bytes(blocks), kind)
 
     return pairs
+
+
+def gguf_scales_nvfp4():
+    """gguf-py does not quantize to NVFP4, but it has the rounding of its scales."""
+    import gguf as engine
+
+    for weight in matrices(64):
+        weight = np.clip(weight, -2688, 2688)
+        largest = np.abs(weight.reshape(len(weight), -1, 16)).max(-1) / np.float32(6)
+        yield formats.quantize(weight, "nvfp4").scales, engine.quants.NVFP4.fp32_to_ue4m3(largest)
 
 
 # bitsandbytes --------------------------------------------------------------------------------------------------------
@@ -366,8 +377,12 @@ COMPARISONS = [
     Comparison("int8", "codes and scales", "bitsandbytes", bitsandbytes_int8),
     Comparison("int8", "codes and scales", "bitsandbytes, recorded", recorded_int8),
     Comparison("int8", "linear, outlier columns", "bitsandbytes, recorded", recorded_int8_linear),
-    *(Comparison(name, "bytes", "gguf-py", gguf_quantizes(name)) for name in ("q4_0", "q4_1", "q8_0")),
-    *(Comparison(name, "values", "gguf-py", gguf_reads(name)) for name in ("q4_0", "q4_1", "q8_0", "q4_k")),
+    *(Comparison(name, "bytes", "gguf-py", gguf_quantizes(name)) for name in ("q4_0", "q4_1", "q8_0", "mxfp4")),
+    *(
+        Comparison(name, "values", "gguf-py", gguf_reads(name))
+        for name in ("q4_0", "q4_1", "q8_0", "q4_k", "mxfp4", "nvfp4")
+    ),
+    Comparison("nvfp4", "scales", "gguf-py", gguf_scales_nvfp4),
     Comparison("q4_k", "values, no search", "gguf-py", gguf_reads("q4_k", search=0)),
     Comparison("matmulnbits", "symmetric", "onnxruntime", onnxruntime_packs(True)),
     Comparison("matmulnbits", "asymmetric", "onnxruntime", onnxruntime_packs(False)),

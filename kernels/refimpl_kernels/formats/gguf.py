@@ -1,4 +1,4 @@
-"""Rows of Q4_0, Q4_1, Q4_K and Q8_0 as the bytes that a GGUF file has, and back.
+"""Rows of Q4_0, Q4_1, Q4_K, Q8_0, MXFP4 and NVFP4 as the bytes that a GGUF file has, and back.
 
 A row is its blocks one after the other, each with the fields of the format's `BLOCK`, which is a NumPy structure: see
 the pictures in q4_0.py and so on.
@@ -20,14 +20,14 @@ import numpy as np
 from refimpl_kernels import formats
 from refimpl_kernels.formats import q4_k
 
-FORMATS = ("q4_0", "q4_1", "q4_k", "q8_0")
+FORMATS = ("q4_0", "q4_1", "q4_k", "q8_0", "mxfp4", "nvfp4")
 
 
 def to_bytes(blocks: formats.Blocks) -> np.ndarray:
     """The bytes (O, bytes a row), uint8, of blocks in a GGUF format. Raises ValueError for another format."""
     structure = _structure(blocks.format)
     rows = blocks.shape[0]
-    whole = np.empty((rows, blocks.shape[1] // blocks.block_size), structure)
+    whole = np.empty((rows, blocks.shape[1] // _weights(structure, blocks.format)), structure)
     parts = blocks.arrays()
     if blocks.format == "q4_k":
         six = q4_k.pack_six_bits(*(parts.pop(name).reshape(-1, 8) for name in ("sub_scales", "sub_mins")))
@@ -55,9 +55,14 @@ def from_bytes(raw: np.ndarray, format: str) -> formats.Blocks:
         parts.update({n: part.reshape(len(raw), -1) for n, part in zip(("sub_scales", "sub_mins"), six, strict=True)})
     form = formats.FORMATS[format]
     parts["packed"] = parts["packed"].view(form.module.pack(np.zeros((1, 256), form.code_dtype)).dtype)
-    size = int(form.block_size)
-    header = {"format": format, "shape": (len(raw), whole.shape[1] * size), "block_size": size, "axis": 1}
+    shape = len(raw), whole.shape[1] * _weights(structure, format)
+    header = {"format": format, "shape": shape, "block_size": int(form.block_size), "axis": 1}
     return formats.from_arrays(header, parts)
+
+
+def _weights(structure: np.dtype, format: str) -> int:
+    """How many weights a structure has: a block's, and of NVFP4 those of four."""
+    return structure["packed"].itemsize * (1 if formats.FORMATS[format].code_dtype == "int8" else 2)
 
 
 def _structure(format: str) -> np.dtype:
