@@ -496,7 +496,8 @@ def test_bits_per_weight():
     row = 32 / 4096
     assert table == {
         "int4": 5, "nf4": 4.5, "fp4": 4.5, "int8": 8 + row, "q4_0": 4.5, "q4_1": 5, "q4_k": 4.5, "q8_0": 8.5,
-        "matmulnbits": 5, "lpbq": 4 + 4 / 64 + 2 * row, "mxfp4": 4.25, "nvfp4": 4.5, "qlinear8": 8 + row, "qlinear4": 4 + row,
+        "matmulnbits": 5, "lpbq": 4 + 4 / 64 + 2 * row, "mxfp4": 4.25, "nvfp4": 4.5,
+        "qlinear8": 8 + row, "qlinear4": 4 + row,
     }  # fmt: skip
     double = formats.quantize(weight, "nf4", double=True).bits_per_weight
     assert double == pytest.approx(4 + 8 / 64 + 32 / (64 * 256), abs=1e-3)

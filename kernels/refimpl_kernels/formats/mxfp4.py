@@ -23,6 +23,8 @@ e = 0; gguf-py gives them an exponent that has wrapped around.
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 
 from refimpl_kernels.formats import q4_0
@@ -51,7 +53,7 @@ def nearest(x: np.ndarray, scales: np.ndarray) -> np.ndarray:
     A midpoint has few bits and is exact in float32, so that comparing with it decides as exact arithmetic would.
     """
     magnitude, codes = np.abs(x), np.zeros(x.shape, np.uint8)
-    for low, high in zip(MAGNITUDES, MAGNITUDES[1:], strict=False):
+    for low, high in pairwise(MAGNITUDES):
         codes += magnitude > (low + high) / 2 * scales
     return codes + np.uint8(8) * ((x < 0) & (codes > 0))
 

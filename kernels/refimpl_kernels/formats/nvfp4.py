@@ -5,13 +5,14 @@
     four blocks of 16 weights, 36 bytes:  4 scales (one byte each) | 4 times 8 bytes, of which byte j has c[j] in the
                                                                      low four bits and c[j + 8] in the high ones
 
-    scale = max|w| / 6, rounded to E4M3                     scale byte e e e e m m m:  (1 + m/8) * 2^(e - 7); e = 0: m/512
+    scale = max|w| / 6, rounded to E4M3          its byte e e e e m m m: (1 + m/8) * 2^(e - 7), and m/512 where e = 0
     code = the value nearest to w / scale; midway, the smaller magnitude
     w' = value * scale                                      4.5 bits a weight
 
 The scale has three bits after the point where MXFP4's has none, and half as many weights share it. It reaches 448 and
 falls to 1/512. NVIDIA's files have one float32 more for the whole matrix, which brings its scales into that range;
-here the engine is llama.cpp, whose blocks have none. Weights above 6 * 448 are refused.
+here the engine is llama.cpp, whose blocks have none. Weights above 6 * 448 are refused. (llama.cpp makes 448 of every
+scale from 256 on; here the nearest is taken.)
 
 **Source**: gguf-py quants.py: NVFP4; ggml-quants.c: quantize_row_nvfp4_ref; ONNX: FLOAT4E2M1, FLOAT8E4M3FN.
 
@@ -41,6 +42,7 @@ def _scales() -> np.ndarray:
 
 SCALES = _scales()
 _MIDDLES = (SCALES[:-1] + SCALES[1:]) / np.float32(2)
+_MIDDLES[7] = SCALES[8]  # below the normal numbers, the engine's rounding ends at the last of them
 
 
 def quantize(x: np.ndarray) -> dict[str, np.ndarray]:
