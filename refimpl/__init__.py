@@ -3,6 +3,6 @@
 from refimpl.errors import InputError
 from refimpl.model import Model, load
 from refimpl.trace import Trace
+from refimpl.version import __version__
 
-__all__ = ["InputError", "Model", "Trace", "load"]
-__version__ = "0.1.0"
+__all__ = ["InputError", "Model", "Trace", "__version__", "load"]

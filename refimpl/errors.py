@@ -29,3 +29,11 @@ def at_most(items, limit: int = 5) -> str:
     items = [str(item) for item in items]
     more = f" and {len(items) - limit} more" if len(items) > limit else ""
     return ", ".join(items[:limit]) + more
+
+
+def near(name: str, known: set[str]) -> str:
+    """The end of an error message about an unknown name: the known names that look like it, else some of them."""
+    import difflib
+
+    close = difflib.get_close_matches(name, known, 3, 0.6) if len(name) < 200 else []
+    return f"; near it are {at_most(close)}" if close else f"; it has {at_most(sorted(known), 3)}"

@@ -16,7 +16,7 @@ import numpy as np
 from refimpl.errors import InputError
 
 if TYPE_CHECKING:
-    from refimpl.model import Model
+    from refimpl.forward import Forward
 
 PIECE = 512  # prompt tokens at a time: scores (H, 512, S) and logits (512, V) stay small whatever the prompt
 
@@ -74,7 +74,7 @@ def softmax(scores: np.ndarray) -> np.ndarray:
 
 
 def generate(
-    model: Model,
+    model: Forward,
     ids,
     max_new_tokens: int | None = None,
     do_sample: bool = False,
@@ -169,7 +169,7 @@ def generate(
     return steps()
 
 
-def _ids_of(name: str, defaults: dict[str, Any], model: Model) -> list[int]:
+def _ids_of(name: str, defaults: dict[str, Any], model: Forward) -> list[int]:
     """The token ids of a key: of generation_config.json, else of the config; none, one or several."""
     found = defaults.get(name, getattr(model.config, name))
     ids = [] if found is None else found if isinstance(found, list) else [found]

@@ -19,7 +19,7 @@ from refimpl.errors import InputError, one_line
 from refimpl_kernels import formats
 
 if TYPE_CHECKING:
-    from refimpl.model import Model
+    from refimpl.forward import Forward
 
 # GPU memory in GiB that the official README gives for Baichuan2: in bfloat16, 8 bits (LLM.int8) and 4 bits (NF4).
 OFFICIAL_GIB = {
@@ -28,7 +28,7 @@ OFFICIAL_GIB = {
 }
 
 
-def describe(model: Model) -> dict[str, Any]:
+def describe(model: Forward) -> dict[str, Any]:
     """The facts of a model that its config tells, in reading order: family, sizes, parameters, memory."""
     return _facts(model.config)
 

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from refimpl.errors import InputError
+from refimpl.windows import windows
 
 if TYPE_CHECKING:
-    from refimpl.model import Model
+    from refimpl.forward import Forward
 
 IGNORE = -100  # the label of a position that does not count
 
@@ -23,7 +24,7 @@ def cross_entropy(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
     return np.where(labels == IGNORE, 0.0, total - right).astype(logits.dtype)
 
 
-def loss(model: Model, ids, labels, dtype: str = "float32", attention_mask=None, z_loss_weight=None) -> float:
+def loss(model: Forward, ids, labels, dtype: str = "float32", attention_mask=None, z_loss_weight=None) -> float:
     """The training loss: mean cross entropy of predicting each next label, plus Baichuan2's z-loss.
 
     The z-loss, z_loss_weight * mean(max logit ^ 2), keeps logits from drifting. It takes the largest logit where
@@ -49,21 +50,8 @@ def loss(model: Model, ids, labels, dtype: str = "float32", attention_mask=None,
     return float(cross_entropy(logits, labels).sum() / counted.sum() + z)
 
 
-def windows(model: Model, ids, window: int | None = None) -> list[np.ndarray]:
-    """A long text or its ids cut into windows (n,) int64 that do not overlap, of two tokens at least.
-
-    They are as long as the context, unless `window` says less. Raises InputError if there is nothing to predict.
-    """
-    text = model.token_ids(ids)[0]
-    context = model.config.max_position_embeddings
-    size = context if window is None else min(window, context)
-    if size < 2 or len(text) < 2:
-        raise InputError("a text, or a window, of fewer than two tokens has nothing to predict")
-    return [text[start : start + size] for start in range(0, len(text) - 1, size)]
-
-
 def predictions(
-    model: Model,
+    model: Forward,
     ids,
     dtype: str = "float32",
     window: int | None = None,
@@ -84,7 +72,7 @@ def predictions(
             yield model(row[begin:end], dtype, cache=cache)[0], row[begin + 1 : end + 1]
 
 
-def perplexity(model: Model, ids, dtype: str = "float32", window: int | None = None) -> float:
+def perplexity(model: Forward, ids, dtype: str = "float32", window: int | None = None) -> float:
     """exp of the mean cross entropy per token over a long text; windows as in `predictions`."""
     losses = [cross_entropy(x.astype(np.float64), y) for x, y in predictions(model, ids, dtype, window)]
     return float(np.exp(np.concatenate(losses).mean()))

@@ -2,28 +2,22 @@
 
 from __future__ import annotations
 
+import hashlib
+import pickle
+import threading
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, replace
-from functools import cached_property
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-from refimpl import backends
-from refimpl.cache import KVCache, expect_dtype, no_cache
-from refimpl.checkpoint.doctor import remarks
-from refimpl.checkpoint.quantized_files import provenance
-from refimpl.checkpoint.weights import Weights, read_checkpoint, resolve
-from refimpl.config import Config, read_config
+from refimpl.checkpoint.folder import Checkpoint
+from refimpl.checkpoint.weights import Weights
+from refimpl.config import Config
 from refimpl.decoder import Decoder
-from refimpl.errors import InputError, Remark, at_most
-from refimpl.files import read_json
-from refimpl.positions import attention_bias, rope_tables, token_positions
-from refimpl.text.tokenizer import Tokenizer, load_tokenizer
-from refimpl.trace import Tap, Trace, expect_same_prompt, feeding, prompt_of, recording, silent
-from refimpl_kernels.ops import DTYPES, NumPyOps
+from refimpl.errors import InputError
+from refimpl.forward import Forward
+from refimpl.grids.simulate import Simulated
 
 if TYPE_CHECKING:
     from refimpl.blocks.importance import Importance
@@ -32,6 +26,7 @@ if TYPE_CHECKING:
     from refimpl_kernels.affine import Rounding
 
 EMBEDDED = Path(__file__).parent / "embedded"
+KEPT = 3  # models that a process keeps: the reference, the judged one, and the one that it was quantized from
 
 
 def load(path: str | Path | None = None, backend: str | None = None) -> Model:
@@ -43,25 +38,12 @@ def load(path: str | Path | None = None, backend: str | None = None) -> Model:
     Raises InputError, in one line, for whatever is missing, damaged or not understood; warns (`refimpl.errors.Remark`)
     of weights that are not what their config makes one expect (`checkpoint.doctor`), and of another model's tokenizer.
     """
-    folder = EMBEDDED if path is None else Path(path)
-    if not folder.is_dir():
-        raise InputError(f"{folder} is not a folder; expected one with config.json and weights")
-    config = read_config(folder)
-    tensors = read_checkpoint(folder)
-    made = (("load", None if path is None else str(folder.resolve()), backend),)
-    weights = resolve(config, tensors).replace({}, provenance(folder))
-    model = Model(config, weights, folder, backend, made)
-    said = [f"{folder}: {remark}" for remark in remarks(config, tensors)]
-    try:
-        load_tokenizer(folder, config)
-    except InputError as error:
-        said.append(str(error))
-    for remark in said:
-        warnings.warn(remark, Remark, stacklevel=2)
-    return model
+    checkpoint = Checkpoint.read(EMBEDDED if path is None else path)
+    made = (("load", None if path is None else str(checkpoint.folder.resolve()), backend),)
+    return Model(checkpoint.config, checkpoint.weights, checkpoint.folder, backend, made)
 
 
-class Model:
+class Model(Forward):
     """A config and weights, and the one forward over them. Immutable; `quantize` gives another model.
 
     `made`: the calls that made it, (method, *arguments) each and "load" first; None if it was put together in memory.
@@ -74,10 +56,10 @@ class Model:
         folder: Path | None = None,
         backend: str | None = None,
         made: tuple[tuple, ...] | None = None,
+        decoder_class: type[Decoder] = Decoder,
     ):
-        self.config, self.weights, self.folder, self.made = config, weights, folder, made
-        self.asked_backend = backend
-        self.backend = backends.choose(backend, weights)
+        super().__init__(config, weights, folder, backend, decoder_class)
+        self.made = made
 
     def __repr__(self) -> str:
         c = self.config
@@ -85,118 +67,24 @@ class Model:
 
     def __reduce__(self):
         """Pickled as the calls that made it, not as its weights: who unpickles it loads them for itself."""
-        from refimpl.sweep import made_by, remade
+        return remade, (self._made(), self.backend)
 
-        return remade, (made_by(self), self.backend)
+    @property
+    def identity(self) -> tuple:
+        """What tells this model from others in every process: the calls that made it, its backend, its files."""
+        return self._made(), self.backend, _stamps(self._made())
 
-    def __call__(
-        self,
-        ids,
-        dtype: str = "float32",
-        attention_mask=None,
-        cache: KVCache | None = None,
-        logits_to_keep: int = 0,
-    ) -> np.ndarray:
-        """Logits (B, T, V) of token ids: a list, an array (T,) or (B, T), or a text.
+    def _made(self) -> tuple[tuple, ...]:
+        if self.made is None:
+            raise InputError("a model that was put together in memory has no name elsewhere; save it, and load that")
+        return self.made
 
-        `dtype`: "float32"; "float64", the oracle, positions included; "bfloat16" or "float16", which round after
-        each operation as PyTorch does. `attention_mask` (B, past + T): 0 for padding, which may stand on the left.
-        With a `cache`, `ids` continue what is in it, in pieces of any size. `logits_to_keep`: of how many of the last
-        tokens the logits are wanted, 0 for all; what continues a text is in those of the last.
-
-        Raises InputError for ids outside the vocabulary, nothing to do, or more tokens than the context holds.
-        """
-        return self.forward(ids, dtype, attention_mask, cache, silent, logits_to_keep)
-
-    def trace(
-        self, ids, dtype: str = "float32", attention_mask=None, feed: Mapping | None = None, taps: str | None = None
-    ) -> Trace:
-        """Every tensor of one forward, in computing order: name (see `refimpl.names`) -> array.
-
-        `taps`: a glob on names, to keep some of them. `feed`: a trace whose values replace the computed ones as soon
-        as they have been computed and recorded, so that each recorded tensor shows its own error and none that it
-        inherited. Raises InputError for one of other token ids, or with names that this model does not have.
-        """
-        from refimpl.names import taps as known
-
-        ids, feed = self.token_ids(ids), Trace() if feed is None else feed
-        about = {"engine": "refimpl", "family": self.config.family, "dtype": dtype, "config": asdict(self.config)}
-        trace = Trace(meta={**about, "ids": prompt_of(ids), "fed": bool(feed)})
-        expect_same_prompt(trace, feed)
-        if odd := feed.keys() - known(self.config).keys():
-            raise InputError(f"this model has no tensor {at_most(sorted(odd), 3)}; feed a trace of the same model")
-        self.forward(ids, dtype, attention_mask, None, recording(trace, taps, then=feeding(feed)))
-        if taps is not None and not trace:
-            raise InputError(f"no tensor is called {taps!r}; names are such as {at_most(list(known(self.config)), 3)}")
-        return trace
-
-    def forward(
-        self, ids, dtype: str, attention_mask, cache: KVCache | None, tap: Tap, logits_to_keep: int = 0
-    ) -> np.ndarray:
-        """The forward behind `__call__` and `trace`, with any tap."""
-        ids, ops = self.token_ids(ids), self.ops(dtype)
-        if logits_to_keep < 0:
-            raise InputError(f"logits_to_keep is {logits_to_keep}, expected a number of tokens, or 0 for all")
-        batch, tokens = ids.shape
-        past = cache.length if cache else 0
-        self._expect_room(past + tokens)
-        if attention_mask is not None:
-            attention_mask = np.array(attention_mask)
-            if attention_mask.shape != (batch, past + tokens) or attention_mask.dtype.kind not in "iub":
-                raise InputError(
-                    f"attention_mask is {attention_mask.dtype} {attention_mask.shape}, expected integers of shape "
-                    f"{(batch, past + tokens)}: it covers the cache and the new tokens"
-                )
-            attention_mask = attention_mask.astype(np.int64)
-        if cache is None:
-            mask = np.ones_like(ids) if attention_mask is None else attention_mask
-        elif (cache.batch, cache.layers) != (batch, self.config.num_hidden_layers):
-            said = f"{cache.batch} sequences of {cache.layers} layers"
-            raise InputError(f"the cache is for {said}, not for this call; make one with new_cache({batch})")
-        else:
-            mask = cache.extended_mask(attention_mask, tokens)
-
-        cos, sin = self.position_tables(token_positions(mask)[:, past:], ops.wide)
-        bias = self.attention_bias(mask, tokens, ops.wide)
-        logits = self.decoder(ops, tap, cache)(ids, cos, sin, bias, logits_to_keep)
-        if cache is not None:
-            cache.advance(mask)
-        return logits
-
-    def stages(
-        self, ids, dtype: str = "float32", tap: Tap = silent, start: int = 0, stream: np.ndarray | None = None
-    ) -> Iterator[np.ndarray]:
-        """The forward of a prompt, one step each time that the iterator is asked: the stream (B, T, C) after the
-        embedding and after each layer, and at last the logits (B, T, V).
-
-        So several runs can go side by side and share what each layer shows. With the `stream` that enters layer
-        `start`, it begins there; `start` may be the number of layers. Raises InputError as a call does.
-        """
-        ids, ops = self.token_ids(ids), self.ops(dtype)
-        self._expect_room(ids.shape[1])
-        mask = np.ones_like(ids)
-        cos, sin = self.position_tables(token_positions(mask), ops.wide)
-        bias = self.attention_bias(mask, ids.shape[1], ops.wide)
-        decoder = self.decoder(ops, tap, None)
-        if stream is None:
-            yield (stream := decoder.embed(ids))
-        for i in range(start, self.config.num_hidden_layers):
-            yield (stream := decoder.layer(i, stream, cos, sin, bias))
-        yield decoder.head(stream)
-
-    def head(self, stream: np.ndarray, dtype: str = "float32") -> np.ndarray:
-        """The logits (B, T, V) of a stream (B, T, C) that has left the last layer."""
-        return self.decoder(self.ops(dtype), silent, None).head(stream)
-
-    def _expect_room(self, tokens: int) -> None:
-        if tokens > self.config.max_position_embeddings:
-            raise InputError(f"{tokens} tokens exceed the context of {self.config.max_position_embeddings}; use fewer")
-
-    def ops(self, dtype: str) -> NumPyOps:
-        """The operations at a number format. Raises InputError for one that is not known."""
-        if dtype not in DTYPES:
-            raise InputError(f"dtype is {dtype!r}, expected one of {', '.join(DTYPES)}")
-        return backends.ops(self.backend, dtype)
+    def _then(self, call: tuple, **changed: Any) -> Model:
+        """The model that one more call, (method, *arguments), has made of this one; `changed`: other than here."""
+        made = None if self.made is None else (*self.made, call)
+        parts = {"config": self.config, "weights": self.weights, "folder": self.folder, "made": made,
+                 "backend": self.asked_backend, "decoder_class": self.decoder_class}  # fmt: skip
+        return Model(**{**parts, **changed})
 
     def with_backend(self, backend: str) -> Model:
         """This model computed by "numpy" or by "numba", which is faster where weights are large (float32 only).
@@ -205,60 +93,26 @@ class Model:
 
         Without this, REFIMPL_BACKEND says which; without that, Numba computes where it helps: see `refimpl.backends`.
         """
-        return Model(self.config, self.weights, self.folder, backend, self.made_then("with_backend", backend))
+        return self._then(("with_backend", backend), backend=backend)
 
-    def made_then(self, method: str, *arguments) -> tuple[tuple, ...] | None:
-        """The calls that made this model, and one more."""
-        return None if self.made is None else (*self.made, (method, *arguments))
+    def with_decoder(self, decoder_class: type[Decoder]) -> Model:
+        """This model computed by a subclass of `refimpl.decoder.Decoder`: to try a change, or to break it on purpose.
 
-    def position_tables(self, positions: np.ndarray, dtype) -> tuple[np.ndarray, np.ndarray] | tuple[None, None]:
-        """cos and sin for positions (B, T), (B, 1, T, D/2) each; none for ALiBi, which works on the scores."""
-        theta = self.config.rope_theta
-        return (None, None) if theta is None else rope_tables(positions, self.config.head_dim, theta, dtype)
+        All that is made of the model keeps the class: quantized and simulated models, traces, batches, the cache.
+        Other processes import it under its name, so a sweep over processes needs a class at the top of a module.
+        Raises InputError for anything but a subclass of `Decoder`.
 
-    def attention_bias(self, mask: np.ndarray, tokens: int, dtype) -> np.ndarray:
-        """What is added to the scores of the last `tokens` positions under a mask (B, S)."""
-        return attention_bias(self.config, mask, tokens, dtype)
-
-    def decoder(self, ops: NumPyOps, tap: Tap, cache: KVCache | None) -> Decoder:
-        """The forward of this model with `ops`; `tap` sees each tensor as it goes on."""
-        return Decoder(self.config, self.weights, ops, tap, cache or no_cache)
-
-    def new_cache(self, batch: int = 1, capacity: int | None = None, dtype: str | None = None) -> KVCache:
-        """An empty cache for `batch` sequences of up to `capacity` tokens (the model's context if not given).
-
-        `dtype`: None keeps keys and values as they are computed. Those of a float32 run may be rounded: to "float16",
-        which takes half the memory, or to "int8", Q8_0's blocks of 32 with a scale each, which take a quarter, as
-        llama.cpp has them; where contexts are long, it is the memory that takes the time.
-
-        Raises InputError for another dtype, and for one that does not fit the model's heads.
+        >>> from refimpl import load
+        >>> class WithoutPositions(Decoder):
+        ...     def rope(self, x, cos, sin):
+        ...         return x
+        >>> model = load()
+        >>> bool(abs(model.with_decoder(WithoutPositions)([5, 6, 7]) - model([5, 6, 7])).max() > 1)
+        True
         """
-        expect_dtype(dtype, self.config.head_dim)
-        longest = self.config.max_position_embeddings
-        return KVCache(self.config.num_hidden_layers, longest if capacity is None else capacity, batch, dtype)
-
-    def token_ids(self, ids) -> np.ndarray:
-        """Token ids (B, T) int64 from a text, a list, or an array (T,) or (B, T), checked against the vocabulary."""
-        if isinstance(ids, str):
-            ids = self.tokenizer.encode(ids)
-        try:
-            array = np.asarray(ids)
-        except ValueError:
-            raise InputError("the rows of ids differ in length; pad them on the left and pass attention_mask") from None
-        if array.size == 0:
-            raise InputError("the prompt is empty; expected at least one token")
-        if array.ndim not in (1, 2) or array.dtype.kind not in "iu":
-            raise InputError(f"the ids are {array.dtype} of shape {array.shape}, expected integers (T,) or (B, T)")
-        wrong = array[(array < 0) | (array >= self.config.vocab_size)]
-        if wrong.size:
-            raise InputError(f"token id {wrong[0]} is outside the vocabulary of {self.config.vocab_size}")
-        return array.astype(np.int64).reshape(-1, array.shape[-1])
-
-    def generate(self, ids, **options) -> Iterator:
-        """Token ids one by one, up to and including the end-of-sequence id: see `refimpl.generation.generate`."""
-        from refimpl.generation import generate
-
-        return generate(self, ids, **options)
+        if not (isinstance(decoder_class, type) and issubclass(decoder_class, Decoder)):
+            raise InputError(f"the decoder is {decoder_class!r:.80}, expected a subclass of refimpl.decoder.Decoder")
+        return self._then(("with_decoder", decoder_class), decoder_class=decoder_class)
 
     def quantize(
         self, recipe: Recipe = "int4", block_size: int | str | None = None, keep: Sequence[str] = (),
@@ -278,8 +132,15 @@ class Model:
 
         given = options if block_size is None else {"block_size": block_size, **options}
         weights = quantize_weights(self.weights, recipe, keep, importance, **given)
-        made = self.made_then("quantize", weights.provenance["recipe"], None, (), importance)
-        return Model(self.config, weights, self.folder, self.asked_backend, made)
+        return self._then(("quantize", weights.provenance["recipe"], None, (), importance), weights=weights)
+
+    def simulate(self, encodings: Encodings, rounding: Rounding = "away", integer: bool = False) -> Model:
+        """This model as a quantized device computes it (see `refimpl.grids.simulate`).
+
+        `rounding`: "away", AIMET's, or "even", that of ONNX. `integer` sums the products of codes exactly.
+        Raises InputError for encodings of another model.
+        """
+        return SimulatedModel(self, encodings, rounding, integer)
 
     def truncated(self, layers: int) -> Model:
         """This model of its first `layers` layers only, with the final norm and head: to try things cheaply.
@@ -290,35 +151,85 @@ class Model:
             raise InputError(f"layers is {layers!r:.40}, expected 1 to {self.config.num_hidden_layers}")
         config = replace(self.config, num_hidden_layers=layers)
         cut_off = tuple(f"model.layers.{i}." for i in range(layers, self.config.num_hidden_layers))
-        weights = self.weights.without(cut_off)
-        return Model(config, weights, self.folder, self.asked_backend, self.made_then("truncated", layers))
+        return self._then(("truncated", layers), config=config, weights=self.weights.without(cut_off))
+
+    def generate(self, ids, **options) -> Iterator:
+        """Token ids one by one, up to and including the end-of-sequence id: see `refimpl.generation.generate`."""
+        from refimpl.generation import generate
+
+        return generate(self, ids, **options)
+
+    @property
+    def checkpoint(self) -> Checkpoint:
+        """What `save` writes. Raises InputError for a model that no folder belongs to."""
+        if self.folder is None:
+            raise InputError("the model comes from no folder, so there is no config.json to save with it")
+        return Checkpoint(self.folder, self.config, self.weights)
 
     def save(self, out: str | Path) -> dict[str, Any]:
         """Writes the weights as they are, quantized ones too, into a new folder that `load` reads (`blocks.save`)."""
         from refimpl.blocks.save import save
 
-        return save(self, out)
+        return save(self.checkpoint, out)
 
-    def simulate(self, encodings: Encodings, rounding: Rounding = "away", integer: bool = False) -> Model:
-        """This model as a quantized device computes it (see `refimpl.grids.simulate`).
 
-        `rounding`: "away", AIMET's, or "even", that of ONNX. `integer` sums the products of codes exactly.
-        Raises InputError for encodings of another model.
-        """
-        from refimpl.grids.simulate import SimulatedModel
+class SimulatedModel(Simulated, Model):
+    """A model whose forward is simulated; everything else is `Model`'s. Make one with `model.simulate(encodings)`."""
 
-        return SimulatedModel(self, encodings, rounding, integer)
+    def __init__(self, model: Model, encodings: Encodings, rounding: Rounding = "away", integer: bool = False):
+        super().__init__(model, encodings, rounding, integer)
+        self.plain = model
+        self.made = None if model.made is None else (*model.made, ("simulate", encodings, rounding, integer))
 
-    @cached_property
-    def tokenizer(self) -> Tokenizer:
-        """The folder's tokenizer. Raises InputError if it has none."""
-        tokenizer = load_tokenizer(self.folder, self.config) if self.folder else None
-        if tokenizer is None:
-            raise InputError(f"{self.folder} has no tokenizer; pass token ids instead of text")
-        return tokenizer
+    def with_decoder(self, decoder_class: type[Decoder]) -> Model:
+        """The simulation of `plain` with this decoder."""
+        return SimulatedModel(self.plain.with_decoder(decoder_class), self.encodings, self.rounding, self.integer)
 
-    @cached_property
-    def generation_config(self) -> dict[str, Any]:
-        """The keys of the folder's generation_config.json, if there is one."""
-        path = self.folder / "generation_config.json" if self.folder else None
-        return read_json(path) if path and path.exists() else {}
+    def truncated(self, layers: int) -> Model:
+        """The simulation of the first layers of `plain`."""
+        plain = self.plain.truncated(layers)
+        return SimulatedModel(plain, self.encodings.of(plain.config, plain.weights), self.rounding, self.integer)
+
+    def with_backend(self, backend: str) -> Model:
+        """This model, if it is NumPy that is asked for: no other quantizes on the way."""
+        if backend != "numpy":
+            raise InputError(f"the backend is {backend!r}, but a simulation is computed by 'numpy'")
+        return self
+
+    def quantize(self, *arguments, **options) -> Model:
+        """Not after the simulation: its grids belong to the weights that it was made of."""
+        raise InputError("a simulated model cannot be quantized or simulated again; take the model that it was made of")
+
+    simulate = quantize
+
+
+def _stamps(made: tuple) -> tuple:
+    """Sizes and times of the files that a model is loaded from, by which they are seen to change."""
+    folder = Path(made[0][1] or EMBEDDED)
+    files = sorted(p for p in folder.glob("*") if p.suffix in (".safetensors", ".bin", ".json"))
+    return tuple((p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in files)
+
+
+_lock = threading.RLock()
+_kept: dict[bytes, Model] = {}
+
+
+def remade(made: tuple, backend: str) -> Model:
+    """The model that these calls make. A process makes it once, and keeps the last few."""
+    key = hashlib.sha256(pickle.dumps((made, backend, _stamps(made)))).digest()
+    with _lock:
+        model = _kept.pop(key, None)
+        if model is None:
+            *before, (method, *arguments) = made
+            if before:
+                model = getattr(remade(tuple(before), backend), method)(*arguments)
+            else:
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")  # who asked for the work was warned of this checkpoint
+                    model = load(*arguments)
+            if model.backend != backend:  # this process would have chosen another, and other last bits
+                model = model.with_backend(backend)
+        _kept[key] = model
+        while len(_kept) > KEPT:
+            del _kept[next(iter(_kept))]
+    return model

@@ -18,28 +18,23 @@ import hashlib
 import os
 import pickle
 import platform
-import threading
 import traceback
-import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from tqdm import tqdm
 
 from refimpl.errors import InputError
-
-if TYPE_CHECKING:
-    from refimpl.model import Model
+from refimpl.version import __version__
 
 Result = Mapping[str, np.ndarray]
 IN_FLIGHT = 128  # pieces that are under way at a time, at most: so many results may wait for one before them
 PATIENCE = 10  # seconds until a Dask scheduler answers
-KEPT = 3  # models that a process keeps: the reference, the judged one, and the one that it was quantized from
 THREADS = "NUMBA_NUM_THREADS"
 
 
@@ -159,9 +154,7 @@ class _Store:
             raise InputError(f"cannot keep results in {folder}: {error.strerror}; name a folder") from None
 
     def key(self, function: Callable, piece: tuple) -> str:
-        import refimpl
-
-        said = (refimpl.__version__, function.__module__, function.__qualname__, _described(piece))
+        said = (__version__, function.__module__, function.__qualname__, _described(piece))
         return hashlib.sha256(repr(said).encode()).hexdigest()
 
     def read(self, key: str) -> Result | None:
@@ -187,11 +180,8 @@ class _Store:
 
 def _described(argument: Any) -> Any:
     """What tells an argument from others, in plain values whose repr is the same in every process."""
-    from refimpl.model import Model
-
-    if isinstance(argument, Model):
-        made = made_by(argument)
-        return _described(made), argument.backend, _stamps(made)
+    if hasattr(argument, "identity"):  # a model
+        return _described(argument.identity)
     if isinstance(argument, tuple | list):
         return tuple(map(_described, argument))
     if isinstance(argument, Mapping):
@@ -201,49 +191,6 @@ def _described(argument: Any) -> Any:
     if argument is None or isinstance(argument, str | int | float):
         return argument
     return hashlib.sha256(pickle.dumps(argument)).hexdigest()
-
-
-def made_by(model: Model) -> tuple:
-    """The calls that made a model. Raises InputError if it was put together in memory."""
-    if model.made is None:
-        raise InputError("a model that was put together in memory has no name elsewhere; save it, and load that")
-    return model.made
-
-
-def _stamps(made: tuple) -> tuple:
-    """Sizes and times of the files that a model is loaded from, by which they are seen to change."""
-    from refimpl.model import EMBEDDED
-
-    folder = Path(made[0][1] or EMBEDDED)
-    files = sorted(p for p in folder.glob("*") if p.suffix in (".safetensors", ".bin", ".json"))
-    return tuple((p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in files)
-
-
-_lock = threading.RLock()
-_kept: dict[bytes, Model] = {}
-
-
-def remade(made: tuple, backend: str) -> Model:
-    """The model that these calls make. A process makes it once, and keeps the last few."""
-    from refimpl.model import load
-
-    key = hashlib.sha256(pickle.dumps((made, backend, _stamps(made)))).digest()
-    with _lock:
-        model = _kept.pop(key, None)
-        if model is None:
-            *before, (method, *arguments) = made
-            if before:
-                model = getattr(remade(tuple(before), backend), method)(*arguments)
-            else:
-                with warnings.catch_warnings():
-                    warnings.simplefilter("ignore")  # who asked for the work was warned of this checkpoint
-                    model = load(*arguments)
-            if model.backend != backend:  # this process would have chosen another, and other last bits
-                model = model.with_backend(backend)
-        _kept[key] = model
-        while len(_kept) > KEPT:
-            del _kept[next(iter(_kept))]
-    return model
 
 
 @contextmanager

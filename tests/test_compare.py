@@ -357,7 +357,7 @@ def eps_outside_the_root(model, monkeypatch):
 
 
 def mask_off_by_one(model, monkeypatch):
-    import refimpl.model as at
+    import refimpl.forward as at
 
     right = at.attention_bias
 

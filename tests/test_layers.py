@@ -11,8 +11,8 @@ ROOT = Path(__file__).parents[1]
 FOLDERS = {"refimpl_kernels": ROOT / "kernels" / "refimpl_kernels"} | {
     name: ROOT / name for name in ("refimpl", "golden", "export")
 }
-# Each may import what stands before it, packages and the rooms inside them. A room's name ends with a dot; what is left
-# of a package, once its rooms are taken out, has the package's own name.
+# Each may import what stands before it, packages and the rooms inside them. A room's name ends with a dot; a file that
+# stands between rooms has its own name; what is left of a package then has the package's.
 ORDER = [
     "refimpl_kernels",
     "refimpl_kernels.formats.",
@@ -20,8 +20,14 @@ ORDER = [
     "refimpl",
     "refimpl.text.",
     "refimpl.checkpoint.",
+    "refimpl.forward",
+    "refimpl.windows",
+    "refimpl.generation",
+    "refimpl.loss",
     "refimpl.grids.",
     "refimpl.blocks.",
+    "refimpl.model",
+    "refimpl.info",
     "refimpl.bench.",
     "golden",
     "golden.make.",

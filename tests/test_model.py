@@ -104,7 +104,7 @@ def test_a_mask_rounded_to_float16_still_masks(family, tiny_model, monkeypatch):
 
     rounded = lambda *args: positions.attention_bias(*args).astype(np.float16).astype(np.float64)
     expected = model([[0, 0, *IDS]], "float64", [[0, 0] + [1] * 12])
-    monkeypatch.setattr("refimpl.model.attention_bias", rounded)
+    monkeypatch.setattr("refimpl.forward.attention_bias", rounded)
     found = model([[0, 0, *IDS]], "float64", [[0, 0] + [1] * 12])
     assert np.isfinite(found).all()
     assert np.abs(found - expected)[:, 2:].max() < (2e-3 if model.config.alibi else 1e-12) * np.abs(expected).max()

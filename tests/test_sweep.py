@@ -17,8 +17,8 @@ from refimpl import InputError
 from refimpl.blocks.importance import observe_importance
 from refimpl.cli import main
 from refimpl.grids.calibrate import calibrate
-from refimpl.model import EMBEDDED
-from refimpl.sweep import remade, sweep, workers
+from refimpl.model import EMBEDDED, remade
+from refimpl.sweep import sweep, workers
 
 TEXT = [int(i) for i in np.random.default_rng(0).integers(3, 90, 300)]
 calls: list[int] = []

@@ -34,8 +34,8 @@ from export.graphs.symbols import Built, Parameter
 from refimpl.errors import InputError
 from refimpl.files import read_json, write_whole
 from refimpl.grids.encodings import COS, EMBED, INPUTS, MASK, SIN, Encodings, Float16, feature_grids, near
-from refimpl.grids.simulate import Grid, SimulatedModel, on_grid
-from refimpl.model import Model
+from refimpl.grids.simulate import Grid, on_grid
+from refimpl.model import Model, SimulatedModel
 from refimpl.names import taps
 from refimpl.trace import Tap, feeding, silent
 from refimpl_kernels.affine import LPBQ_STEPS, Encoding, from_range

@@ -34,8 +34,7 @@ from refimpl.errors import InputError, at_most
 from refimpl.files import read_json
 from refimpl.grids.calibrate import calibrate
 from refimpl.grids.encodings import Encodings
-from refimpl.grids.simulate import SimulatedModel
-from refimpl.model import Model
+from refimpl.model import Model, SimulatedModel
 from refimpl.names import taps
 from refimpl.trace import Tap, feeding, silent
 from refimpl_kernels.affine import Rounding

@@ -39,8 +39,8 @@ from refimpl.config import Config
 from refimpl.errors import InputError
 from refimpl.files import read_json
 from refimpl.grids.encodings import Encodings
-from refimpl.grids.simulate import SimulatedModel, on_grid
-from refimpl.model import Model
+from refimpl.grids.simulate import on_grid
+from refimpl.model import Model, SimulatedModel
 from refimpl.trace import Tap, feeding, silent
 from refimpl_kernels.affine import Encoding
 from refimpl_kernels.ops import NumPyOps

@@ -22,11 +22,10 @@ import numpy as np
 
 from golden.cost.quality import Quality, compared, joined, mean_and_error, quality
 from refimpl.errors import InputError, at_most
-from refimpl.loss import windows
 from refimpl.model import Model
 from refimpl.sweep import Executor, Result, sweep
+from refimpl.windows import WINDOW, windows
 
-WINDOW = 512  # tokens that are run at a time, without a cache: attention's scores grow with the square
 PIECE = 128  # tokens whose logits are held at a time
 TILE = 1 << 20  # weights that are compared at a time
 

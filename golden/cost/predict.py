@@ -21,12 +21,13 @@ import numpy as np
 from tqdm import tqdm
 
 from golden.cost.quality import Quality, quality
-from refimpl.grids.calibrate import CHUNK, WINDOW, cut
+from refimpl.grids.calibrate import CHUNK
 from refimpl.grids.encodings import Encodings, grid_of
 from refimpl.model import Model
 from refimpl.names import taps
 from refimpl.sweep import Executor, Result, sweep
 from refimpl.trace import Tap, feeding, recording, silent
+from refimpl.windows import WINDOW, cut
 from refimpl_kernels.affine import Rounding
 
 

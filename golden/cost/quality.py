@@ -28,9 +28,10 @@ from typing import Any
 import numpy as np
 
 from refimpl.errors import InputError
-from refimpl.loss import predictions, windows
+from refimpl.loss import predictions
 from refimpl.model import Model
 from refimpl.sweep import Executor, Result, sweep
+from refimpl.windows import windows
 from refimpl_kernels import formats
 
 ROWS = 1 << 21  # logits that are turned into float64 at a time
@@ -92,7 +93,7 @@ def quality(
 ) -> Quality:
     """Judges `model` by `reference` on a text (or its ids), a window at a time, so that logits never pile up.
 
-    Windows are those of `refimpl.loss.windows`. `executor`, `resume`: who computes them, and where finished ones are
+    Windows are those of `refimpl.windows.windows`. `executor`, `resume`: who computes them, and where finished ones are
     kept (`refimpl.sweep`). `cache_dtype`: what the judged model's cache keeps; the reference's, what is computed.
     Raises InputError if there is nothing to predict, and for different vocabularies.
     """

@@ -37,10 +37,11 @@ from refimpl.blocks.quantize import Scheme, plan, quantizing
 from refimpl.blocks.save import quantize_checkpoint, save
 from refimpl.checkpoint import shards
 from refimpl.checkpoint.doctor import HEADS, KEYS, OFFICIAL
+from refimpl.checkpoint.folder import Checkpoint
 from refimpl.checkpoint.weights import expected_shapes
 from refimpl.config import config_from_keys
 from refimpl.errors import InputError
-from refimpl.model import Model, load
+from refimpl.model import load
 from refimpl_kernels.formats.table import FORMATS
 
 BLOCK_BYTES = 64 << 20  # random numbers that are repeated
@@ -179,7 +180,7 @@ def _load(place: Path, layers: int, rounds: int) -> dict:
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps({**official_keys("Baichuan2-7B"), "num_hidden_layers": layers}))
     made = synthetic(layers)
-    save(Model(made.config, made.weights, folder), place / "quantized")
+    save(Checkpoint(folder, made.config, made.weights), place / "quantized")
     del made
     folder = place / "quantized"
     nbytes = sum(path.stat().st_size for path in folder.iterdir())

@@ -23,12 +23,12 @@ import numpy as np
 
 from refimpl.checkpoint.weights import map_safetensors
 from refimpl.errors import InputError
-from refimpl.grids.calibrate import WINDOW, cut
 from refimpl.names import input_of
 from refimpl.sweep import Executor, Result, sweep
+from refimpl.windows import WINDOW, cut
 
 if TYPE_CHECKING:
-    from refimpl.model import Model
+    from refimpl.forward import Forward
 
 KIND = "importance of input columns: mean squares"
 
@@ -63,7 +63,7 @@ class Importance(dict):
 
 
 def observe_importance(
-    model: Model,
+    model: Forward,
     ids,
     window: int = WINDOW,
     dtype: str = "float32",
@@ -93,7 +93,7 @@ def observe_importance(
     return Importance({module: means[tap] for module, tap in inputs.items()}, meta)
 
 
-def sums_of_squares(model: Model, wanted: tuple[str, ...], ids: np.ndarray, dtype: str) -> Result:
+def sums_of_squares(model: Forward, wanted: tuple[str, ...], ids: np.ndarray, dtype: str) -> Result:
     """The squares of some tensors (…, I) of one forward, summed over its tokens: name -> (I,) float64."""
     squares: dict[str, np.ndarray] = {}
 

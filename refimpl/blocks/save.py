@@ -20,12 +20,12 @@ import numpy as np
 from refimpl.blocks.importance import Importance
 from refimpl.blocks.quantize import Recipe, Scheme, plan, quantizing
 from refimpl.checkpoint import shards
+from refimpl.checkpoint.folder import Checkpoint
 from refimpl.checkpoint.quantized_files import MANIFEST, VERSION, describe_matrix
 from refimpl.checkpoint.weights import QuantizedWeight, Weight, expected_shapes, read_ahead, rounded_by
 from refimpl.config import OURS
 from refimpl.errors import InputError
 from refimpl.files import read_json
-from refimpl.model import Model, load
 
 SHARD_BYTES = 500_000_000  # what an interrupted run does again at most
 
@@ -70,32 +70,35 @@ def quantize_checkpoint(
     infinite, an `out` that exists, and a disk that is too small.
     """
     limit = shards.byte_count(shard_size)
-    model = load(source)
-    planned = plan(model.weights, recipe, keep, **options)
-    with quantizing(model.weights, planned.schemes, importance, threads) as blocks:
-        return _write(model, Path(out), planned.schemes, blocks, planned.provenance(importance), limit)
+    checkpoint = Checkpoint.read(source)
+    planned = plan(checkpoint.weights, recipe, keep, **options)
+    with quantizing(checkpoint.weights, planned.schemes, importance, threads) as blocks:
+        return _write(checkpoint, Path(out), planned.schemes, blocks, planned.provenance(importance), limit)
 
 
-def save(model: Model, out: str | Path, shard_size: int | str = SHARD_BYTES) -> dict[str, Any]:
-    """Writes a model into the new folder `out`, its weights as they are; gives what the manifest says.
+def save(checkpoint: Checkpoint, out: str | Path, shard_size: int | str = SHARD_BYTES) -> dict[str, Any]:
+    """Writes a checkpoint into the new folder `out`, its weights as they are; gives what the manifest says.
 
     Interrupted, it leaves nothing. Raises InputError for an `out` that exists, and a disk that is too small.
     """
-    return _write(model, Path(out), {}, None, model.weights.provenance, shards.byte_count(shard_size))
+    return _write(checkpoint, Path(out), {}, None, checkpoint.weights.provenance, shards.byte_count(shard_size))
 
 
 def _write(
-    model: Model, out: Path, schemes: Mapping[str, Scheme], blocks: Any, provenance: Mapping[str, Any], limit: int
-) -> dict[str, Any]:  # fmt: skip
-    if model.folder is None:
-        raise InputError("the model comes from no folder, so there is no config.json to save with it")
-    folder, out = model.folder, Path(os.path.realpath(out))
+    checkpoint: Checkpoint,
+    out: Path,
+    schemes: Mapping[str, Scheme],
+    blocks: Any,
+    provenance: Mapping[str, Any],
+    limit: int,
+) -> dict[str, Any]:
+    folder, out = checkpoint.folder, Path(os.path.realpath(out))
     if folder.resolve() in out.parents:
         raise InputError(f"{out} is inside {folder}, which stays as it is; choose another place")
-    files, matrices = _shards(model, schemes, blocks, limit)
+    files, matrices = _shards(checkpoint, schemes, blocks, limit)
     report: dict[str, Any] = {
         "version": VERSION,
-        "family": model.config.family,
+        "family": checkpoint.config.family,
         **provenance,
         "source": {path.name: path.stat().st_size for path in shards.files_of(folder)},
         "bytes": sum(shards.size_of(entry) for shard in files.values() for entry in shard.values()),
@@ -116,10 +119,10 @@ def _write(
 
 
 def _shards(
-    model: Model, schemes: Mapping[str, Scheme], blocks: Any, limit: int
+    checkpoint: Checkpoint, schemes: Mapping[str, Scheme], blocks: Any, limit: int
 ) -> tuple[shards.Shards, dict[str, dict[str, Any]]]:
     """The files with what they hold, and what the manifest says of each quantized matrix."""
-    weights, order = model.weights, list(expected_shapes(model.config))
+    weights, order = checkpoint.weights, list(expected_shapes(checkpoint.config))
     entries: dict[str, Any] = {}
     matrices: dict[str, dict[str, Any]] = {}
 

@@ -32,16 +32,16 @@ from refimpl.grids.encodings import Encodings, Recipe
 from refimpl.names import taps
 from refimpl.sweep import Executor, Result, sweep
 from refimpl.trace import Tap, silent
+from refimpl.windows import WINDOW, cut
 from refimpl_kernels.affine import Encoding, from_range
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from refimpl.model import Model
+    from refimpl.forward import Forward
 
 BINS = 4096
 CHUNK = 1 << 20  # values that are counted at a time
-WINDOW = 512  # tokens that are run at a time: attention's scores grow with the square
 METHODS = ("minmax", "percentile", "mse")
 
 
@@ -161,7 +161,7 @@ def observing(seen: dict[str, Seen], histogram: bool, then: Tap = silent) -> Tap
 
 
 def observe(
-    model: Model,
+    model: Forward,
     ids,
     window: int = WINDOW,
     dtype: str = "float32",
@@ -183,19 +183,7 @@ def observe(
     return {name: seen[name] for name in taps(model.config)}
 
 
-def cut(model: Model, ids, window: int) -> list[np.ndarray]:
-    """A text or its ids in windows (n,) int64 that do not overlap and are no longer than the context.
-
-    Raises InputError for ids outside the vocabulary, and for no tokens at a time.
-    """
-    ids = model.token_ids(ids)[0]
-    size = min(window, model.config.max_position_embeddings)
-    if size < 1:
-        raise InputError(f"window is {window}, expected a positive number of tokens")
-    return [ids[start : start + size] for start in range(0, len(ids), size)]
-
-
-def observe_window(model: Model, ids: np.ndarray, dtype: str, histogram: bool) -> Result:
+def observe_window(model: Forward, ids: np.ndarray, dtype: str, histogram: bool) -> Result:
     """What every tap takes on in one forward: name -> `Seen.to_array()`."""
     seen: dict[str, Seen] = {}
     model.forward(ids, dtype, None, None, observing(seen, histogram))
@@ -203,7 +191,11 @@ def observe_window(model: Model, ids: np.ndarray, dtype: str, histogram: bool) -
 
 
 def encode(
-    model: Model, seen: Mapping[str, Seen], recipe: Recipe | None = None, method: str = "minmax", percent: float = 99.99
+    model: Forward,
+    seen: Mapping[str, Seen],
+    recipe: Recipe | None = None,
+    method: str = "minmax",
+    percent: float = 99.99,
 ) -> Encodings:
     """The grids that the recipe gives a model for what was seen. Weights are covered whole, whatever the method.
 
@@ -229,7 +221,7 @@ def _expect_method(method: str, percent: float) -> None:
 
 
 def calibrate(
-    model: Model,
+    model: Forward,
     ids,
     recipe: Recipe | None = None,
     method: str = "minmax",

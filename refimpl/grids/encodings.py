@@ -19,7 +19,6 @@ products, are the tensors with 8.
 
 from __future__ import annotations
 
-import difflib
 import fnmatch
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -28,7 +27,7 @@ import numpy as np
 
 from refimpl.checkpoint.weights import Weights
 from refimpl.config import Config
-from refimpl.errors import InputError, at_most
+from refimpl.errors import InputError, near
 from refimpl.names import taps
 from refimpl_kernels.affine import Encoding, for_weight, from_range
 
@@ -235,12 +234,6 @@ def weight_range(name: str, weight) -> tuple[float, float]:
 def rows_at_a_time(weight) -> int:
     """How many rows of a parameter are read at once, so that memory does not grow with it."""
     return max(1, TILE_ELEMENTS // int(np.prod(weight.shape[1:])))
-
-
-def near(name: str, known: set[str]) -> str:
-    """What may have been meant, as the end of an error message."""
-    close = difflib.get_close_matches(name, known, 3, 0.6) if len(name) < 200 else []
-    return f"; near it are {at_most(close)}" if close else f"; it has {at_most(sorted(known), 3)}"
 
 
 def _check_counts(name: str, encoding: Encoding, shape: tuple[int, ...]) -> None:

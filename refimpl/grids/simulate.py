@@ -27,8 +27,8 @@ from refimpl.checkpoint.weights import KEEP_ELEMENTS
 from refimpl.config import Config
 from refimpl.decoder import Decoder
 from refimpl.errors import InputError
+from refimpl.forward import Forward
 from refimpl.grids.encodings import COS, MASK, SIN, Encodings, Float16, feature_grids, grid_of
-from refimpl.model import Model
 from refimpl.trace import Tap, silent
 from refimpl_kernels.affine import Encoding, Rounding, fake_quantize, from_range, integers
 from refimpl_kernels.ops import TILE_BYTES, NumPyOps, Readable
@@ -36,44 +36,27 @@ from refimpl_kernels.ops import TILE_BYTES, NumPyOps, Readable
 Grid = Encoding | Float16
 
 
-class SimulatedModel(Model):
-    """A model whose forward is simulated; everything else is `Model`'s. Make one with `model.simulate(encodings)`."""
+class Simulated(Forward):
+    """A forward whose tensors stand on grids: all that differs from the one it is made of."""
 
-    def __init__(self, model: Model, encodings: Encodings, rounding: Rounding = "away", integer: bool = False):
+    def __init__(self, plain: Forward, encodings: Encodings, rounding: Rounding = "away", integer: bool = False):
         if rounding not in get_args(Rounding):
             raise InputError(f"rounding is {rounding!r}, expected {' or '.join(get_args(Rounding))}")
-        encodings.check(model.config, model.weights)
+        encodings.check(plain.config, plain.weights)
         self.encodings, self.rounding, self.integer = encodings, rounding, integer
-        weights = {
-            name: SimulatedWeight(model.weights[name], encoding, rounding, input_grid(encodings, model.config, name))
+        simulated = {
+            name: SimulatedWeight(plain.weights[name], encoding, rounding, input_grid(encodings, plain.config, name))
             for name, encoding in encodings.parameters.items()
             if not name.endswith(".bias")
         }
-        made = model.made_then("simulate", encodings, rounding, integer)
-        super().__init__(model.config, model.weights.replace(weights), model.folder, "numpy", made)
+        super().__init__(
+            plain.config, plain.weights.replace(simulated), plain.folder, "numpy", decoder_class=plain.decoder_class
+        )
 
     def decoder(self, ops: NumPyOps, tap: Tap, cache: KVCache | None) -> Decoder:
         """The forward with taps and operations that quantize; `tap` sees what comes of it."""
         simulated = self.operations(ops.dtype)
         return super().decoder(simulated, simulated.quantizing(then=tap), cache)
-
-    def with_backend(self, backend: str) -> Model:
-        """This model, if it is NumPy that is asked for: no other quantizes on the way."""
-        if backend != "numpy":
-            raise InputError(f"the backend is {backend!r}, but a simulation is computed by 'numpy'")
-        return self
-
-    def quantize(self, *arguments, **options) -> Model:
-        """Not after the simulation: its grids belong to the weights that it was made of."""
-        raise InputError("a simulated model cannot be quantized or simulated again; take the model that it was made of")
-
-    simulate = quantize
-
-    def new_cache(self, batch: int = 1, capacity: int | None = None, dtype: str | None = None) -> KVCache:
-        """An empty cache, which keeps what stands on grids. Raises InputError for a dtype that would round it again."""
-        if dtype not in (None, "float32"):
-            raise InputError(f"the cache's dtype is {dtype!r}, but a simulation keeps keys and values on its grids")
-        return super().new_cache(batch, capacity)
 
     def operations(self, dtype="float32") -> SimulatedOps:
         """The operations, and with `quantizing()` the tap, of one run; for a run of a part of the model, too."""
@@ -91,6 +74,12 @@ class SimulatedModel(Model):
     def _input(self, name: str, x):
         encoding = self.encodings.activations.get(name)
         return x if x is None or encoding is None else on_grid(x, encoding, self.rounding)
+
+    def new_cache(self, batch: int = 1, capacity: int | None = None, dtype: str | None = None) -> KVCache:
+        """An empty cache, which keeps what stands on grids. Raises InputError for a dtype that would round it again."""
+        if dtype not in (None, "float32"):
+            raise InputError(f"the cache's dtype is {dtype!r}, but a simulation keeps keys and values on its grids")
+        return super().new_cache(batch, capacity)
 
 
 class SimulatedOps(NumPyOps):

@@ -118,7 +118,7 @@ def test_buffers_that_are_none(tmp_path, name, buffer, message, monkeypatch):
     tensors = {**load_file(folder / "model.safetensors"), name: buffer}
     for reader in (
         sys.modules["refimpl.checkpoint.convert"],
-        sys.modules["refimpl.model"],
+        sys.modules["refimpl.checkpoint.folder"],
         sys.modules["refimpl.info"],
     ):
         monkeypatch.setattr(reader, "read_checkpoint", lambda path: tensors)

@@ -1,0 +1,210 @@
+"""What a model computes: its forward over token ids, all at once, layer by layer, or recorded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from refimpl import backends
+from refimpl.cache import KVCache, expect_dtype, no_cache
+from refimpl.checkpoint.weights import Weights
+from refimpl.config import Config
+from refimpl.decoder import Decoder
+from refimpl.errors import InputError, at_most
+from refimpl.files import read_json
+from refimpl.positions import attention_bias, rope_tables, token_positions
+from refimpl.text.tokenizer import Tokenizer, load_tokenizer
+from refimpl.trace import Tap, Trace, expect_same_prompt, feeding, prompt_of, recording, silent
+from refimpl_kernels.ops import DTYPES, NumPyOps
+
+
+class Forward:
+    """A config, weights, and the one forward over them. Immutable.
+
+    `folder`: where its tokenizer is. `asked_backend`: what the caller asked for, or None; `backend`: what computes.
+    `decoder_class`: `refimpl.decoder.Decoder`, or a subclass of it that replaces some of its methods.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        weights: Weights,
+        folder: Path | None = None,
+        backend: str | None = None,
+        decoder_class: type[Decoder] = Decoder,
+    ):
+        self.config, self.weights, self.folder = config, weights, folder
+        self.asked_backend = backend
+        self.backend = backends.choose(backend, weights)
+        self.decoder_class = decoder_class
+
+    def __call__(
+        self,
+        ids,
+        dtype: str = "float32",
+        attention_mask=None,
+        cache: KVCache | None = None,
+        logits_to_keep: int = 0,
+    ) -> np.ndarray:
+        """Logits (B, T, V) of token ids: a list, an array (T,) or (B, T), or a text.
+
+        `dtype`: "float32"; "float64", the oracle, positions included; "bfloat16" or "float16", which round after
+        each operation as PyTorch does. `attention_mask` (B, past + T): 0 for padding, which may stand on the left.
+        With a `cache`, `ids` continue what is in it, in pieces of any size. `logits_to_keep`: of how many of the last
+        tokens the logits are wanted, 0 for all; what continues a text is in those of the last.
+
+        Raises InputError for ids outside the vocabulary, nothing to do, or more tokens than the context holds.
+        """
+        return self.forward(ids, dtype, attention_mask, cache, silent, logits_to_keep)
+
+    def trace(
+        self, ids, dtype: str = "float32", attention_mask=None, feed: Mapping | None = None, taps: str | None = None
+    ) -> Trace:
+        """Every tensor of one forward, in computing order: name (see `refimpl.names`) -> array.
+
+        `taps`: a glob on names, to keep some of them. `feed`: a trace whose values replace the computed ones as soon
+        as they have been computed and recorded, so that each recorded tensor shows its own error and none that it
+        inherited. Raises InputError for one of other token ids, or with names that this model does not have.
+        """
+        from refimpl.names import taps as known
+
+        ids, feed = self.token_ids(ids), Trace() if feed is None else feed
+        about = {"engine": "refimpl", "family": self.config.family, "dtype": dtype, "config": asdict(self.config)}
+        trace = Trace(meta={**about, "ids": prompt_of(ids), "fed": bool(feed)})
+        expect_same_prompt(trace, feed)
+        if odd := feed.keys() - known(self.config).keys():
+            raise InputError(f"this model has no tensor {at_most(sorted(odd), 3)}; feed a trace of the same model")
+        self.forward(ids, dtype, attention_mask, None, recording(trace, taps, then=feeding(feed)))
+        if taps is not None and not trace:
+            raise InputError(f"no tensor is called {taps!r}; names are such as {at_most(list(known(self.config)), 3)}")
+        return trace
+
+    def forward(
+        self, ids, dtype: str, attention_mask, cache: KVCache | None, tap: Tap, logits_to_keep: int = 0
+    ) -> np.ndarray:
+        """The forward behind `__call__` and `trace`, with any tap."""
+        ids, ops = self.token_ids(ids), self.ops(dtype)
+        if logits_to_keep < 0:
+            raise InputError(f"logits_to_keep is {logits_to_keep}, expected a number of tokens, or 0 for all")
+        batch, tokens = ids.shape
+        past = cache.length if cache else 0
+        self._expect_room(past + tokens)
+        if attention_mask is not None:
+            attention_mask = np.array(attention_mask)
+            if attention_mask.shape != (batch, past + tokens) or attention_mask.dtype.kind not in "iub":
+                raise InputError(
+                    f"attention_mask is {attention_mask.dtype} {attention_mask.shape}, expected integers of shape "
+                    f"{(batch, past + tokens)}: it covers the cache and the new tokens"
+                )
+            attention_mask = attention_mask.astype(np.int64)
+        if cache is None:
+            mask = np.ones_like(ids) if attention_mask is None else attention_mask
+        elif (cache.batch, cache.layers) != (batch, self.config.num_hidden_layers):
+            said = f"{cache.batch} sequences of {cache.layers} layers"
+            raise InputError(f"the cache is for {said}, not for this call; make one with new_cache({batch})")
+        else:
+            mask = cache.extended_mask(attention_mask, tokens)
+
+        cos, sin = self.position_tables(token_positions(mask)[:, past:], ops.wide)
+        bias = self.attention_bias(mask, tokens, ops.wide)
+        logits = self.decoder(ops, tap, cache)(ids, cos, sin, bias, logits_to_keep)
+        if cache is not None:
+            cache.advance(mask)
+        return logits
+
+    def stages(
+        self, ids, dtype: str = "float32", tap: Tap = silent, start: int = 0, stream: np.ndarray | None = None
+    ) -> Iterator[np.ndarray]:
+        """The forward of a prompt, one step each time that the iterator is asked: the stream (B, T, C) after the
+        embedding and after each layer, and at last the logits (B, T, V).
+
+        So several runs can go side by side and share what each layer shows. With the `stream` that enters layer
+        `start`, it begins there; `start` may be the number of layers. Raises InputError as a call does.
+        """
+        ids, ops = self.token_ids(ids), self.ops(dtype)
+        self._expect_room(ids.shape[1])
+        mask = np.ones_like(ids)
+        cos, sin = self.position_tables(token_positions(mask), ops.wide)
+        bias = self.attention_bias(mask, ids.shape[1], ops.wide)
+        decoder = self.decoder(ops, tap, None)
+        if stream is None:
+            yield (stream := decoder.embed(ids))
+        for i in range(start, self.config.num_hidden_layers):
+            yield (stream := decoder.layer(i, stream, cos, sin, bias))
+        yield decoder.head(stream)
+
+    def head(self, stream: np.ndarray, dtype: str = "float32") -> np.ndarray:
+        """The logits (B, T, V) of a stream (B, T, C) that has left the last layer."""
+        return self.decoder(self.ops(dtype), silent, None).head(stream)
+
+    def _expect_room(self, tokens: int) -> None:
+        if tokens > self.config.max_position_embeddings:
+            raise InputError(f"{tokens} tokens exceed the context of {self.config.max_position_embeddings}; use fewer")
+
+    def decoder(self, ops: NumPyOps, tap: Tap, cache: KVCache | None) -> Decoder:
+        """The forward of this model with `ops`; `tap` sees each tensor as it goes on."""
+        return self.decoder_class(self.config, self.weights, ops, tap, cache or no_cache)
+
+    def ops(self, dtype: str) -> NumPyOps:
+        """The operations at a number format. Raises InputError for one that is not known."""
+        if dtype not in DTYPES:
+            raise InputError(f"dtype is {dtype!r}, expected one of {', '.join(DTYPES)}")
+        return backends.ops(self.backend, dtype)
+
+    def position_tables(self, positions: np.ndarray, dtype) -> tuple[np.ndarray, np.ndarray] | tuple[None, None]:
+        """cos and sin for positions (B, T), (B, 1, T, D/2) each; none for ALiBi, which works on the scores."""
+        theta = self.config.rope_theta
+        return (None, None) if theta is None else rope_tables(positions, self.config.head_dim, theta, dtype)
+
+    def attention_bias(self, mask: np.ndarray, tokens: int, dtype) -> np.ndarray:
+        """What is added to the scores of the last `tokens` positions under a mask (B, S)."""
+        return attention_bias(self.config, mask, tokens, dtype)
+
+    def new_cache(self, batch: int = 1, capacity: int | None = None, dtype: str | None = None) -> KVCache:
+        """An empty cache for `batch` sequences of up to `capacity` tokens (the model's context if not given).
+
+        `dtype`: None keeps keys and values as they are computed. Those of a float32 run may be rounded: to "float16",
+        which takes half the memory, or to "int8", Q8_0's blocks of 32 with a scale each, which take a quarter, as
+        llama.cpp has them; where contexts are long, it is the memory that takes the time.
+
+        Raises InputError for another dtype, and for one that does not fit the model's heads.
+        """
+        expect_dtype(dtype, self.config.head_dim)
+        longest = self.config.max_position_embeddings
+        return KVCache(self.config.num_hidden_layers, longest if capacity is None else capacity, batch, dtype)
+
+    def token_ids(self, ids) -> np.ndarray:
+        """Token ids (B, T) int64 from a text, a list, or an array (T,) or (B, T), checked against the vocabulary."""
+        if isinstance(ids, str):
+            ids = self.tokenizer.encode(ids)
+        try:
+            array = np.asarray(ids)
+        except ValueError:
+            raise InputError("the rows of ids differ in length; pad them on the left and pass attention_mask") from None
+        if array.size == 0:
+            raise InputError("the prompt is empty; expected at least one token")
+        if array.ndim not in (1, 2) or array.dtype.kind not in "iu":
+            raise InputError(f"the ids are {array.dtype} of shape {array.shape}, expected integers (T,) or (B, T)")
+        wrong = array[(array < 0) | (array >= self.config.vocab_size)]
+        if wrong.size:
+            raise InputError(f"token id {wrong[0]} is outside the vocabulary of {self.config.vocab_size}")
+        return array.astype(np.int64).reshape(-1, array.shape[-1])
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The folder's tokenizer. Raises InputError if it has none."""
+        tokenizer = load_tokenizer(self.folder, self.config) if self.folder else None
+        if tokenizer is None:
+            raise InputError(f"{self.folder} has no tokenizer; pass token ids instead of text")
+        return tokenizer
+
+    @cached_property
+    def generation_config(self) -> dict[str, Any]:
+        """The keys of the folder's generation_config.json, if there is one."""
+        path = self.folder / "generation_config.json" if self.folder else None
+        return read_json(path) if path and path.exists() else {}
