@@ -10,18 +10,20 @@ import io
 import math
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import product
+from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, cast, get_args
 
 import ml_dtypes
 import numpy as np
 from numpy.lib import format as npy
 
+from export.graphs.plan import Way
 from refimpl.errors import InputError, at_most
 
 SUFFIXES = {".h5", ".hdf5", ".npz", ".npy", ".raw", ".bin", ".pb"}
@@ -41,6 +43,75 @@ class Entry:
     dtype: np.dtype | None
     nbytes: int
     read: Callable[[], np.ndarray] = field(repr=False)
+
+
+def by_graph(
+    outputs: Any, graphs: Collection[str], largest: int, way: Way, graph: str | None
+) -> Iterator[tuple[str | None, Way, list[Entry]]]:
+    """(graph, way, entries) of each set of outputs: a mapping, a file, or a folder, whatever its layout.
+
+    `graphs` are the names that a part of a mapping, a file or a folder may have. `way` and `graph` hold where no name
+    says it; the graph is None if nothing does. `largest`: how many numbers the largest output has.
+
+    Raises InputError for another type, a layout that is not known, and what `of_file` refuses.
+    """
+    if isinstance(outputs, Mapping):
+        yield from _of_nested(outputs, graphs, way, graph)
+    elif not isinstance(outputs, str | PathLike):
+        raise InputError(
+            f"the outputs are of the type {type(outputs).__name__}, expected a path or a mapping of arrays by name"
+        )
+    elif Path(outputs).is_file():
+        path = Path(outputs)
+        yield graph or _called(path, graphs), way, list(of_file(path, largest))
+    elif Path(outputs).is_dir():
+        yield from _of_folder(Path(outputs), graphs, largest, way, graph)
+    else:
+        raise InputError(f"{Path(outputs)} is neither a file nor a folder; expected what the device returned")
+
+
+def _of_nested(outputs: Mapping[str, Any], graphs: Collection[str], way: Way, graph: str | None):
+    """The sets of a mapping: of arrays, or of such mappings by graph or by way."""
+    nested = {name: part for name, part in outputs.items() if isinstance(part, Mapping)}
+    if not nested:
+        yield graph, way, list(of_mapping(outputs))
+    elif len(nested) < len(outputs):
+        raise InputError(f"the mapping holds {at_most(nested, 3)} beside arrays; expected graphs, or arrays")
+    for name, part in nested.items():
+        ways = {how: deeper for how, deeper in part.items() if isinstance(deeper, Mapping)}
+        if name in get_args(Way):
+            yield from _of_nested(part, graphs, cast(Way, name), graph)
+        elif name not in graphs:
+            raise InputError(f"there is no graph {name!a:.99}; the export has {at_most(graphs)}")
+        elif ways:
+            raise InputError(f"{name} holds a mapping {at_most(ways, 3)}, expected arrays by name")
+        else:
+            yield name, way, list(of_mapping(part))
+
+
+def _of_folder(path: Path, graphs: Collection[str], largest: int, way: Way, graph: str | None):
+    """The sets of a folder: in isolated/ and chained/, in files and folders called as graphs, or itself."""
+    inside = sorted(path.iterdir())
+    if len(inside) > ENTRIES:
+        raise InputError(f"{path} holds {len(inside)} files, expected at most {ENTRIES}")
+    ways = [child for child in inside if child.name in get_args(Way) and child.is_dir()]
+    for child in ways:
+        yield from _of_folder(child, graphs, largest, cast(Way, child.name), graph)
+    named = [child for child in inside if _called(child, graphs) and (child.is_dir() or child.suffix in SUFFIXES)]
+    for child in named:
+        entries = in_folder(child, largest) if child.is_dir() else of_file(child, largest)
+        yield _called(child, graphs), way, list(entries)
+    if ways or named:
+        return
+    devices = [str(child) for child in inside if any((child / name).is_dir() for name in get_args(Way))]
+    if devices:
+        raise InputError(f"{path} holds what several runs may have given; give one of them: {at_most(devices, 3)}")
+    yield graph or _called(path, graphs), way, list(in_folder(path, largest))
+
+
+def _called(path: Path, graphs: Collection[str]) -> str | None:
+    """The graph that a file or folder is named after."""
+    return next((name for name in (path.name, path.stem) if name in graphs), None)
 
 
 def of_mapping(arrays: Mapping[str, Any]) -> Iterator[Entry]:

@@ -22,7 +22,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -35,6 +35,8 @@ from refimpl.errors import InputError, at_most
 from refimpl.model import Model
 from refimpl.positions import LOWEST, attention_bias, token_positions
 from refimpl.trace import Tap, silent
+
+Way = Literal["isolated", "chained"]  # a graph with its golden inputs, or with what the graphs before it gave
 
 
 @dataclass(frozen=True)

@@ -24,15 +24,14 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import permutations
-from os import PathLike
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import numpy as np
 
-from export.files.entries import ENTRIES, SUFFIXES, Entry, in_folder, of_file, of_mapping
+from export.files.entries import Entry, by_graph
 from export.folder.verify import read_manifest, unpadded
-from export.graphs.plan import GraphSpec, Plan, Value
+from export.graphs.plan import GraphSpec, Plan, Value, Way
 from refimpl.config import Config
 from refimpl.errors import InputError, at_most
 from refimpl.grids.encodings import EMBED, Encodings, grid_of
@@ -40,7 +39,6 @@ from refimpl.names import taps
 from refimpl.trace import Trace
 from refimpl_kernels.affine import Encoding, dequantize
 
-Way = Literal["isolated", "chained"]
 Grids = Mapping[str, Any]  # tap -> Encoding, or whatever else `refimpl.grids.encodings.grid_of` gives
 
 
@@ -103,7 +101,7 @@ def fit_answers(
     if graph is not None and graph not in specs:
         raise InputError(f"there is no graph {graph!a:.99}; the export has {at_most(specs)}")
     found: dict[tuple[str, Way], Answer] = {}
-    for name, how, entries in _by_graph(outputs, specs, way, graph):
+    for name, how, entries in by_graph(outputs, specs, largest(specs), way, graph):
         spec = specs[name] if name else _whose(entries, specs)
         if (spec.name, how) in found:
             raise InputError(f"{spec.name} has {how} outputs twice, in {entries[0].source} as well; remove one")
@@ -112,62 +110,6 @@ def fit_answers(
 
 
 # Whose outputs they are
-
-
-def _by_graph(outputs: Any, specs: Mapping[str, GraphSpec], way: Way, graph: str | None):
-    """(graph or None, way, entries) of each set of outputs."""
-    if isinstance(outputs, Mapping):
-        nested = {name: part for name, part in outputs.items() if isinstance(part, Mapping)}
-        if not nested:
-            yield graph, way, list(of_mapping(outputs))
-        elif len(nested) < len(outputs):
-            raise InputError(f"the mapping holds {at_most(nested, 3)} beside arrays; expected graphs, or arrays")
-        for name, part in nested.items():
-            ways = {how: deeper for how, deeper in part.items() if isinstance(deeper, Mapping)}
-            if name in get_args(Way):
-                yield from _by_graph(part, specs, name, graph)
-            elif name not in specs:
-                raise InputError(f"there is no graph {name!a:.99}; the export has {at_most(specs)}")
-            elif ways:
-                raise InputError(f"{name} holds a mapping {at_most(ways, 3)}, expected arrays by name")
-            else:
-                yield name, way, list(of_mapping(part))
-        return
-    if not isinstance(outputs, str | PathLike):
-        raise InputError(
-            f"the outputs are of the type {type(outputs).__name__}, expected a path or a mapping of arrays by name"
-        )
-    path = Path(outputs)
-    if path.is_file():
-        yield graph or _called(path, specs), way, list(of_file(path, largest(specs)))
-    elif path.is_dir():
-        yield from _of_folder(path, specs, way, graph)
-    else:
-        raise InputError(f"{path} is neither a file nor a folder; expected what the device returned")
-
-
-def _called(path: Path, specs: Mapping[str, GraphSpec]) -> str | None:
-    """The graph that a file or folder is named after."""
-    return next((name for name in (path.name, path.stem) if name in specs), None)
-
-
-def _of_folder(path: Path, specs: Mapping[str, GraphSpec], way: Way, graph: str | None):
-    inside = sorted(path.iterdir())
-    if len(inside) > ENTRIES:
-        raise InputError(f"{path} holds {len(inside)} files, expected at most {ENTRIES}")
-    ways = [child for child in inside if child.name in get_args(Way) and child.is_dir()]
-    for child in ways:
-        yield from _of_folder(child, specs, child.name, graph)  # type: ignore[arg-type]
-    graphs = [child for child in inside if _called(child, specs) and (child.is_dir() or child.suffix in SUFFIXES)]
-    for child in graphs:
-        entries = in_folder(child, largest(specs)) if child.is_dir() else of_file(child, largest(specs))
-        yield _called(child, specs), way, list(entries)
-    if ways or graphs:
-        return
-    devices = [str(child) for child in inside if any((child / name).is_dir() for name in get_args(Way))]
-    if devices:
-        raise InputError(f"{path} holds what several runs may have given; give one of them: {at_most(devices, 3)}")
-    yield graph or _called(path, specs), way, list(in_folder(path, largest(specs)))
 
 
 def _whose(entries: list[Entry], specs: Mapping[str, GraphSpec]) -> GraphSpec:
