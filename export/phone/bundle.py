@@ -27,13 +27,11 @@ import refimpl
 from export.files.graph_folder import CACHE, GraphFolder, read_folders
 from export.files.skeleton import ValueInfo
 from export.phone.tokenizer_json import tokenizer_json
+from export.run.socs import soc_called
 from refimpl.config import Config, read_config
 from refimpl.errors import InputError, at_most
 from refimpl.files import read_json, whole_folder
 
-# Snapdragon -> QNN's number of the SoC, and the architecture of its NPU.
-SOCS = {"8-gen-2": (43, "v73"), "8-gen-3": (57, "v75"), "8-elite": (69, "v79"), "x-elite": (60, "v73"),
-        "x2-elite": (88, "v81")}  # fmt: skip
 BASE_PROMPT = "登鹳雀楼->王之涣\n夜雨寄北->"  # from the model card of Baichuan2-7B-Base
 QUESTION = "《静夜思》的作者是谁？"
 DTYPES = {1: "float32", 2: "uint8", 3: "int8", 4: "uint16", 5: "int16", 6: "int32", 7: "int64", 10: "float16"}
@@ -50,8 +48,7 @@ def bundle(
     Raises InputError for a model that Genie cannot run, graphs that are not its graphs, and an `out` that is not free.
     """
     checkpoint, out = Path(checkpoint), Path(out)
-    if soc not in SOCS:
-        raise InputError(f"soc is {soc!a:.40}, expected one of {', '.join(SOCS)}")
+    soc_called(soc)
     config = read_config(checkpoint)
     if config.alibi:
         raise InputError(f"{config.family} has ALiBi, and Genie computes rotary positions only; "
@@ -118,11 +115,11 @@ def genie_config(config: Config, context: int, bins: Sequence[str], bos: int, eo
 
 
 def htp_config(soc: str) -> dict[str, Any]:
-    """`htp_backend_ext_config.json` for one of SOCS."""
-    number, architecture = SOCS[soc]
+    """`htp_backend_ext_config.json` for an SoC by its name."""
+    chosen = soc_called(soc)
     core = {"core_id": 0, "perf_profile": "burst", "rpc_control_latency": 100}
     return {
-        "devices": [{"soc_model": number, "dsp_arch": architecture, "cores": [core]}],
+        "devices": [{"soc_model": chosen.model, "dsp_arch": chosen.architecture, "cores": [core]}],
         "memory": {"mem_type": "shared_buffer"},
         "context": {"weight_sharing_enabled": True},
     }
