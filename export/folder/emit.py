@@ -20,13 +20,13 @@ from tqdm import tqdm
 import refimpl
 from export.files.encodings import graph_encodings, simulate_graph, write_encodings
 from export.graphs.cut import HIDES, matching_modules, substituting
+from export.graphs.data import Built, Parameter, write_data
 from export.graphs.fuse import fusing
-from export.graphs.heads import joined
 from export.graphs.ops import INT4_OPSET, OnnxOps
 from export.graphs.plan import GraphSpec, Part, Plan, carry, host_inputs
 from export.graphs.profiles import Profile, checked_forms, profile_named
 from export.graphs.qdq import quantized
-from export.graphs.symbols import Built, Graph, Parameter, write_data
+from export.graphs.symbols import Graph, joined
 from golden.bundle import sha256 as digest
 from golden.tolerance import Tolerance, largest_scores, tolerances
 from refimpl.blocks.quantize import QuantizedWeight

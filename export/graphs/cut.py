@@ -18,9 +18,9 @@ from typing import Any
 
 import numpy as np
 
-from export.graphs.heads import Stack
+from export.graphs.data import Parameter
 from export.graphs.ops import OnnxOps
-from export.graphs.symbols import Graph, Parameter, Tensor
+from export.graphs.symbols import Graph, Stack, Tensor
 from refimpl.checkpoint.weights import Weight, expected_shapes
 from refimpl.config import Config
 from refimpl.errors import InputError, at_most

@@ -20,8 +20,8 @@ from typing import Any
 import numpy as np
 from onnx import TensorProto
 
-from export.graphs.heads import Stack, apply
-from export.graphs.symbols import Graph, Parameter, Tensor
+from export.graphs.data import Parameter
+from export.graphs.symbols import Graph, Stack, Tensor, apply
 from refimpl.errors import InputError
 from refimpl_kernels.formats import int4, matmulnbits
 from refimpl_kernels.formats.table import Blocks

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from onnx import ModelProto, NodeProto, TensorProto, helper
 
-from export.graphs.symbols import Built, Parameter, place
+from export.graphs.data import Built, Parameter, assign_offsets
 from refimpl.errors import InputError
 from refimpl.grids.encodings import Encodings
 from refimpl.grids.simulate import Grid
@@ -119,7 +119,7 @@ def quantized(built: Built, own: Encodings) -> Built:
             pair(name, f"{name}.raw", name, own.activations[name])
     for initializer in external:
         del initializer.external_data[:]
-    layout = place(external)
+    layout = assign_offsets(external)
     graph.initializer.extend(external)
     graph.value_info.extend(old.value_info)
     return Built(proto, layout, tiles, built.shown, {})

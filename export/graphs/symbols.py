@@ -1,7 +1,7 @@
 """Symbols that leave a graph behind: to compute with a `Tensor` is to write a node.
 
-Weights stay where they are: a `Parameter` enters the graph as a place in `model.data`, which `write_data` fills tile
-by tile. The protobuf holds no weight, so neither its limit of 2 GiB nor a computer's memory limits the model.
+A `Tensor` is one value of the graph. A `Stack` is a value in pieces, one for each attention head, where a device wants
+its heads apart. Weights are no part of the graph: see `data.py`.
 
 >>> graph = Graph()
 >>> x = graph.input("x", (1, 3, 8))
@@ -12,61 +12,17 @@ by tile. The protobuf holds no weight, so neither its limit of 2 GiB nor a compu
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import count
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
-from onnx import ModelProto, TensorProto, ValueInfoProto, helper, numpy_helper
+from onnx import TensorProto, ValueInfoProto, helper, numpy_helper
 
-from export.graphs.heads import Stack, apply
-from refimpl.checkpoint.weights import let_go, read_ahead
-from refimpl_kernels.ops import TILE_BYTES, Readable
-
-ALIGNMENT = 4096  # of a weight in model.data: a page, so that a runtime can map it
-BITS: dict[int, int] = {  # of an element in model.data; of all others 32
-    TensorProto.INT4: 4, TensorProto.UINT4: 4, TensorProto.INT8: 8, TensorProto.UINT8: 8,
-    TensorProto.INT16: 16, TensorProto.UINT16: 16,
-}  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Parameter:
-    """Some rows of a parameter, or all, as an initializer of a graph: its name there, and that `of` the parameter."""
-
-    name: str
-    of: str
-    weight: Readable
-    rows: range
-
-    @classmethod
-    def whole(cls, name: str, weight: Readable) -> Parameter:
-        """All of a parameter, under its own name."""
-        return cls(name, name, weight, range(weight.shape[0]))
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return (len(self.rows), *self.weight.shape[1:])
-
-    def part(self, start: int, stop: int, suffix: str) -> Parameter:
-        """Some of its rows: `W_pack.weight` and "0.7" make `W_pack.0.7.weight`."""
-        module, _, kind = self.name.rpartition(".")
-        return Parameter(f"{module}.{suffix}.{kind}", self.of, self.weight, self.rows[start:stop])
-
-    def tiles(self) -> Iterator[np.ndarray]:
-        """The values in float32, TILE_BYTES of rows at a time."""
-        step = max(1, TILE_BYTES // 4 // math.prod(self.shape[1:]))
-        for i in range(0, len(self.rows), step):
-            rows, more = self.rows[i : i + step], self.rows[i + step : i + 2 * step]
-            stored = getattr(self.weight, "array", np.empty(0))  # read ahead while this tile is written, then let go
-            read_ahead(stored[more.start : more.stop])
-            yield self.weight.read(np.dtype(np.float32), slice(rows.start, rows.stop)).astype("<f4", copy=False)
-            let_go(stored[rows.start : rows.stop])
+from export.graphs.data import Built, Parameter, assign_offsets
 
 
 @dataclass(eq=False)
@@ -138,17 +94,6 @@ class Tensor:
     def behind(self, op: str) -> Tensor:
         """The input of the node that computed the tensor, if it is of this kind and nobody named what it gave."""
         return self.node.inputs[0] if self.node and self.node.op == op and not self.name else self
-
-
-@dataclass(frozen=True)
-class Built:
-    """A finished graph: the ONNX model without its weights, and where in `model.data` each weight lies."""
-
-    proto: ModelProto
-    layout: dict[str, tuple[int, int]]  # initializer -> (offset, length) in bytes
-    tiles: dict[str, Callable[[], Iterator[np.ndarray]]]  # initializer -> its values, a few rows at a time
-    shown: dict[str, str]  # a head's value -> the tap that it is a piece of
-    parameters: dict[str, Parameter]  # initializer in float32 -> whose rows it has
 
 
 class Graph:
@@ -259,7 +204,7 @@ class Graph:
         initializers = [numpy_helper.from_array(a, t.name) for t, a in self.arrays.items() if t in needed]
         parameters = [TensorProto(name=t.name, data_type=t.dtype, dims=t.shape)
                       for t in self.parameters.values() if t in needed]  # fmt: skip
-        layout = place(parameters)
+        layout = assign_offsets(parameters)
         initializers += parameters
         last = set(outputs)
         inner = [info(t) for node in nodes for t in node.outputs if t not in last]
@@ -274,39 +219,80 @@ class Graph:
         return Built(proto, layout, {name: self.tiles[name] for name in layout}, shown, sources)
 
 
-def place(parameters: Iterable[TensorProto]) -> dict[str, tuple[int, int]]:
-    """Gives initializers their places in `model.data`, one after the other: name -> (offset, length) in bytes."""
-    layout, end = {}, 0
-    for proto in parameters:
-        offset = -(-end // ALIGNMENT) * ALIGNMENT
-        length = -(-math.prod(proto.dims) * BITS.get(proto.data_type, 32) // 8)
-        layout[proto.name] = (offset, length)
-        proto.data_location = TensorProto.EXTERNAL
-        for key, value in (("location", "model.data"), ("offset", offset), ("length", length)):
-            proto.external_data.add(key=key, value=str(value))
-        end = offset + length
-    return layout
+@dataclass(frozen=True)
+class Stack:
+    """A tensor in pieces of size 1 along `axis`, one for each head: batched attention as a graph of single heads.
 
+    Qualcomm's converter wants attention head by head: one projection and two products for each. The decoder writes it
+    once for all heads, on (1, H, T, D). In a graph of the form "heads" such a tensor is a `Stack` of H tensors
+    (1, 1, T, D) that no node joins, and each operation is done to every piece. All pieces share an operand that is the
+    same for all heads (cos, the mask); an operand with a slice for each head (the past keys) is cut.
 
-def write_data(file: BinaryIO, built: Built) -> str:
-    """Fills `model.data` tile by tile, and returns its sha256. Equal weights give equal bytes.
-
-    One tile is hashed while it is written and the next one computed.
+    The decoder computes the H / K query heads that share a key head as rows of one product. Here they stay single
+    heads, each with its key head: `group` of them count as the rows of one head.
     """
-    digest, end = hashlib.sha256(), 0
-    with ThreadPoolExecutor(1) as other:
-        hashed = other.submit(digest.update, b"")
 
-        def write(data) -> int:
-            nonlocal hashed
-            hashed.result()
-            hashed = other.submit(digest.update, data)
-            return file.write(data)
+    pieces: tuple[Tensor, ...]
+    axis: int
+    group: int = 1
 
-        for name, (offset, length) in built.layout.items():
-            end += write(bytes(offset - end))
-            written = sum(write(np.ascontiguousarray(tile).data.cast("B")) for tile in built.tiles[name]())
-            if written != length:
-                raise ValueError(f"{name} has {written} bytes, the graph says {length}")
-            end += written
-    return digest.hexdigest()
+    @property
+    def shape(self) -> tuple[int, ...]:
+        shape = list(self.pieces[0].shape)
+        shape[self.axis] = len(self.pieces) // self.group
+        shape[self.axis + 1] *= self.group
+        return tuple(shape)
+
+    @property
+    def graph(self) -> Any:
+        return self.pieces[0].graph
+
+    def __add__(self, other: Any) -> Stack:
+        return apply(lambda a, b: a + b, self, other)
+
+    def __sub__(self, other: Any) -> Stack:
+        return apply(lambda a, b: a - b, self, other)
+
+    def __mul__(self, other: Any) -> Stack:
+        return apply(lambda a, b: a * b, self, other)
+
+    def transpose(self, *axes: int) -> Stack:
+        pieces = tuple(piece.transpose(*axes) for piece in self.pieces)
+        return Stack(pieces, axes.index(self.axis), self.group)
+
+    def reshape(self, *shape: int) -> Any:
+        """Heads in groups, (B, H, T, D) -> (B, K, H/K*T, D), or single again; or (B, T, H, D) -> (B, T, H*D).
+
+        Raises ValueError for another shape: the decoder asks for no other.
+        """
+        heads = len(self.pieces)
+        if len(shape) == 4 and heads % shape[self.axis] == 0 and self.axis == 1:
+            return Stack(self.pieces, 1, heads // shape[1])
+        if len(shape) == 3 and self.axis == 2:
+            return self.graph.concat(self.pieces, 3).reshape(*shape)
+        raise ValueError(f"cannot reshape heads {self.shape} to {shape}")
+
+
+def joined(x: Any) -> Tensor:
+    """One tensor, of the heads of a `Stack` or the parts of a linear, or as it is."""
+    if isinstance(x, Stack):
+        return x.graph.concat(x.pieces, x.axis)
+    return x.graph.concat([joined(part) for part in x.parts], len(x.shape) - 1) if x.parts else x
+
+
+def apply(function: Callable[..., Tensor], *operands: Any) -> Stack:
+    """`function` of the pieces of each head. The first `Stack` says which heads there are."""
+    first = next(operand for operand in operands if isinstance(operand, Stack))
+    heads = range(len(first.pieces))
+    pieces = tuple(function(*(piece(operand, first, head) for operand in operands)) for head in heads)
+    return Stack(pieces, first.axis, first.group)
+
+
+def piece(operand: Any, stack: Stack, head: int) -> Any:
+    """What a head of `stack` needs of another operand: its piece, its slice, or all of what all heads share."""
+    if isinstance(operand, Stack):
+        return operand.pieces[head * len(operand.pieces) // len(stack.pieces)]
+    rank = len(stack.pieces[0].shape)
+    shape: Sequence[int] = getattr(operand, "shape", ())
+    axis = stack.axis - rank + len(shape)
+    return operand if axis < 0 or shape[axis] == 1 else operand.cut(axis, head)

@@ -26,8 +26,8 @@ from onnx import ModelProto, NodeProto, TensorProto, external_data_helper
 from export.files.encodings import MOVES
 from export.folder.verify import unpadded
 from export.graphs.cut import flow
+from export.graphs.data import assign_offsets
 from export.graphs.plan import GraphSpec, Part, Value
-from export.graphs.symbols import place
 from refimpl.config import Config
 from refimpl.errors import InputError
 from refimpl.files import read_json
@@ -303,7 +303,7 @@ class Dataflow(Flow):
         old = {one.name: external_data_helper.ExternalDataInfo(one) for one in stored}
         for one in stored:
             del one.external_data[:]
-        layout, end = place(stored), 0
+        layout, end = assign_offsets(stored), 0
         with open(self.folder / "model.data", "rb") as file:
             for name, (offset, length) in layout.items():
                 yield bytes(offset - end)

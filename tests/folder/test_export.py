@@ -19,8 +19,8 @@ from safetensors.numpy import save_file
 import refimpl
 from export import emit, verify
 from export.folder.verify import read_scores
+from export.graphs.data import Parameter
 from export.graphs.plan import split
-from export.graphs.symbols import Parameter
 from export.search.bisection import JOURNAL
 from golden.compare import compare
 from golden.tolerance import largest_scores, tolerances
@@ -160,7 +160,7 @@ def test_weights_are_pages_apart_and_the_same_in_any_tiles(tiny_model, tmp_path,
     offsets = [offset for offset, _ in built.layout.values()]
     assert all(offset % 4096 == 0 and 0 <= offset - end < 4096 for offset, end in zip(offsets, ends, strict=False))
     parts.save(tmp_path / "whole")
-    monkeypatch.setattr("export.graphs.symbols.TILE_BYTES", 1000)
+    monkeypatch.setattr("export.graphs.data.TILE_BYTES", 1000)
     parts.save(tmp_path / "tiles")
     assert digests(tmp_path / "whole") == digests(tmp_path / "tiles")
 
