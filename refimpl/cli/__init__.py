@@ -1,8 +1,8 @@
 """The command `refimpl`: one verb for each job.
 
-Exit code 0: done, or the numbers agree. 1: they differ. 2: bad usage or bad input, told in one line.
+Exit code 0: done, or the numbers agree. 1: they differ. 2: bad usage or bad input, reported in one line.
 
-The command line stands above all packages, so in refimpl this folder alone imports golden and export, where used.
+The command line stands above all packages: no other folder of refimpl imports golden or export.
 """
 
 from __future__ import annotations
@@ -19,19 +19,18 @@ from functools import partial
 from typing import Any
 
 import refimpl
-
-from refimpl.cli import running, checkpoints, goldens, costs, devices, hub  # isort: skip  # noqa: F401  as the help lists them
-from refimpl.cli.verbs import parser, stop_printing
+from refimpl.cli.options import stop_printing
+from refimpl.cli.parsing import command_line
 from refimpl.errors import InputError, Remark, one_line
 
 
 def main(argv: list[str] | None = None) -> int:
     """Runs one verb and returns its exit code."""
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # a terminal without Chinese shows its code points
+        if isinstance(stream, io.TextIOWrapper):  # a terminal that cannot show Chinese shows code points
             stream.reconfigure(errors="backslashreplace")
     try:
-        arguments = parser(refimpl.__version__).parse_args(argv)
+        arguments = command_line(refimpl.__version__).parse_args(argv)
         _expect_place()
         with warnings.catch_warnings():
             warnings.simplefilter("default", Remark)
@@ -46,7 +45,7 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("refimpl: interrupted", file=sys.stderr)
         return 130
-    except OSError as error:  # of standard output; verbs should have turned those of files into an InputError
+    except OSError as error:  # of standard output; a verb should have made an InputError of one about a file
         if error.filename is not None:
             print(f"refimpl: cannot use {one_line(str(error.filename))}: {error.strerror}", file=sys.stderr)
             return 2
@@ -59,7 +58,7 @@ def main(argv: list[str] | None = None) -> int:
 
 @contextmanager
 def _ending() -> Iterator[None]:
-    """A verb that is told to end (SIGTERM) removes what it has half made, as it does after Ctrl-C; exit code 143."""
+    """Lets a verb that gets SIGTERM remove what it has half made, as after Ctrl-C, and end with exit code 143."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -71,7 +70,7 @@ def _ending() -> Iterator[None]:
 
 
 def _expect_place() -> None:
-    """Raises InputError if the working directory was removed: what paths stand for could not be told."""
+    """Raises InputError if the working directory was removed, because relative paths have no meaning then."""
     try:
         os.getcwd()
     except OSError as error:
@@ -79,7 +78,7 @@ def _expect_place() -> None:
 
 
 def _show(usual: Callable, message: Warning | str, category: type[Warning], *where: Any) -> None:
-    """Prints a remark as a line; what libraries warn of is shown as ever."""
+    """Prints a remark as one line, and a library's warning as Python shows it."""
     if issubclass(category, Remark):
         print(f"refimpl: {one_line(str(message))}", file=sys.stderr)
     else:

@@ -1,4 +1,4 @@
-"""Verbs for AI Hub: an export compiled, linked and run on its devices."""
+"""Graphs and devices: an export compiled, linked and run on devices of Qualcomm AI Hub."""
 
 from __future__ import annotations
 
@@ -6,29 +6,32 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from refimpl.cli.verbs import JSON, option, verb
+from refimpl.cli.options import JSON
+from refimpl.cli.verbs import option, verb
 
 if TYPE_CHECKING:
     from export.hub.loop import Outcome
     from export.hub.session import Session
 
 FOLDER = option("folder", metavar="DIR", help="an export")
-API_URL = option("--api-url", metavar="URL", help="another server than that of client.ini, such as a loopback")
+API_URL = option("--api-url", metavar="URL", help="another server than that of client.ini")
 PLACE = [
     option("--device", required=True, metavar="NAME", help="as AI Hub calls it, such as 'Samsung Galaxy S25'"),
     API_URL,
-    option("--qairt", default="2.42", metavar="VERSION", help="of the runtime, for all jobs (default: 2.42)"),
+    option(
+        "--qairt", default="2.42", metavar="VERSION", help="version of Qualcomm's runtime, for all jobs (default: 2.42)"
+    ),
     option("--compile-options", default="", metavar="TEXT", help="added to those of compile jobs"),
-    option("--link-options", default="", metavar="TEXT"),
-    option("--run-options", default="", metavar="TEXT", help="of inference and profile jobs"),
+    option("--link-options", default="", metavar="TEXT", help="added to those of link jobs"),
+    option("--run-options", default="", metavar="TEXT", help="added to those of inference and profile jobs"),
     JSON,
 ]
 SENDING = [
     FOLDER,
     *PLACE,
-    option("--retry", action="store_true", help="send once more what failed"),
-    option("--unchecked", action="store_true", help="send graphs in which `refimpl export --check` finds errors, too"),
-    option("--dry-run", action="store_true", help="print what would be sent, and how large it is; send nothing"),
+    option("--retry", action="store_true", help="send again what failed"),
+    option("--unchecked", action="store_true", help="send graphs even if refimpl export --check finds errors in them"),
+    option("--dry-run", action="store_true", help="send nothing; print what would be sent, and how large it is"),
 ]
 
 
@@ -40,13 +43,13 @@ def hub_compile(arguments) -> int:
 
 @verb("refimpl hub link build/b2-7b --device 'Samsung Galaxy S25'", SENDING)
 def hub_link(arguments) -> int:
-    """Link the graphs of each part into one context binary, in which they share their weights."""
+    """Link the graphs of each part into one context binary, where they share their weights."""
     return _send(arguments, "link")
 
 
 @verb("refimpl hub infer build/b2-7b --device 'Samsung Galaxy S25'", SENDING)
 def hub_infer(arguments) -> int:
-    """Run the golden inputs on the device, isolated and chained, and fetch the outputs to DIR/outputs."""
+    """Run the golden inputs on the device, isolated and chained, and fetch DIR/outputs."""
     return _send(arguments, "infer")
 
 
@@ -59,10 +62,12 @@ def hub_profile(arguments) -> int:
 @verb(
     "refimpl hub fetch build/b2-7b --device 'Samsung Galaxy S25' --binaries",
     *(FOLDER, PLACE),
-    option("--binaries", action="store_true", help="fetch the linked binaries, which a phone takes, not the outputs"),
+    option(
+        "--binaries", action="store_true", help="fetch the linked binaries, which go onto the phone, instead of outputs"
+    ),
 )
 def hub_fetch(arguments) -> int:
-    """Fetch the outputs of what has been sent and is done by now."""
+    """Fetch the outputs of jobs that were sent and are done by now."""
     from export.hub.loop import Loop
 
     with _session(arguments) as session:
@@ -72,12 +77,12 @@ def hub_fetch(arguments) -> int:
 @verb(
     "refimpl hub status build/b2-7b",
     FOLDER,
-    option("--device", metavar="NAME", help="look again at the jobs there that had not ended"),
+    option("--device", metavar="NAME", help="ask again about jobs of this device that had not ended"),
     API_URL,
     JSON,
 )
 def hub_status(arguments) -> int:
-    """Show what was sent and what became of it, as the ledger in DIR has it."""
+    """Show what was sent and what became of it, from the ledger in DIR."""
     from export.hub.loop import status
     from export.hub.session import Session
 
@@ -97,6 +102,7 @@ def _session(arguments, locked: bool = True) -> Session:
 
 
 def _send(arguments, verb: str) -> int:
+    """Sends what a verb needs, or shows it with --dry-run."""
     from export.hub.loop import Loop
 
     with _session(arguments, locked=not arguments.dry_run) as session:
@@ -108,10 +114,7 @@ def _send(arguments, verb: str) -> int:
         print(json.dumps(rows))
         return 0
     for row in rows:
-        size = (
-            f"{row['bytes'] / 1e6:.1f} MB, about {row['zipped'] / 1e6:.1f} zipped" if row["bytes"] else row["options"]
-        )
-        print(f"{row['kind']:10}{row['label']:44}{'sent before' if row['sent'] else size}")
+        print(f"{row['kind']:10}{row['label']:44}{'sent before' if row['sent'] else _size(row)}")
     new = [row for row in rows if not row["sent"]]
     uploads = [row for row in new if row["bytes"]]
     print(f"{len(uploads)} uploads of {sum(r['bytes'] for r in uploads) / 1e6:.1f} MB (about "
@@ -120,10 +123,15 @@ def _send(arguments, verb: str) -> int:
     return 0
 
 
+def _size(row: dict) -> str:
+    """How large an upload is; of a job, its options."""
+    if not row["bytes"]:
+        return row["options"]
+    return f"{row['bytes'] / 1e6:.1f} MB, about {row['zipped'] / 1e6:.1f} zipped"
+
+
 def _show(arguments, outcome: Outcome) -> int:
-    print(
-        json.dumps({"rows": outcome.rows, "failures": outcome.failures, "sent": outcome.sent})
-        if arguments.json
-        else outcome
-    )
+    """Prints what came of the jobs; the exit code is 1 if one failed."""
+    content = {"rows": outcome.rows, "failures": outcome.failures, "sent": outcome.sent}
+    print(json.dumps(content) if arguments.json else outcome)
     return 0 if outcome else 1

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -14,7 +15,8 @@ from conftest import write_checkpoint
 from refimpl.bench import race as bench
 from refimpl.bench import storage as bench_storage
 from refimpl.cli import main
-from refimpl.cli.verbs import parser
+from refimpl.cli.parsing import command_line
+from refimpl.cli.verbs import GROUPS, all_verbs
 
 DATA = Path(__file__).parents[2] / "golden" / "data"
 
@@ -163,21 +165,69 @@ def test_bad_usage_exits_with_2():
 
 
 @pytest.mark.parametrize(
+    ("typed", "said"),
+    [
+        ("exprot --out x", "there is no verb 'exprot'; did you mean 'export'? See refimpl --help"),
+        ("golden chek", "there is no verb 'golden chek'; did you mean 'golden check'? See refimpl --help"),
+        ("xyz", "there is no verb 'xyz'; see refimpl --help"),
+        ("calibrate --txt a", "calibrate has no option '--txt'; did you mean '--text'? See refimpl calibrate --help"),
+        ("hub status D --devise=x", "hub status has no option '--devise'; did you mean '--device'? See refimpl hub "
+         "status --help"),
+        ("convert SRC", "the following arguments are required: --out; see refimpl convert --help"),
+    ],
+)  # fmt: skip
+def test_a_mistyped_word_gets_one_line_with_the_nearest(typed, said, capsys):
+    with pytest.raises(SystemExit) as exit:
+        main(typed.split())
+    assert exit.value.code == 2 and capsys.readouterr().err == f"refimpl: {said}\n"
+
+
+def test_values_that_look_like_options_are_no_mistyped_options():
+    given = command_line("").parse_args(["hub", "infer", "D", "--device", "X", "--compile-options", "--a 1 --b"])
+    assert given.compile_options == "--a 1 --b"
+    given = command_line("").parse_args(["hub", "infer", "D", "--device", "X", "--compile-options=--a", "--dry"])
+    assert given.compile_options == "--a" and given.dry_run, "an option may be shortened"
+
+
+@pytest.mark.parametrize("words", [[], ["--help"]])
+def test_refimpl_alone_shows_the_groups(words, capsys):
+    try:
+        code = main(words)
+    except SystemExit as exit:
+        code = exit.code
+    lines = capsys.readouterr().out.splitlines()
+    groups = [line for line in lines if line in GROUPS.values()]
+    assert code == 0 and groups == list(dict.fromkeys(GROUPS.values())) and all(len(line) <= 120 for line in lines)
+    assert [line.split("  ")[1] for line in lines if line.startswith("  ")] == [
+        " ".join(one.words) for one in all_verbs()
+    ]
+
+
+def test_python_m_refimpl_is_the_same():
+    alone = run("refimpl")
+    assert alone.returncode == 0 and alone.stdout.decode().startswith("usage: refimpl VERB") and not alone.stderr
+    assert run("refimpl golden").stdout.startswith(b"usage: refimpl golden")
+
+
+@pytest.mark.parametrize(
     "words", ["DIR OUT --max-lsb 3 --json", "DIR --max-lsb 3 OUT --json", "--max-lsb 3 --json DIR OUT"]
 )
 def test_options_may_stand_between_arguments(words):
-    given = parser("").parse_args(["verify", *words.split()])
+    given = command_line("").parse_args(["verify", *words.split()])
     assert (given.folder, given.outputs, given.max_lsb, given.json) == ("DIR", "OUT", 3.0, True)
-    given = parser("").parse_args(["hub", "status", "--json", "DIR"])
+    given = command_line("").parse_args(["hub", "status", "--json", "DIR"])
     assert (given.folder, given.device, given.json) == ("DIR", None, True)
 
 
-def test_every_verb_has_help_with_an_example(capsys):
-    goldens = ("golden make", "golden check", "golden show")
-    for verb in ("demo", "info", "generate", "chat", "trace", *goldens, "export", "verify"):
-        with pytest.raises(SystemExit) as exit:
-            main([*verb.split(), "--help"])
-        assert exit.value.code == 0 and f"example: refimpl {verb}" in capsys.readouterr().out
+@pytest.mark.parametrize("one", all_verbs(), ids=lambda one: " ".join(one.words))
+def test_every_verb_has_help_with_an_example(one, capsys):
+    with pytest.raises(SystemExit) as exit:
+        main([*one.words, "--help"])
+    said = capsys.readouterr().out
+    assert exit.value.code == 0 and f"example: refimpl {' '.join(one.words)}" in said
+    given = [option for option in one.options if not option.keywords.get("help")]
+    assert not given, "every option says what it is for"
+    command_line("").expect_known(shlex.split(one.example)[1:])
 
 
 def test_a_reader_that_leaves_early_is_no_error():
