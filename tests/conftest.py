@@ -1,6 +1,7 @@
 """What tests of several packages stand on: the recorded goldens where they are, and small random checkpoints."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +9,7 @@ import pytest
 from safetensors.numpy import save_file
 
 import refimpl
-from refimpl.checkpoint.resolve import expected_shapes
+from refimpl.checkpoint.weights import expected_shapes
 from refimpl.config import FAMILIES, config_from_keys
 
 SHARED = Path(__file__).parents[2] / "shared"
@@ -79,3 +80,41 @@ def tiny_folder(tmp_path_factory):
 def tiny_model(tiny_folder):
     """family -> a small random model of it."""
     return lambda family: refimpl.load(tiny_folder(family))
+
+
+# The embedded model as Qualcomm's compiler and Genie take it.
+
+
+@pytest.fixture(scope="session")
+def coded_export(tmp_path_factory) -> Path:
+    """The embedded model with codes at its border: two parts, 16 tokens and 1 at a time, a context of 64."""
+    import onnx
+
+    from export import emit
+    from export.graphs.borders import coded
+    from refimpl.grids.calibrate import calibrate
+
+    model = refimpl.load()
+    text = (refimpl.model.EMBEDDED / "held_out.txt").read_text(encoding="utf-8")
+    ids = np.array(model.tokenizer.encode(text)[:512]).reshape(-1, 64)
+    folder = tmp_path_factory.mktemp("phone") / "export"
+    forms = ["conv", "unpack", "heads", "scale-on-key", "rank4"]
+    emit(model, (16, 1), 64, 2, profile="qdq", encodings=calibrate(model, ids), forms=forms).save(folder)
+    for path in folder.glob("*/model.onnx"):
+        path.write_bytes(coded(onnx.load(path, load_external_data=False)).SerializeToString())
+    return folder
+
+
+@pytest.fixture(scope="session")
+def desk_binaries(coded_export, tmp_path_factory) -> Path:
+    """One context binary for each graph, which the emulation runs."""
+    pytest.importorskip("onnxruntime_qnn")
+    from export.phone.compiler import compile_graphs
+
+    return compile_graphs(coded_export, tmp_path_factory.mktemp("phone") / "bin", shared=False).folder
+
+
+@pytest.fixture
+def copied(coded_export, tmp_path) -> Path:
+    """That export, to be damaged."""
+    return Path(shutil.copytree(coded_export, tmp_path / "export"))

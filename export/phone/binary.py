@@ -20,7 +20,8 @@ from typing import Any
 from export.files.graph_folder import GraphFolder, read_folders
 from export.files.skeleton import ValueInfo
 from export.graphs.borders import read_borders
-from export.run.child import Child
+from export.run.library import library
+from export.run.process import Process
 from export.run.socs import soc_called, soc_numbered
 from refimpl.errors import InputError, at_most
 
@@ -117,12 +118,11 @@ def read_binary(path: str | Path) -> Binary:
             pass
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror}; mend its permissions") from None
+    library("QnnSystem")
     try:
-        with Child("export.phone.qnn_system", limit=LIMIT) as child:
-            (found,) = child.ask(path=str(path.resolve()))
+        with Process("export.phone.qnn_system", LIMIT) as child:
+            found = child.ask("read", path=str(path.resolve()))
     except InputError as error:
-        if "onnxruntime_qnn" in str(error):
-            raise
         raise InputError(
             f"{path} is no context binary, or damaged: Qualcomm's library says: {error}; copy or compile it again"
         ) from None

@@ -1,4 +1,4 @@
-"""The child that reads a context binary: `python -m export.phone.qnn_system`, asked with a path.
+"""What reads a context binary, in a process of its own: the job `read` of a `Process`.
 
 Qualcomm's libQnnSystem reads the description that its compiler put at the head of a binary, through the public function
 `QnnSystemContext_getMetadata`. It trusts what it reads, so a damaged file may end this process, and no other.
@@ -12,11 +12,11 @@ from __future__ import annotations
 
 import ctypes
 import mmap
-from collections.abc import Iterator
 from ctypes import POINTER, c_char_p, c_float, c_int32, c_int64, c_uint8, c_uint32, c_uint64, c_void_p
+from pathlib import Path
 from typing import Any
 
-from export.run.child import Message, folder_of, serve
+from export.run.library import library
 from refimpl.errors import InputError
 
 MOST = 4096  # graphs of a binary, or tensors of a graph: more is no description
@@ -97,19 +97,19 @@ Provider = structure("provider", ("backend", c_uint32), ("name", c_char_p), ("ve
 
 def interface() -> Any:
     """The library's functions. Raises InputError if the package or the library is not here."""
-    path = folder_of("onnxruntime_qnn", "3.11 or later") / "libQnnSystem.so"
+    path = library("QnnSystem")
     try:
-        library = ctypes.CDLL(str(path))
+        loaded = ctypes.CDLL(str(path))
     except OSError as error:
         raise InputError(f"cannot load {path}: {error}; install onnxruntime-qnn again") from None
     providers, count = POINTER(POINTER(Provider))(), c_uint32()
-    code = library.QnnSystemInterface_getProviders(ctypes.byref(providers), ctypes.byref(count))
+    code = loaded.QnnSystemInterface_getProviders(ctypes.byref(providers), ctypes.byref(count))
     if code or not count.value:
         raise InputError(f"{path} offers no interface (code {code}); install onnxruntime-qnn again")
     return providers[0].contents.of
 
 
-def described(path: str) -> Message:
+def described(path: str) -> dict[str, Any]:
     """What a context binary says of itself. Raises InputError for a file that the library does not take."""
     functions, handle, info = interface(), c_void_p(), POINTER(Info)()
     with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY) as data:
@@ -126,11 +126,11 @@ def described(path: str) -> Message:
             del view
 
 
-def _binary(info: Any) -> Message:
+def _binary(info: Any) -> dict[str, Any]:
     if info.version not in (1, 2, 3):
         raise InputError(f"its description has version {info.version}, expected 1 to 3")
     of = info.of.v3 if info.version == 3 else info.of.v1
-    graphs: list[Message] = []
+    graphs: list[dict[str, Any]] = []
     if of.n_graphs > MOST:
         raise InputError(f"it claims {of.n_graphs} graphs")
     if of.n_graphs:
@@ -146,7 +146,7 @@ def _binary(info: Any) -> Message:
     }  # fmt: skip
 
 
-def _graph(of: Any) -> Message:
+def _graph(of: Any) -> dict[str, Any]:
     if max(of.n_inputs, of.n_outputs) > MOST:
         raise InputError(f"a graph of it claims {max(of.n_inputs, of.n_outputs)} tensors")
     return {
@@ -156,7 +156,7 @@ def _graph(of: Any) -> Message:
     }
 
 
-def _tensor(tensor: Any) -> Message:
+def _tensor(tensor: Any) -> dict[str, Any]:
     of = tensor.of.v2 if tensor.version == 2 else tensor.of.v1
     if of.rank > RANK:
         raise InputError(f"a tensor of it claims {of.rank} axes")
@@ -179,10 +179,9 @@ def _version(of: Any) -> str:
     return f"{of.major}.{of.minor}.{of.patch}"
 
 
-def answer(path: str) -> Iterator[Message]:
-    """The one answer to a question."""
-    yield described(path)
+def read(folder: Path, path: str) -> dict[str, Any]:
+    """The job."""
+    return described(path)
 
 
-if __name__ == "__main__":
-    serve(answer)
+JOBS = {"read": read}

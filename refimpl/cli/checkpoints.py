@@ -7,13 +7,25 @@ import sys
 
 from refimpl.cli.options import JSON, MODEL, model_folder
 from refimpl.cli.verbs import option, verb
+from refimpl.errors import InputError
 
 
-@verb("refimpl info weights/Baichuan2-7B-Chat", MODEL, JSON)
+@verb(
+    "refimpl info weights/Baichuan2-7B-Chat",
+    *(MODEL, JSON),
+    option("--export", metavar="DIR", help="of a context binary: say where it differs from the graphs in DIR"),
+    option("--soc", metavar="NAME", help="of a context binary: say whether it is made for this SoC, such as 8-elite"),
+)
 def info(arguments) -> int:
-    """Show what a checkpoint is, and what is wrong with it."""
+    """Show what a checkpoint is, and what is wrong with it; or what a context binary (FILE.bin) holds."""
     from refimpl.info import examine, table
 
+    if arguments.model and arguments.model.endswith(".bin"):
+        from refimpl.cli.phone import info_of_binary
+
+        return info_of_binary(arguments)
+    if arguments.export or arguments.soc:
+        raise InputError("--export and --soc belong to a context binary; give its file: refimpl info FILE.bin")
     facts = examine(model_folder(arguments))
     checkpoints = facts.get("checkpoints", [facts])
     print(json.dumps(facts, ensure_ascii=False) if arguments.json else "\n\n".join(map(table, checkpoints)))

@@ -23,6 +23,7 @@ GROUPS = {
     "truth": "truth",
     "quantization": "quantization",
     "devices": "graphs and devices",
+    "phone": "graphs and devices",
     "hub": "graphs and devices",
     "serving": "serving",
 }

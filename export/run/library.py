@@ -1,0 +1,36 @@
+"""Qualcomm's libraries, where the package onnxruntime-qnn has put them (extra: htp)."""
+
+from __future__ import annotations
+
+import platform
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+from refimpl.errors import InputError
+
+PACKAGE = "onnxruntime_qnn"
+
+
+def library(name: str) -> Path:
+    """The path of a shared library, such as `Genie`.
+
+    Raises InputError, with what to do, if the package is not here, or has no such library for this machine.
+    """
+    found = find_spec(PACKAGE)
+    if found is None or found.origin is None or find_spec("onnxruntime") is None:
+        here = f"Python {'.'.join(map(str, sys.version_info[:2]))} on {platform.system()} {platform.machine()}"
+        raise InputError(
+            "onnxruntime-qnn is not installed; install refimpl[htp] "
+            f"(Linux or Windows, Python 3.11 or newer; this is {here})"
+        )
+    path = Path(found.origin).parent / (f"{name}.dll" if platform.system() == "Windows" else f"lib{name}.so")
+    if not path.is_file():
+        raise InputError(f"onnxruntime-qnn has no {path.name} on this machine; use one with x86_64 and Linux")
+    return path
+
+
+def search_path() -> str:
+    """What LD_LIBRARY_PATH needs, for one library to find the others."""
+    folder = library("QnnSystem").parent
+    return f"{folder}:{folder.with_name('onnxruntime_qnn.libs')}"
