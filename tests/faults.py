@@ -23,8 +23,7 @@ from safetensors.numpy import load_file, save_file
 
 import refimpl
 from export import emit
-from export.graphs.plan import carry
-from export.measure.device import Way
+from export.graphs.plan import Way, carry
 from export.measure.references import References
 from export.verdict.trial import judge
 from export.verdict.verdict import Verdict

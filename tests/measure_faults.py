@@ -16,8 +16,8 @@ from pathlib import Path
 from faults import FAULTS, SETTINGS, Outcome, World
 from tqdm import tqdm
 
+from export.graphs.plan import Way
 from export.hub.loop import WAYS
-from export.measure.device import Way
 
 
 def measured(seeds: int, only: str, engine: str, way: Way, parts: int) -> list[tuple[int, Outcome, Outcome]]:

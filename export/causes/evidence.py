@@ -24,10 +24,9 @@ import numpy as np
 from tqdm import tqdm
 
 from export.causes.hypotheses import SLOTS, Hypothesis, Operation, hypotheses, last_name
-from export.folder.emit import Arrays
-from export.folder.verify import unpadded
 from export.graphs.cut import stage
-from export.graphs.plan import GraphSpec, Value, boundary
+from export.graphs.naming import boundary
+from export.graphs.plan import Arrays, GraphSpec, Value, unpadded
 from export.measure.figures import unused_bits
 from refimpl.checkpoint.weights import NormHead
 from refimpl.config import Config

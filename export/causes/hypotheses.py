@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import ml_dtypes
 import numpy as np
 
-from export.graphs.plan import boundary
+from export.graphs.naming import boundary
 from refimpl.names import input_of
 from refimpl_kernels.affine import Encoding, fake_quantize, from_range, integers
 

@@ -20,31 +20,23 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from onnx import TensorProto, numpy_helper
 
 import refimpl
-from export.graphs.plan import GraphSpec, boundary
-from export.graphs.symbols import Built, Parameter
+from export.graphs.naming import tap_of
 from refimpl.errors import InputError
 from refimpl.files import read_json, write_whole
-from refimpl.grids.encodings import COS, EMBED, INPUTS, MASK, SIN, Encodings, Float16, feature_grids, near
-from refimpl.grids.simulate import Grid, on_grid
-from refimpl.model import Model, SimulatedModel
+from refimpl.grids.encodings import INPUTS, Encodings, Float16, near
+from refimpl.model import Model
 from refimpl.names import taps
-from refimpl.trace import Tap, feeding, silent
-from refimpl_kernels.affine import LPBQ_STEPS, Encoding, from_range
+from refimpl_kernels.affine import LPBQ_STEPS, Encoding
 
 VERSIONS = ("0.6.1", "1.0.0", "2.0.0")
 LARGEST = 1 << 30  # bytes of a file that is read: 7 B weights in LPBQ blocks of 64 are 0.3 GB
-MOVES = {"Reshape", "Transpose", "Split", "Slice", "Squeeze", "Unsqueeze", "Identity", "Cast", "Pad", "Expand"}
-_HIDDEN = re.compile(r"_model_(?:layers_(\d{1,6})_Add_1_Add|embed_tokens_Gather_Gather)_output_0")
-_CACHE = re.compile(r"past_(key|value)_(\d{1,6})_(?:in|out)")
 
 
 def write_encodings(encodings: Encodings, path: str | Path, version: str = "1.0.0") -> None:
@@ -152,12 +144,12 @@ def _read(content: Mapping[str, Any], model: Model) -> Encodings:
         raise InputError(f"the version is {version!a:.40}, expected one of {', '.join(VERSIONS)}")
     entries = list(named_entries(content, version))
     known, shapes = {*taps(model.config), *INPUTS}, {name: weight.shape for name, weight in model.weights.items()}
-    if not any(_tap_of(name) in known or name in shapes for name, _ in entries):
+    if not any(tap_of(name) in known or name in shapes for name, _ in entries):
         raise InputError(f"of {len(entries)} encodings none has a name of this model; they are another's")
     activations: dict[str, Any] = {}
     parameters: dict[str, Any] = {}
     for name, entry in entries:
-        tap = name if name in shapes else _tap_of(name)
+        tap = name if name in shapes else tap_of(name)
         if tap not in known and tap not in shapes:
             raise InputError(f"there is an encoding for {name!a:.99}, which this model lacks{near(name, known)}")
         try:
@@ -184,15 +176,6 @@ def named_entries(content: Mapping[str, Any], version: str) -> Iterator[tuple[st
             if not isinstance(entry, dict) or not isinstance(entry.get("name"), str):
                 raise InputError(f"{section} holds something that is no object with a name")
             yield entry["name"], entry
-
-
-def _tap_of(name: str) -> str:
-    """The tap that an end of a graph shows: keys and values are one tensor, whether they come or go."""
-    if found := _CACHE.fullmatch(name):
-        return f"model.layers.{int(found[2])}.self_attn.{found[1]}"
-    if found := _HIDDEN.fullmatch(name):
-        return boundary(int(found[1]) + 1 if found[1] else 0)
-    return "lm_head" if name == "logits" else name
 
 
 def _parse_0(entry: Any, shape: tuple[int, ...]) -> Encoding | Float16:
@@ -304,112 +287,3 @@ def _array(values: Any, shape: list[int], what: str) -> np.ndarray:
     if any(type(x) not in (int, float) or abs(x) > 1e38 or not math.isfinite(x) for x in flat):
         raise InputError(f"has a {what} that is no number")
     return np.array(flat, np.float64).reshape(shape)
-
-
-def graph_encodings(encodings: Encodings, spec: GraphSpec, built: Built) -> Encodings:
-    """The encodings of one graph, by the names of its own values and initializers, as its `model.encodings` has them.
-
-    What a tap shows has the tap's grid; the rest follows from it:
-
-    - the ends of the graph: keys and values that come in stand on the grid of those that go out, and the hidden state
-      on that of the part before; where that is the embedding, on its table's, because a Gather's output has none;
-    - operations that only move data hand on their input's grid, or take their output's if there is no other, and so do
-      a Concat, whose inputs share a grid, and a product with a constant, whose grid is that many times finer;
-    - a product with cos or sin is no larger than the other factor; scores + mask need the sum of both ranges;
-    - sigmoid's output is in [0, 1];
-    - a head of W_pack that only moves on to be a value (or, without RoPE, a key) is on that one's grid from the start.
-
-    What then has none is what an RMSNorm computes inside, and what a Gather gives.
-    """
-    graph = built.proto.graph
-    infos = [*graph.input, *graph.value_info, *graph.output]
-    floats = {info.name for info in infos if info.type.tensor_type.elem_type == TensorProto.FLOAT}
-    taps_of = built.shown | {value.name: _tap_of(value.tap or value.name) for value in [*spec.inputs, *spec.outputs]}
-    taps_of = {name: taps_of.get(name, name) for name in floats}
-    known = {n: encodings.activations[tap] for n, tap in taps_of.items() if tap in encodings.activations} | {
-        value.name: encodings.parameters[EMBED]
-        for value in spec.inputs
-        if f"{value.tap}.weight" == EMBED and EMBED in encodings.parameters
-    }
-    for name, tap in built.shown.items():
-        if tap.endswith(".W_pack") and name in floats:
-            which = int(name.removeprefix(f"{tap}.").split(".")[0])
-            if grid := feature_grids(encodings, spec.config, tap)[which][1]:
-                known[name] = grid
-    scalars = {i.name: float(numpy_helper.to_array(i)) for i in graph.initializer if not i.dims and i.data_type == 1}
-    _spread(graph, known, floats, scalars)
-    ordered = {name: known[name] for name in dict.fromkeys(info.name for info in infos) if name in known}
-    parameters = {
-        name: _rows(encodings.parameters[parameter.of], parameter)
-        for name, parameter in built.parameters.items()
-        if parameter.of in encodings.parameters
-    }
-    return Encodings(ordered, parameters)
-
-
-def _rows(encoding: Grid, parameter: Parameter) -> Grid:
-    rows = slice(parameter.rows.start, parameter.rows.stop)
-    return encoding.rows(rows) if isinstance(encoding, Encoding) else encoding
-
-
-def _spread(graph: Any, known: dict[str, Grid], floats: set[str], scalars: Mapping[str, float]) -> None:
-    """Adds to `known` what follows from it, once forward through the graph and once backward."""
-    moved: dict[str, str] = {}  # what only moves data -> what it moves
-    for node in graph.node:
-        if node.op_type in MOVES:
-            moved.update(dict.fromkeys(node.output, moved.get(node.input[0], node.input[0])))
-        new = _forward(node, known, [moved.get(name, name) for name in node.input], scalars)
-        known.update({name: new for name in node.output if new and name in floats and name not in known})
-    for node in reversed(graph.node):
-        new = known.get(node.output[0])
-        sources = list(node.input) if node.op_type == "Concat" else list(node.input[:1])
-        if node.op_type == "Mul" and isinstance(new, Encoding) and node.input[1] in scalars:
-            new = replace(new, scale=new.scale / scalars[node.input[1]])
-        elif node.op_type not in MOVES | {"Concat"}:
-            continue
-        known.update({name: new for name in sources if new and name in floats and name not in known})
-
-
-def simulate_graph(
-    model: SimulatedModel, spec: GraphSpec, inputs: Mapping[str, np.ndarray], tap: Tap = silent
-) -> dict[str, np.ndarray]:
-    """What a quantized device should answer to the inputs of one graph: float32 on the grids, by ONNX name.
-
-    Inputs are put on their grids first, as a device does with floats that it is given. `tap` sees what each tap shows.
-    """
-    known = model.encodings.activations
-    table = model.encodings.parameters.get(EMBED)
-    fed = {}
-    for value in spec.inputs:
-        name, x = value.name, inputs[value.name]
-        grid = table if f"{value.tap}.weight" == EMBED else known.get(_tap_of(value.tap or name))
-        fed[name] = on_grid(x, grid, model.rounding) if grid and x.dtype == np.float32 else x
-    ops = model.operations()
-    computed = spec.computed(model.weights, ops, spec.filled(fed), feeding(fed, then=ops.quantizing(then=tap)))
-    return {value.name: np.ascontiguousarray(computed[value.name], value.dtype) for value in spec.outputs}
-
-
-def _forward(node: Any, known: Mapping[str, Grid], origins: Sequence[str], scalars: Mapping[str, float]) -> Grid | None:
-    """The grid that a node's outputs have by those of its inputs, or None if that does not follow.
-
-    `origins`: what the inputs were before they were moved.
-    """
-    grids = [known.get(name) for name in node.input]
-    first = grids[0]
-    if node.op_type in MOVES:
-        return first
-    if node.op_type == "Concat":
-        return first if all(grid == first for grid in grids) else None
-    if not isinstance(first, Encoding):
-        return None
-    if node.op_type == "Sigmoid":
-        return from_range(0.0, 1.0, first.bits)
-    second = grids[1] if len(grids) > 1 else None
-    if node.op_type == "Mul" and node.input[1] in scalars:
-        return replace(first, scale=first.scale * scalars[node.input[1]])
-    if node.op_type == "Mul" and origins[1] in (COS, SIN) and second:
-        largest = max(-float(first.low), float(first.high))
-        return from_range(-largest, largest, first.bits)
-    if node.op_type == "Add" and origins[1] == MASK and isinstance(second, Encoding):
-        return from_range(first.low + second.low, first.high + second.high, first.bits)
-    return None

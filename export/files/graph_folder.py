@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
-from export.files.encodings import MOVES
 from export.files.skeleton import GraphInfo, Grid, ModelInfo, TensorInfo, ValueInfo, read_grids, read_onnx
+from export.graphs.grids import MOVES
 from refimpl.errors import InputError
 
 NAME = re.compile(r"(?:(prompt|token)_)?ar(\d{1,6})_cl(\d{1,7})_(\d{1,4})_of_(\d{1,4})")

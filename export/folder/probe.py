@@ -7,9 +7,11 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from export.files.encodings import read_encodings
-from export.folder.emit import Parts, build, quantization
-from export.folder.verify import read_arrays, read_manifest
+from export.folder.arrays import read_arrays
+from export.folder.manifest import quantization, read_manifest
+from export.folder.save import Parts
 from export.graphs.profiles import profile_named
+from export.graphs.runs import build
 from refimpl.errors import InputError
 from refimpl.files import read_json
 from refimpl.grids.encodings import near

@@ -27,6 +27,7 @@ from typing import Any, Literal
 import numpy as np
 
 from export.graphs.cut import Cut, belongs, cut_out, flow, matching_modules, matching_taps, stage, visible
+from export.graphs.naming import boundary, hub_boundary
 from export.graphs.profiles import profile_named
 from refimpl import names
 from refimpl.config import Config
@@ -36,6 +37,7 @@ from refimpl.model import Model
 from refimpl.positions import LOWEST, attention_bias, token_positions
 from refimpl.trace import Tap, silent
 
+Arrays = dict[str, np.ndarray]  # what goes into a graph or comes out of it, by name
 Way = Literal["isolated", "chained"]  # a graph with its golden inputs, or with what the graphs before it gave
 
 
@@ -109,16 +111,6 @@ class Part:
         for layer in self.layers:
             x = decoder.layer(layer, x, cos, sin, inputs["attention_mask"])
         return {self.gives: decoder.head(x) if self.heads else x, **new}
-
-
-def boundary(layer: int) -> str:
-    """The tap before a layer, where parts meet."""
-    return f"model.layers.{layer - 1}" if layer else "model.embed_tokens"
-
-
-def hub_boundary(layer: int) -> str:
-    """The same in Qualcomm's published parts of Baichuan2, after AI Hub has made each `.` and `/` a `_`."""
-    return f"_model_layers_{layer - 1}_Add_1_Add_output_0" if layer else "_model_embed_tokens_Gather_Gather_output_0"
 
 
 def split(layers: int, parts: int, hub_names: bool = False) -> list[Part]:
@@ -415,3 +407,14 @@ def carry(spec: GraphSpec, value: Value, outputs: Mapping[str, np.ndarray]) -> n
         source = np.moveaxis(outputs[value.source], value.token_axis, -1)
         np.moveaxis(carried, value.token_axis, -1)[..., -count:] = source[..., -count:]
     return carried
+
+
+def unpadded(value: Value, array: np.ndarray, spec: GraphSpec) -> np.ndarray:
+    """An output as the tap that it shows, without padding: neither its tokens, nor, where they look, its keys."""
+    if value.key_axis is not None:
+        new = spec.context - spec.tokens
+        keys = [*range(new - spec.past, new), *range(spec.context - spec.real, spec.context)]
+        array = np.take(array, keys, value.key_axis)
+    array = np.moveaxis(array, value.token_axis, 0)[-spec.real :]
+    array = np.moveaxis(array, 0, value.token_axis)
+    return array.transpose(value.tap_axes) if value.tap_axes else array

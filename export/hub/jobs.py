@@ -16,8 +16,9 @@ from pathlib import Path
 import numpy as np
 
 from export.files.entries import of_file
-from export.measure.device import sanitised
-from export.run.executor import Arrays, ends
+from export.graphs.naming import sanitised
+from export.graphs.plan import Arrays
+from export.run.executor import ends
 from golden.bundle import sha256
 from refimpl.errors import InputError
 

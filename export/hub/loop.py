@@ -20,13 +20,12 @@ from typing import Any, get_args
 
 import numpy as np
 
-from export.folder.verify import read_arrays, read_manifest
-from export.graphs.plan import GraphSpec, carry
+from export.folder.arrays import read_arrays
+from export.folder.manifest import read_manifest
+from export.graphs.plan import Arrays, GraphSpec, Way, carry
 from export.hub.jobs import SAMPLE, Source
 from export.hub.session import JOBS, Session, expect_export, failures
-from export.measure.device import Way
 from export.preflight.check import check
-from export.run.executor import Arrays
 from export.run.ledger import Entry, Ledger
 from refimpl.errors import InputError
 from refimpl.files import read_json

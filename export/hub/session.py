@@ -24,6 +24,8 @@ from typing import Any, TypeVar
 
 from tqdm import tqdm
 
+from export.graphs.naming import sanitised
+from export.graphs.plan import Arrays
 from export.hub.client import (
     PUBLIC,
     advice,
@@ -37,8 +39,6 @@ from export.hub.client import (
     version,
 )
 from export.hub.jobs import Options, Source, arrays_digest, digest, io_spec, named_outputs, of_graph
-from export.measure.device import sanitised
-from export.run.executor import Arrays
 from export.run.ledger import Entry, Ledger
 from golden.bundle import sha256
 from refimpl.errors import InputError, at_most

@@ -30,8 +30,9 @@ from typing import Any, get_args
 import numpy as np
 
 from export.files.entries import Entry, by_graph
-from export.folder.verify import read_manifest, unpadded
-from export.graphs.plan import GraphSpec, Plan, Value, Way
+from export.folder.manifest import read_manifest
+from export.graphs.naming import sanitised
+from export.graphs.plan import GraphSpec, Plan, Value, Way, unpadded
 from refimpl.config import Config
 from refimpl.errors import InputError, at_most
 from refimpl.grids.encodings import EMBED, Encodings, grid_of
@@ -195,11 +196,6 @@ def grids_of(encodings: Encodings, config: Config) -> dict[str, Any]:
         grids[name] = grids[name] or grids[name.replace("v_proj", "value")]
     grids["model.embed_tokens"] = encodings.parameters.get(EMBED)
     return {name: grid for name, grid in grids.items() if grid is not None}
-
-
-def sanitised(name: str) -> str:
-    """A name as compilers write it, without the underscores that they put in front or behind."""
-    return "".join(c if c.isalnum() else "_" for c in name).strip("_")
 
 
 def _fitted(entry: Entry, value: Value, spec: GraphSpec, grid: Any, strict: bool = True) -> tuple[np.ndarray, str]:

@@ -22,7 +22,7 @@ from typing import Any, get_args
 
 import numpy as np
 
-from export.measure.device import Way
+from export.graphs.plan import Way
 from export.measure.references import TEXTS
 from golden.compare import Difference, compare, finite
 from golden.cost.quality import log_softmax

@@ -23,11 +23,10 @@ import onnx
 from google.protobuf.message import DecodeError
 from onnx import ModelProto, NodeProto, TensorProto, external_data_helper
 
-from export.files.encodings import MOVES
-from export.folder.verify import unpadded
 from export.graphs.cut import flow
 from export.graphs.data import assign_offsets
-from export.graphs.plan import GraphSpec, Part, Value
+from export.graphs.grids import MOVES
+from export.graphs.plan import GraphSpec, Part, Value, unpadded
 from refimpl.config import Config
 from refimpl.errors import InputError
 from refimpl.files import read_json

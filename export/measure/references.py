@@ -16,7 +16,7 @@ for the device and for the simulation, and excuses nothing.)
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -26,13 +26,15 @@ from typing import Any, Literal, cast
 
 import numpy as np
 
-from export.files.encodings import read_encodings, simulate_graph
-from export.folder.emit import Arrays, quantization
-from export.folder.verify import as_trace, engine_called, read_arrays, read_manifest, read_scores, run_graph
-from export.graphs.plan import GraphSpec
+from export.files.encodings import read_encodings
+from export.folder.arrays import as_trace, read_arrays
+from export.folder.manifest import quantization, read_manifest, read_scores
+from export.folder.verify import run_graph
+from export.graphs.plan import Arrays, GraphSpec
+from export.graphs.runs import simulate_graph
 from export.measure.device import grids_of
 from export.measure.places import Dataflow
-from export.run.executor import Engine
+from export.run.engines import Engine
 from golden.compare import compare
 from refimpl.checkpoint.weights import expected_shapes
 from refimpl.config import Config
@@ -197,7 +199,7 @@ class References:
             inside = set(wanted) - {value.tap for value in spec.outputs}
             if inside:
                 return self._shown(spec, inputs, inside)
-            (outputs,) = run_graph(self._engine, self.folder, spec, [dict(inputs)])
+            (outputs,) = run_graph(Engine(self.engine), self.folder, spec, [dict(inputs)])
             return outputs
         wide = NumPyOps("float64")
         return spec.computed(self.model.weights, wide, spec.filled(inputs), feeding(inputs, then=tap))
@@ -221,10 +223,6 @@ class References:
         for spec in self.specs.values():
             found |= {value.name: self.grids[value.tap] for value in spec.outputs if value.tap in self.grids}
         return found
-
-    @cached_property
-    def _engine(self) -> Callable:
-        return engine_called(self.engine)
 
     def parameters(self, kind: Kind) -> Mapping[str, Any]:
         """The model's parameters as a kind of device has them."""

@@ -9,42 +9,20 @@ care where a graph runs.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-import numpy as np
 import onnx
 from google.protobuf.message import DecodeError
 
-from export.folder.verify import engine_called
+from export.graphs.plan import Arrays
 from refimpl.errors import InputError
-
-Arrays = dict[str, np.ndarray]
 
 
 class Executor(Protocol):
     """What runs a graph's folder on some inputs. Raises InputError if it cannot."""
 
     def run(self, graph: Path, inputs: Sequence[Arrays]) -> list[Arrays]: ...
-
-
-@dataclass(frozen=True)
-class Engine:
-    """An engine on this machine: onnxruntime, reference, or auto, the first that is installed."""
-
-    name: str = "auto"
-
-    def run(self, graph: Path, inputs: Sequence[Arrays]) -> list[Arrays]:
-        """The outputs for each of the inputs. Raises InputError if the engine cannot run the graph."""
-        _, outputs = ends(graph)
-        try:
-            compute = engine_called(self.name)(graph / "model.onnx")
-            return [dict(zip(outputs, compute(list(outputs), fed), strict=True)) for fed in inputs]
-        except InputError:
-            raise
-        except Exception as error:  # each engine raises its own kinds
-            raise InputError(f"the engine cannot run {graph.name}: {' '.join(str(error).split())[:300]}") from None
 
 
 def ends(graph: Path) -> tuple[dict[str, tuple[int, ...]], dict[str, tuple[int, ...]]]:

@@ -29,14 +29,15 @@ from tqdm import tqdm
 
 import refimpl
 from export.causes.evidence import CAUSES, Evidence, by_elimination, likely_causes
-from export.folder.emit import Arrays
-from export.folder.verify import read_manifest
+from export.folder.manifest import read_manifest
+from export.graphs.plan import Arrays
 from export.hub.jobs import arrays_digest, digest
 from export.measure.device import Answer
 from export.measure.figures import Figures, Thresholds, measure
 from export.measure.places import Dataflow, Known, Place
 from export.measure.references import TEXTS, Kind, References
-from export.run.executor import Engine, Executor, ends
+from export.run.engines import Engine
+from export.run.executor import Executor, ends
 from export.run.ledger import Ledger, lock
 from export.verdict.trial import HALVES, SIMULATED, Trial, misfit, shown_dtype
 from export.verdict.verdict import DERIVED

@@ -20,10 +20,10 @@ from tqdm import tqdm
 
 import refimpl
 from export.causes.evidence import CAUSES, Cause, Evidence, by_elimination, likely_causes
-from export.folder.emit import Arrays
-from export.folder.verify import read_manifest, run_graphs, unpadded
-from export.graphs.plan import GraphSpec, Value, carry
-from export.measure.device import Answer, Way, fit_answers
+from export.folder.manifest import read_manifest
+from export.folder.verify import run_graphs
+from export.graphs.plan import Arrays, GraphSpec, Value, Way, carry, unpadded
+from export.measure.device import Answer, fit_answers
 from export.measure.figures import Figures, Thresholds, measure
 from export.measure.references import TEXTS, Kind, References
 from export.verdict.verdict import DERIVED, Verdict

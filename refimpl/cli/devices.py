@@ -142,7 +142,8 @@ def bisect(arguments) -> int:
     from export.hub.jobs import Options
     from export.hub.session import Session
     from export.measure.figures import Thresholds
-    from export.run.executor import Engine, Executor
+    from export.run.engines import Engine
+    from export.run.executor import Executor
     from export.search.bisection import bisect
 
     hub = arguments.executor == "hub"

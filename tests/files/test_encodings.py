@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from threadpoolctl import threadpool_limits
 
 from export import emit
-from export.files.encodings import VERSIONS, as_json, graph_encodings, read_encodings, write_encodings
+from export.files.encodings import VERSIONS, as_json, read_encodings, write_encodings
+from export.graphs.grids import graph_encodings
 from refimpl import InputError, cli
 from refimpl.grids.calibrate import BINS, METHODS, Seen, calibrate, encode, observe
 from refimpl.grids.encodings import Encodings, Float16, Recipe

@@ -18,7 +18,7 @@ from safetensors.numpy import save_file
 
 import refimpl
 from export import emit, verify
-from export.folder.verify import read_scores
+from export.folder.manifest import read_scores
 from export.graphs.data import Parameter
 from export.graphs.plan import split
 from export.search.bisection import JOURNAL

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from export import emit, probed, read_device, verify
-from export.folder.verify import read_arrays, read_manifest
+from export.folder.arrays import read_arrays
+from export.folder.manifest import read_manifest
 from export.graphs.cut import matching_modules
 from export.preflight.check import check
 from refimpl.config import FAMILIES

@@ -10,7 +10,7 @@ import pytest
 from onnx import numpy_helper
 
 from export import emit, verify
-from export.folder.verify import read_scores
+from export.folder.manifest import read_scores
 from export.graphs.ops import OnnxOps
 from export.graphs.plan import Part
 from refimpl.checkpoint.weights import Weight
@@ -233,7 +233,7 @@ def test_a_graph_that_does_not_run_is_one_line(saved, engine):
 def test_engines(saved, monkeypatch):
     with pytest.raises(InputError, match="engine is 'cuda', expected auto, onnxruntime or reference"):
         verify(saved, "cuda")
-    monkeypatch.setattr(sys.modules["export.folder.verify"], "find_spec", lambda name: None)
+    monkeypatch.setattr(sys.modules["export.run.engines"], "find_spec", lambda name: None)
     with pytest.raises(InputError, match="onnxruntime is not installed"):
         verify(saved, "onnxruntime")
     assert verify(saved, "auto")  # with the evaluator that is there

@@ -7,7 +7,8 @@ import onnx
 import pytest
 
 from export import emit
-from export.folder.verify import read_arrays, read_manifest
+from export.folder.arrays import read_arrays
+from export.folder.manifest import read_manifest
 from export.graphs.borders import Border, borders_of, coded, decoded, encoded, read_borders
 from refimpl import InputError, load
 from refimpl.grids.calibrate import calibrate

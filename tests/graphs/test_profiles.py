@@ -14,9 +14,11 @@ import pytest
 import refimpl
 from export import emit, verify
 from export.files.encodings import write_encodings
-from export.folder.verify import engine_called, read_arrays, read_manifest
+from export.folder.arrays import read_arrays
+from export.folder.manifest import read_manifest
 from export.graphs.profiles import FORMS, PROFILES
 from export.preflight.check import check
+from export.run.engines import engine_called
 from refimpl.cli import main
 from refimpl.errors import InputError
 from refimpl.grids.calibrate import calibrate

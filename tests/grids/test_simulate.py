@@ -13,8 +13,10 @@ from conftest import write_checkpoint
 
 import refimpl
 from export import emit
-from export.files.encodings import as_json, graph_encodings, simulate_graph
-from export.folder.emit import goldens
+from export.files.encodings import as_json
+from export.folder.goldens import goldens
+from export.graphs.grids import graph_encodings
+from export.graphs.runs import simulate_graph
 from golden.cost.predict import decibel, outcome_table, predict, what_if
 from golden.cost.quality import quality
 from refimpl import InputError, names

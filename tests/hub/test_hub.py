@@ -19,14 +19,16 @@ import pytest
 from loopback_hub import Fault, LoopbackHub, fake_quantize, grid_of
 
 from export import emit
-from export.folder.verify import read_arrays, read_manifest, unpadded
+from export.folder.arrays import read_arrays
+from export.folder.manifest import read_manifest
+from export.graphs.plan import unpadded
 from export.hub import session
 from export.hub.client import likely
 from export.hub.jobs import Options, Source, named_outputs
 from export.hub.loop import Loop, status
 from export.hub.session import Session
 from export.measure.device import read_device
-from export.run.executor import Engine
+from export.run.engines import Engine
 from export.run.ledger import FILE, Ledger
 from refimpl import load
 from refimpl.cli import main

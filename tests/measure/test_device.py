@@ -16,9 +16,11 @@ from onnx import numpy_helper
 
 import refimpl
 from export import emit
-from export.folder.verify import read_arrays, read_manifest
+from export.folder.arrays import read_arrays
+from export.folder.manifest import read_manifest
+from export.graphs.naming import sanitised
 from export.graphs.plan import Plan
-from export.measure.device import grids_of, read_answers, read_device, sanitised
+from export.measure.device import grids_of, read_answers, read_device
 from refimpl.errors import InputError
 from refimpl.grids.calibrate import calibrate
 from refimpl_kernels.affine import fake_quantize, quantize

@@ -17,13 +17,14 @@ from onnx import helper, numpy_helper
 
 from export import emit
 from export.files.encodings import write_encodings
-from export.folder.verify import read_manifest
+from export.folder.manifest import read_manifest
 from export.hub import session
 from export.hub.session import Session
 from export.measure.figures import Thresholds
 from export.measure.places import Dataflow
 from export.measure.references import References
-from export.run.executor import Engine, ends
+from export.run.engines import Engine
+from export.run.executor import ends
 from export.run.ledger import lock
 from export.search.bisection import JOURNAL, Judge, Search, bisect
 from refimpl import load
@@ -378,7 +379,7 @@ def test_an_interrupted_search_goes_on(saved, tmp_path, unexplained):
 KILLED = """
 import os, signal, sys
 from export.search.bisection import bisect
-from export.run.executor import Engine
+from export.run.engines import Engine
 from refimpl import load
 
 class Killed:

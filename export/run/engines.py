@@ -1,0 +1,74 @@
+"""The engines on this machine: onnxruntime, and ONNX's own evaluator with the operator that it lacks.
+
+**Source** of that operator, MatMulNBits: onnxruntime docs/ContribOperators.md, com.microsoft.MatMulNBits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from export.graphs.ops import MICROSOFT
+from export.graphs.plan import Arrays
+from export.run.executor import ends
+from refimpl.errors import InputError
+from refimpl_kernels.formats import matmulnbits
+
+
+@dataclass(frozen=True)
+class Engine:
+    """An engine on this machine: onnxruntime, reference, or auto, the first that is installed."""
+
+    name: str = "auto"
+
+    def run(self, graph: Path, inputs: Sequence[Arrays]) -> list[Arrays]:
+        """The outputs for each of the inputs. Raises InputError if the engine cannot run the graph."""
+        _, outputs = ends(graph)
+        try:
+            compute = engine_called(self.name)(graph / "model.onnx")
+            return [dict(zip(outputs, compute(list(outputs), fed), strict=True)) for fed in inputs]
+        except InputError:
+            raise
+        except Exception as error:  # each engine raises its own kinds
+            reason = " ".join(str(error).split())[:300]
+            raise InputError(
+                f"the engine cannot run {graph.name}: {reason}; try another engine, or export again"
+            ) from None
+
+
+def engine_called(name: str) -> Callable[[Path], Callable]:
+    """What opens a graph, and gives a function of output names and inputs. Raises InputError for an unknown engine."""
+    installed = find_spec("onnxruntime") is not None
+    if name == "reference" or (name == "auto" and not installed):
+        return lambda path: reference_evaluator(path).run
+    if name not in ("auto", "onnxruntime"):
+        raise InputError(f"engine is {name!r}, expected auto, onnxruntime or reference")
+    if not installed:
+        raise InputError("onnxruntime is not installed; install refimpl[onnxruntime], or use the engine reference")
+    import onnxruntime
+
+    return lambda path: onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"]).run
+
+
+def reference_evaluator(path: Path) -> Any:
+    """ONNX's own evaluator (`onnx.reference.ReferenceEvaluator`) of the graph in a file."""
+    from onnx.reference import ReferenceEvaluator  # here, because it takes a while to import
+    from onnx.reference.op_run import OpRun
+
+    class MatMulNBits(OpRun):
+        """A (…, K) times the transpose of a matrix (N, K) in blocks of 4 bits."""
+
+        op_domain = MICROSOFT
+
+        def _run(self, A, B, scales, zero_points=None, K=None, N=None, bits=4, block_size=32, accuracy_level=0):
+            parts = matmulnbits.from_tensors(B, scales.reshape(N, -1), zero_points)
+            codes = matmulnbits.unpack(parts.pop("packed"), B.shape[1] * block_size).reshape(N, -1, block_size)
+            weight = matmulnbits.dequantize(codes, **{name: part[..., None] for name, part in parts.items()})
+            return (np.matmul(A, weight.reshape(N, -1)[:, :K].T),)
+
+    return ReferenceEvaluator(str(path), new_ops=[MatMulNBits])
