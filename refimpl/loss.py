@@ -24,6 +24,21 @@ def cross_entropy(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
     return np.where(labels == IGNORE, 0.0, total - right).astype(logits.dtype)
 
 
+def expect_labels(labels, ids: np.ndarray, vocabulary: int) -> np.ndarray:
+    """Labels (B, T) that fit the ids. Raises InputError for another shape, ids outside, and if none counts."""
+    labels = np.asarray(labels)
+    if labels.size == ids.size:  # a plain list of one text, say
+        labels = labels.reshape(ids.shape)
+    if labels.shape != ids.shape or labels.dtype.kind not in "iu":
+        raise InputError(f"the labels are {labels.dtype} {labels.shape}, expected one for each id, {ids.shape}")
+    counted = labels != IGNORE
+    if (wrong := labels[counted & ((labels < 0) | (labels >= vocabulary))]).size:
+        raise InputError(f"the labels are token ids, or {IGNORE} where they do not count, but one is {wrong[0]}")
+    if not counted[:, 1:].any():
+        raise InputError("no label counts: all are -100 or the text is shorter than two tokens")
+    return labels.astype(np.int64)
+
+
 def loss(model: Forward, ids, labels, dtype: str = "float32", attention_mask=None, z_loss_weight=None) -> float:
     """The training loss: mean cross entropy of predicting each next label, plus Baichuan2's z-loss.
 
@@ -32,22 +47,13 @@ def loss(model: Forward, ids, labels, dtype: str = "float32", attention_mask=Non
 
     Source: `BaichuanForCausalLM.forward` in the official modeling_baichuan.py.
     """
-    ids, labels = model.token_ids(ids), np.asarray(labels)
-    if labels.size == ids.size:  # a plain list of one text, say
-        labels = labels.reshape(ids.shape)
-    if labels.shape != ids.shape or labels.dtype.kind not in "iu":
-        raise InputError(f"the labels are {labels.dtype} {labels.shape}, expected one for each id, {ids.shape}")
-    counted = labels != IGNORE
-    if (wrong := labels[counted & ((labels < 0) | (labels >= model.config.vocab_size))]).size:
-        raise InputError(f"the labels are token ids, or {IGNORE} where they do not count, but one is {wrong[0]}")
+    ids = model.token_ids(ids)
+    labels = expect_labels(labels, ids, model.config.vocab_size)[:, 1:]
     logits = model(ids, dtype, attention_mask)[:, :-1]
     logits = logits.astype(np.promote_types(logits.dtype, np.float32))
-    labels, counted = labels[:, 1:], counted[:, 1:]
-    if not counted.any():
-        raise InputError("no label counts: all are -100 or the text is shorter than two tokens")
     weight = model.config.z_loss_weight if z_loss_weight is None else z_loss_weight
     z = weight * np.mean(logits.max(-1) ** 2) if weight else 0.0
-    return float(cross_entropy(logits, labels).sum() / counted.sum() + z)
+    return float(cross_entropy(logits, labels).sum() / (labels != IGNORE).sum() + z)
 
 
 def predictions(

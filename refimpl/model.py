@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from refimpl.blocks.importance import Importance
     from refimpl.blocks.quantize import Recipe
     from refimpl.grids.encodings import Encodings
+    from refimpl.trace import Trace
     from refimpl_kernels.affine import Rounding
 
 EMBEDDED = Path(__file__).parent / "embedded"
@@ -133,6 +134,29 @@ class Model(Forward):
         given = options if block_size is None else {"block_size": block_size, **options}
         weights = quantize_weights(self.weights, recipe, keep, importance, **given)
         return self._then(("quantize", weights.provenance["recipe"], None, (), importance), weights=weights)
+
+    def gradients(
+        self, ids, labels, wrt: str = "*", dtype: str = "float32", attention_mask=None,
+        z_loss_weight: float | None = None, recompute: bool = False,
+    ) -> tuple[float, Trace]:  # fmt: skip
+        """The training loss (`refimpl.loss.loss`) and its gradients by every parameter and tap, last to first.
+
+        `labels` (B, T): the ids themselves, -100 where one does not count. `wrt`: a glob on names, to have some of
+        them. `dtype`: "float32" or "float64". `recompute`: keep the stream between layers only, and compute a layer
+        once more on the way back: less memory, the same bits.
+
+        Raises InputError for labels that do not fit the ids, for a name that nothing has, and for a loss that is no
+        number: the first tensor that is none is named.
+
+        >>> from refimpl import load
+        >>> model = load()
+        >>> loss, gradients = model.gradients([5, 6, 7], [5, 6, 7], wrt="model.norm*")
+        >>> f"{loss:.2f}", {name: gradient.shape for name, gradient in gradients.items()}
+        ('...', {'model.norm': (1, 3, 256), 'model.norm.weight': (256,)})
+        """
+        from refimpl.gradients.backward import gradients
+
+        return gradients(self, ids, labels, wrt, dtype, attention_mask, z_loss_weight, recompute)
 
     def simulate(self, encodings: Encodings, rounding: Rounding = "away", integer: bool = False) -> Model:
         """This model as a quantized device computes it (see `refimpl.grids.simulate`).

@@ -26,6 +26,7 @@ ORDER = [
     "refimpl.loss",
     "refimpl.grids.",
     "refimpl.blocks.",
+    "refimpl.gradients.",
     "refimpl.model",
     "refimpl.info",
     "refimpl.bench.",

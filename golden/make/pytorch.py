@@ -367,22 +367,36 @@ class Watch(TorchFunctionMode):
 
 def _record(model: torch.nn.Module, config: Config, case: Case, dtype: str, pattern: str | None) -> Trace:
     """Runs the model on a case; the trace of what was seen, in the table's order, with `origin` in its meta."""
-    modules, watch = dict(model.named_modules()), Watch()
     seen: dict[str, torch.Tensor] = {}
-    handles = []
 
-    def note(name: str, value: Any) -> None:
-        # a copy, since the model may go on to change the tensor in place
-        seen[name] = (value[0] if isinstance(value, tuple) else value).detach().clone()
+    def note(name: str, x: torch.Tensor) -> None:
+        seen[name] = x.detach().clone()  # a copy, since the model may go on to change the tensor in place
+
+    watch = Watch()
+    with observing(model, config, note, watch):
+        run(model, config, case)
+    return _trace(config, seen, watch, dtype, pattern)
+
+
+@contextmanager
+def observing(
+    model: torch.nn.Module, config: Config, note: Callable[[str, torch.Tensor], None], watch: Watch
+) -> Iterator[None]:
+    """While it lasts, `note(name, tensor)` sees each tensor of the tap table that goes into or out of a module, and
+    `watch` what is multiplied in attention."""
+    modules, handles = dict(model.named_modules()), []
+
+    def first(values: Any) -> torch.Tensor:
+        return values[0] if isinstance(values, tuple) else values
 
     def at_output(name: str, module: torch.nn.Module) -> None:
-        handles.append(module.register_forward_hook(lambda _module, _inputs, output: note(name, output)))
+        handles.append(module.register_forward_hook(lambda _module, _inputs, output: note(name, first(output))))
 
     def at_input(name: str, module: torch.nn.Module) -> None:
-        def first(_module: torch.nn.Module, inputs: tuple, named: dict) -> None:
-            note(name, inputs or tuple(named.values()))
+        def before(_module: torch.nn.Module, inputs: tuple, named: dict) -> None:
+            note(name, first(inputs or tuple(named.values())))
 
-        handles.append(module.register_forward_pre_hook(first, with_kwargs=True))
+        handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
 
     def at_attention(layer: int, module: torch.nn.Module) -> None:
         handles.append(module.register_forward_pre_hook(lambda *_: setattr(watch, "layer", layer)))
@@ -399,22 +413,26 @@ def _record(model: torch.nn.Module, config: Config, case: Case, dtype: str, patt
                 at_input(name, modules[source])
         elif name.endswith(".query") and (attention := name.removesuffix(".query")) in modules:
             at_attention(layer, modules[attention])
+    try:
+        with watch:
+            yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
+
+def run(model: torch.nn.Module, config: Config, case: Case, call: Callable[..., Any] | None = None) -> Any:
+    """What the model answers to a case, or what `call` answers in its place. Raises InputError if its code fails."""
     options: dict[str, Any] = {"use_cache": False}
     if case.attention_mask is not None:
         options["attention_mask"] = torch.from_numpy(case.attention_mask)
         if config.rope_theta is not None:  # as generate() has it: padding takes no position
             options["position_ids"] = (options["attention_mask"].cumsum(-1) - 1).clamp(min=0)
     try:
-        with watch:
-            model(torch.from_numpy(case.ids), **options)
+        return (call or model)(torch.from_numpy(case.ids), **options)
     except Exception as error:
         raise InputError(f"{type(model).__name__} failed under transformers {transformers.__version__}: "
                          f"{_first_line(error)}") from error  # fmt: skip
-    finally:
-        for handle in handles:
-            handle.remove()
-    return _trace(config, seen, watch, dtype, pattern)
 
 
 def _trace(config: Config, seen: Mapping, watch: Watch, dtype: str, pattern: str | None) -> Trace:

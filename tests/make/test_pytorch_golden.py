@@ -5,12 +5,12 @@ import os
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 from conftest import write_checkpoint
 from safetensors.numpy import load_file, save_file
+from trusted_code import CODE, no_shared_cache, with_code  # noqa: F401  (the fixture holds for all tests here)
 
 import refimpl
 from golden import Tolerance, check, compare, read
@@ -26,31 +26,8 @@ from golden.make.pytorch import make  # noqa: E402  (it needs what was just aske
 IDS = [5, 17, 9, 3, 80, 44, 2, 61, 9, 9, 33, 20]
 PADDED = Case(np.array([[0, 0, 0, 5, 17, 9], [4, 8, 3, 9, 2, 7]]), np.array([[0, 0, 0, 1, 1, 1], [1] * 6]))
 PROMPTS = {"one": IDS, "pad": PADDED}
-CODE = Path(__file__).parent / "remote_code"
 ROPE = [family for family in FAMILIES if not family.endswith("13B")]
 REMOTE = [family for family in FAMILIES if family.startswith("Baichuan")]
-
-
-@pytest.fixture(autouse=True)
-def no_shared_cache(tmp_path, monkeypatch):
-    """transformers imports trusted code from a copy; let that be a temporary one."""
-    import transformers.dynamic_module_utils as at
-
-    monkeypatch.setattr(at, "HF_MODULES_CACHE", str(tmp_path / "modules"))
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    yield
-    for name in [name for name in sys.modules if name.startswith("transformers_modules")]:
-        del sys.modules[name]
-
-
-def with_code(folder: Path, family: str, **changes) -> Path:
-    """A checkpoint with modeling code beside it."""
-    keys = {"AutoConfig": "configuration_baichuan.BaichuanConfig",
-            "AutoModelForCausalLM": "modeling_baichuan.BaichuanForCausalLM"}  # fmt: skip
-    write_checkpoint(folder, family, auto_map=keys, tie_word_embeddings=False, **changes)
-    for name in ("configuration_baichuan.py", "modeling_baichuan.py"):
-        shutil.copy(CODE / name, folder / name)
-    return folder
 
 
 @pytest.mark.parametrize("family", ROPE)

@@ -3,7 +3,7 @@
 The 7B rotates and uses the fused attention, the 13B has ALiBi over absolute key positions and multiplies by hand; the
 second generation normalises its head. It has the habits of the official code that a golden must cope with: float32 in
 the midst, a head that replaces its weight in the first forward, modules called by keyword, layers that return tuples.
-And one that it has not: it adds to the stream in place.
+And one that it has not: it adds to the stream in place, unless it is trained.
 """
 
 import torch
@@ -39,6 +39,8 @@ class NormHead(nn.Module):
         nn.init.kaiming_uniform_(self.weight)
 
     def forward(self, x):
+        if self.training:
+            return F.linear(x, F.normalize(self.weight))
         if self.first:
             self.weight, self.first = nn.Parameter(F.normalize(self.weight)), False
         return F.linear(x, self.weight)
@@ -101,7 +103,10 @@ class Layer(nn.Module):
 
     def forward(self, x, allowed, positions):
         x = x + self.self_attn(x=self.input_layernorm(x), allowed=allowed, positions=positions)[0]
-        x += self.mlp(self.post_attention_layernorm(x))
+        added = self.mlp(self.post_attention_layernorm(x))
+        if self.training:  # autograd needs the stream as it was
+            return (x + added,)
+        x += added
         return (x,)
 
 

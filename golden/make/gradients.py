@@ -1,0 +1,169 @@
+"""Gradients from PyTorch's autograd: of every parameter under its checkpoint's name, and of every tap.
+
+The model's parameters are made of the checkpoint's tensors by operations that autograd sees: W_pack cut into q, k and
+v, a head's rows divided by their lengths, a head that is the embedding. So the gradients are those of what is stored.
+
+How a tap's gradient is seen: a hook on the tensor that shows the tap in the forward is given the gradient by it, before
+anything changes the tensor in place. "derived" are those of tensors that no class of transformers has as such: W_pack's
+from q, k and v; a key's and a value's, summed over the query heads that share them; the scores', which are those of the
+product before it is divided by the root of the head dimension; in a fused attention those of scores and probabilities.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.func import functional_call
+from torch.nn.functional import cross_entropy
+
+from golden.bundle import Case
+from golden.make import pytorch
+from golden.make.pytorch import Watch, observing, run
+from refimpl.config import read_config
+from refimpl.loss import IGNORE
+from refimpl.names import taps
+from refimpl.trace import Trace, prompt_of
+
+
+class Training:
+    """A model of PyTorch whose parameters are leaves under the checkpoint's names.
+
+    Use its methods within `environment(dtype)`: sums then have one order, and float64 is float64 throughout.
+    """
+
+    def __init__(self, folder: Path, dtype: str, implementation: str = "auto", trusted: bool = False):
+        self.config, self.dtype = read_config(folder), dtype
+        self.source = pytorch._source(folder, self.config, implementation, trusted)
+        number = getattr(torch, dtype)
+        stored, self.files = pytorch._checkpoint(folder)
+        # Training mode: the official NormHead divides at each step there, and elsewhere once and for all.
+        with environment(dtype):
+            self.model: Any = pytorch._build(self.source, self.config, stored, dtype).train()
+        self.model.get_input_embeddings().padding_idx = self.config.pad_token_id
+        known = {name: x for name, x in stored.items() if not name.endswith(".rotary_emb.inv_freq")}
+        if self.config.tie_word_embeddings:
+            known.pop("lm_head.weight", None)
+        self.leaves = {name: x.to(number, copy=True).requires_grad_() for name, x in known.items()}
+
+    def loss(self, case: Case, labels: np.ndarray, z_loss_weight: float = 0.0) -> torch.Tensor:
+        """The training loss, as the official `BaichuanForCausalLM.forward` computes it."""
+        logits = self._run(case)[:, :-1]
+        target = torch.from_numpy(labels)[:, 1:].flatten()
+        loss = cross_entropy(logits.flatten(0, 1), target, ignore_index=IGNORE)
+        return loss + z_loss_weight * (logits.max(-1).values ** 2).mean() if z_loss_weight else loss
+
+    def gradients(self, case: Case, labels: np.ndarray, z_loss_weight: float = 0.0) -> tuple[float, Trace]:
+        """The loss, and its gradients: of the taps from last to first, then of the parameters."""
+        seen: dict[str, torch.Tensor] = {}
+        watch = GradientWatch()
+
+        def note(name: str, x: torch.Tensor) -> None:
+            x.register_hook(lambda gradient: seen.update({name: gradient.clone()}))
+
+        for leaf in self.leaves.values():
+            leaf.grad = None
+        with observing(self.model, self.config, note, watch):
+            loss = self.loss(case, labels, z_loss_weight)
+        loss.backward()
+        found = {name: (pytorch._numpy(x), "observed") for name, x in seen.items()} | self._derived(seen, watch)
+        order = [name for name in reversed(taps(self.config)) if name in found]
+        trace = Trace(meta={
+            "engine": "pytorch", "kind": "gradients", "dtype": self.dtype, "ids": prompt_of(case.ids),
+            "origin": {name: found[name][1] for name in order} | dict.fromkeys(self.leaves, "observed"),
+        })  # fmt: skip
+        trace.update((name, found[name][0]) for name in order)
+        trace.update((name, pytorch._numpy(leaf.grad)) for name, leaf in self.leaves.items() if leaf.grad is not None)
+        return loss.detach().item(), trace
+
+    def _run(self, case: Case) -> torch.Tensor:
+        parameters = self.source.convert(self.config, self.leaves)
+
+        def call(*inputs: Any, **options: Any) -> Any:
+            return functional_call(self.model, parameters, inputs, options)
+
+        return run(self.model, self.config, case, call).logits
+
+    def _derived(self, seen: Mapping, watch: GradientWatch) -> dict[str, tuple[np.ndarray, str]]:
+        found: dict[str, tuple[torch.Tensor, str]] = {}
+        config = self.config
+        heads, kv = config.num_attention_heads, config.num_key_value_heads
+        for layer in range(config.num_hidden_layers):
+            at, of = f"model.layers.{layer}.self_attn", watch.gradients.get(layer, {})
+            pieces = pytorch._pieces(f"{at}.W_pack")
+            if f"{at}.W_pack" not in seen and all(piece in seen for piece in pieces):
+                joined = torch.cat([seen[piece] for piece in pieces], dim=-1)
+                found[f"{at}.W_pack"] = joined, "derived: those of q_proj, k_proj and v_proj side by side"
+            for name in ("query", "key", "value", "scores", "probs"):
+                if name not in of:
+                    continue
+                x, origin = of[name].detach(), "observed"
+                if name == "key" and not watch.fused.get(layer):
+                    x = x.mT
+                if name in ("key", "value") and x.shape[1] != kv:
+                    x = x.unflatten(1, (kv, heads // kv)).sum(2)
+                    origin = "derived: summed over the query heads that share it"
+                if name == "scores":
+                    x, origin = (
+                        x * config.head_dim**0.5,
+                        "derived: of the product, times the root of the head dimension",
+                    )
+                found[f"{at}.{name}"] = x, origin
+            if layer in watch.fused and f"{at}.context" in seen:
+                value = watch.fused[layer][0][2].detach()
+                probs = pytorch._attention(config, watch, layer)["probs"][0].detach()
+                context = seen[f"{at}.context"].unflatten(-1, (heads, -1)).transpose(1, 2)
+                g = context @ value.mT
+                found[f"{at}.probs"] = g, "derived: that of the context times value"
+                found[f"{at}.scores"] = probs * (g - (g * probs).sum(-1, True)), "derived: softmax of that of probs"
+        return {name: (pytorch._numpy(x), origin) for name, (x, origin) in found.items()}
+
+
+class GradientWatch(Watch):
+    """What reaches the operands and the result of the products inside attention: layer -> name -> gradient."""
+
+    NAMES = (("query", "key", "scores"), ("probs", "value", ""))
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gradients: dict[int, dict[str, torch.Tensor]] = {}
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        layer = self.layer
+        if layer is None:
+            return super().__torch_function__(func, types, args, kwargs)
+        products, fused = len(self.products.get(layer, ())), layer in self.fused
+        result = super().__torch_function__(func, types, args, kwargs)
+        made = self.products.get(layer, [])
+        if len(made) > products:
+            self._hook(layer, (*made[-1], result), self.NAMES[products])
+        elif layer in self.fused and not fused:
+            self._hook(layer, self.fused[layer][0][:3], ("query", "key", "value"))
+        return result
+
+    def _hook(self, layer: int, tensors: tuple, names: tuple[str, ...]) -> None:
+        of = self.gradients.setdefault(layer, {})
+        for x, name in zip(tensors, names, strict=True):
+            if name and x.requires_grad:
+                x.register_hook(lambda gradient, name=name: of.update({name: gradient.clone()}))
+
+
+@contextmanager
+def environment(dtype: str, seed: int = 0) -> Iterator[None]:
+    """One thread, deterministic algorithms, float64 throughout where that is asked for, and autograd."""
+    with pytorch._deterministic(seed), pytorch._precision(dtype), torch.enable_grad():
+        yield
+
+
+def training_gradients(
+    folder: str | Path, case: Case, labels: np.ndarray, dtype: str = "float64", z_loss_weight: float = 0.0,
+    implementation: str = "auto", trust_remote_code: bool = False,
+) -> tuple[float, Trace]:  # fmt: skip
+    """PyTorch's loss and gradients on one batch: see `Training.gradients`."""
+    training = Training(Path(folder), dtype, implementation, trust_remote_code)
+    with environment(dtype):
+        return training.gradients(case, labels, z_loss_weight)

@@ -1,0 +1,72 @@
+"""What is made small: a function of the logits alone, which gives the loss and its gradient.
+
+    next token     -log p(label), p = softmax(logits)             d/dlogits = p - [the label]
+    z-loss         weight * (largest logit)²                      d/dlogits = 2 weight * largest logit, there alone
+    teacher        KL(q ‖ p) = Σ q (log q - log p)                d/dlogits = p - q
+
+All are means: the cross entropy over the labels that count, the z-loss over all positions, as the official code has it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from refimpl.loss import IGNORE, cross_entropy
+
+Objective = Callable[[np.ndarray], tuple[float, np.ndarray]]  # logits (B, T, V) -> the loss, and its gradient by them
+
+
+@dataclass(frozen=True)
+class NextToken:
+    """The training loss: `labels` (B, T) are the ids themselves, of which each position predicts the next one's.
+
+    Source: `BaichuanForCausalLM.forward` in the official modeling_baichuan.py.
+    """
+
+    labels: np.ndarray
+    z_loss_weight: float = 0.0
+
+    def __call__(self, logits: np.ndarray) -> tuple[float, np.ndarray]:
+        """The loss, and its gradient (B, T, V), which is 0 where there is no next token."""
+        x, labels = logits[:, :-1], self.labels[:, 1:]  # (B, T-1, V), (B, T-1)
+        counted = labels != IGNORE
+        count = counted.sum()
+        loss = float(cross_entropy(x, labels).sum(dtype=np.float64) / count)
+        gradient = np.zeros_like(logits)
+        g = gradient[:, :-1]
+        g[:] = softmax(x)
+        at = np.maximum(labels, 0)[..., None]
+        np.put_along_axis(g, at, np.take_along_axis(g, at, -1) - 1, -1)
+        g *= counted[..., None] / np.asarray(count, x.dtype)
+        if self.z_loss_weight:
+            top = x.argmax(-1)[..., None]
+            largest = np.take_along_axis(x, top, -1)
+            loss += self.z_loss_weight * float(np.mean(largest**2, dtype=np.float64))
+            more = largest * (2 * self.z_loss_weight / largest.size)
+            np.put_along_axis(g, top, np.take_along_axis(g, top, -1) + more, -1)
+        return loss, gradient
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """How far the next-token distributions are from those of `logits` (B, T, V): the mean KL divergence in nats."""
+
+    logits: np.ndarray
+
+    def __call__(self, logits: np.ndarray) -> tuple[float, np.ndarray]:
+        """The loss, and its gradient (B, T, V)."""
+        count = logits[..., 0].size
+        q, p = softmax(self.logits.astype(logits.dtype)), softmax(logits)
+        tiny = np.finfo(logits.dtype).tiny
+        kl = (q * (np.log(np.maximum(q, tiny)) - np.log(np.maximum(p, tiny)))).sum(-1)
+        return float(kl.mean(dtype=np.float64)), (p - q) / np.asarray(count, logits.dtype)
+
+
+def softmax(x: np.ndarray) -> np.ndarray:
+    """Probabilities along the last axis."""
+    e = np.exp(x - x.max(-1, keepdims=True))
+    e /= e.sum(-1, keepdims=True)
+    return e

@@ -1,0 +1,288 @@
+"""The tape: one more evaluator of the decoder's operations, which can say how the loss depends on each tensor.
+
+A function of a function has the product of their derivatives. So the gradient of a loss is found backwards: who knows
+dL/dy for y = f(x) knows dL/dx, by the transpose of f's derivative, which is called f's adjoint. The tape computes each
+operation by another evaluator (NumPy or Numba), and writes down its result with one adjoint for each input:
+
+    y = softmax(x)          dL/dx = y * (g - sum(g * y))          where g = dL/dy, of the same shape as y
+
+`Tape.backward` reads it from the end to the beginning. A tensor that is used twice, as the residual stream is by each
+layer, gets the sum of what both uses say: so the gradient of the stream arrives at the first layer undiminished.
+
+>>> from refimpl_kernels.ops import NumPyOps
+>>> tape = Tape(NumPyOps("float64"))
+>>> x = tape.tensor(np.array([[1.0, 2.0]]))
+>>> y = x * x + x * 3.0
+>>> tape.backward(y, np.ones((1, 2)))                       # d(x² + 3x)/dx = 2x + 3
+>>> x.gradient
+array([[5., 7.]])
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import accumulate
+from typing import Any
+
+import numpy as np
+
+from refimpl.checkpoint.weights import NormHead
+from refimpl.gradients.products import matmul, product, transposed_product
+from refimpl_kernels.ops import TILE_BYTES, NumPyOps
+
+Adjoint = Callable[[np.ndarray], np.ndarray]
+
+
+class Tensor:
+    """An array on a tape, and `inputs`: what it was computed from, each with the adjoint that leads back there."""
+
+    __slots__ = ("array", "gradient", "inputs", "name", "tape")
+    __array_ufunc__ = None  # so that `array * tensor` asks the tensor
+
+    def __init__(self, tape: Tape, array: np.ndarray, inputs: tuple[tuple[Any, Adjoint], ...] = ()):
+        self.tape, self.array, self.inputs = tape, array, inputs
+        self.gradient: np.ndarray | None = None
+        self.name = ""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.array.shape
+
+    def add(self, gradient: np.ndarray) -> None:
+        """One more use of this tensor says what it does to the loss."""
+        self.gradient = gradient if self.gradient is None else self.gradient + gradient
+
+    def __add__(self, other):
+        a, b = self.array, _array(other)
+        return self.tape.write(a + b, (self, _summed_to(a)), (other, _summed_to(b)))
+
+    def __sub__(self, other):
+        a, b = self.array, _array(other)
+        return self.tape.write(a - b, (self, _summed_to(a)), (other, lambda g: _summed_to(b)(-g)))
+
+    def __mul__(self, other):
+        a, b = self.array, _array(other)
+        return self.tape.write(a * b, (self, lambda g: _summed_to(a)(g * b)), (other, lambda g: _summed_to(b)(g * a)))
+
+    __radd__, __rmul__ = __add__, __mul__
+
+    def reshape(self, *shape: int) -> Tensor:
+        """The same numbers in another shape."""
+        return self.tape.write(self.array.reshape(shape), (self, lambda g: g.reshape(self.shape)))
+
+    def transpose(self, *axes: int) -> Tensor:
+        """The axes in another order."""
+        back = np.argsort(axes)
+        return self.tape.write(self.array.transpose(axes), (self, lambda g: g.transpose(back)))
+
+    def __getitem__(self, part) -> Tensor:
+        def spread(g):
+            whole = np.zeros(self.shape, g.dtype)
+            whole[part] = g
+            return whole
+
+        return self.tape.write(self.array[part], (self, spread))
+
+
+class Leaf:
+    """A parameter: `weight` as it is stored, and the `gradient` of its values, if that is `wanted`."""
+
+    def __init__(self, name: str, weight: Any, wanted: bool):
+        self.name, self.weight, self.wanted = name, weight, wanted
+        self.gradient: np.ndarray | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.weight.shape
+
+    add = Tensor.add
+
+
+class Leaves(Mapping[str, Any]):
+    """The parameters of a model as leaves, by their names; `wanted` says of which the gradient is asked for.
+
+    A head that is the embedding is the embedding's own parameter: there is one gradient, the sum of both uses.
+    """
+
+    def __init__(self, weights: Mapping[str, Any], wanted: Callable[[str], bool], tied: bool = False):
+        self.weights, self.wanted, self.tied = weights, wanted, tied
+        self.leaves: dict[str, Leaf] = {}
+
+    def __getitem__(self, name: str) -> Leaf:
+        if name not in self.leaves:
+            weight = self.weights[name]
+            owner = "model.embed_tokens.weight" if self.tied and name == "lm_head.weight" else name
+            self.leaves[name] = Leaf(owner, weight, self.wanted(owner))
+        return self.leaves[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.weights)
+
+    def __len__(self) -> int:
+        return len(self.weights)
+
+
+class Tape:
+    """The operations over `Tensor`s, computed by `ops`; see `refimpl_kernels/ops.py` for what each one means.
+
+    float32 and float64 are their own wide formats, so `upcast` and `type_as` have nothing to do. What is not a Tensor
+    (a mask, a table of positions, a number) is a constant; so is a parameter whose gradient nobody wants, and the
+    embedding of the token `padding`, as in `torch.nn.Embedding`'s padding_idx (in a Baichuan, that is <unk>, too).
+    """
+
+    def __init__(self, ops: NumPyOps, padding: int | None = None):
+        self.ops, self.padding = ops, padding
+        self.order: list[Tensor] = []
+
+    def tensor(self, array: np.ndarray) -> Tensor:
+        """A tensor to begin with."""
+        return Tensor(self, array)
+
+    def write(self, array: np.ndarray, *inputs: tuple[Any, Adjoint]) -> Tensor:
+        """The result of an operation, and the adjoint for each of its inputs."""
+        known = tuple((x, adjoint) for x, adjoint in inputs if isinstance(x, Tensor) or getattr(x, "wanted", False))
+        self.order.append(Tensor(self, array, known))
+        return self.order[-1]
+
+    def tap(self, name: str, x: Tensor) -> Tensor:
+        """The same tensor under its name, by which `backward` shows its gradient."""
+        named = self.write(x.array, (x, lambda g: g))
+        named.name = name
+        return named
+
+    def backward(self, result: Tensor, gradient: np.ndarray, show: Callable = lambda name, gradient: gradient) -> None:
+        """Takes the gradient of the loss by `result`, and leaves those by the first tensors and by the leaves in them.
+
+        `show(name, gradient)` sees that of each named tensor, last to first; what it returns goes on. The tape is
+        empty afterwards: what has been read is let go.
+        """
+        result.add(gradient)
+        while self.order:
+            y = self.order.pop()
+            if y.gradient is None:  # the loss does not depend on it
+                continue
+            g = show(y.name, y.gradient) if y.name else y.gradient
+            for x, adjoint in y.inputs:
+                x.add(adjoint(g))
+            y.gradient, y.inputs = None, ()
+
+    # --- the operations, in the order of refimpl_kernels/ops.py ---
+
+    def upcast(self, x: Any) -> Any:
+        return x
+
+    def type_as(self, x: Any, other: Any) -> Any:
+        return x
+
+    def parameter(self, weight: Leaf) -> Tensor:
+        return self.write(self.ops.parameter(weight.weight), (weight, lambda g: g))
+
+    def take(self, weight: Leaf, ids: np.ndarray) -> Tensor:
+        def scatter(g):
+            whole = np.zeros(weight.shape, g.dtype)
+            np.add.at(whole, ids.reshape(-1), _rows(g))  # a token that occurs twice counts twice
+            if self.padding is not None:
+                whole[self.padding] = 0
+            return whole
+
+        return self.write(self.ops.take(weight.weight, ids), (weight, scatter))
+
+    def linear(self, x: Tensor, weight: Leaf, bias: Leaf | None = None) -> Tensor:
+        y = self.ops.linear(x.array, weight.weight, None if bias is None else bias.weight)
+        return self.write(
+            y, (x, lambda g: self.times_weight(g, weight.weight)), (weight, lambda g: of_weight(g, x.array, weight)),
+            (bias, lambda g: _rows(g).sum(0)),
+        )  # fmt: skip
+
+    def times_weight(self, g: np.ndarray, weight: Any) -> np.ndarray:
+        """g (..., O) @ weight (O, I), which is read tile by tile as the forward reads it."""
+        rows, (outs, ins) = _rows(g), weight.shape
+        step = max(1, TILE_BYTES // (ins * g.dtype.itemsize))
+        total: np.ndarray | None = None
+        for start in range(0, outs, step):
+            tile = slice(start, min(start + step, outs))
+            part = product(rows[:, tile], weight.read(g.dtype, tile))
+            total = part if total is None else np.add(total, part, out=total)
+        assert total is not None
+        return total.reshape(*g.shape[:-1], ins)
+
+    def matmul(self, a: Tensor, b: Tensor) -> Tensor:
+        x, y = a.array, b.array
+        return self.write(
+            self.ops.matmul(x, y), (a, lambda g: matmul(g, y.swapaxes(-1, -2))),
+            (b, lambda g: matmul(x.swapaxes(-1, -2), g)),
+        )  # fmt: skip
+
+    def weighted_sum(self, probs: Tensor, value: Tensor) -> Tensor:
+        p, v = probs.array, value.array
+        return self.write(
+            self.ops.weighted_sum(p, v), (probs, lambda g: matmul(g, v.swapaxes(-1, -2))),
+            (value, lambda g: matmul(p.swapaxes(-1, -2), g)),
+        )  # fmt: skip
+
+    def mean(self, x: Tensor) -> Tensor:
+        return self.write(self.ops.mean(x.array), (x, lambda g: np.broadcast_to(g / x.shape[-1], x.shape)))
+
+    def rsqrt(self, x: Tensor) -> Tensor:
+        y = self.ops.rsqrt(x.array)
+        return self.write(y, (x, lambda g: -0.5 * g * y * y * y))
+
+    def sigmoid(self, x: Tensor) -> Tensor:
+        y = self.ops.sigmoid(x.array)
+        return self.write(y, (x, lambda g: g * y * (1 - y)))
+
+    def softmax(self, x: Tensor) -> Tensor:
+        y = self.ops.softmax(x.array)
+        return self.write(y, (x, lambda g: y * (g - (g * y).sum(-1, keepdims=True))))
+
+    def split(self, x: Tensor, sizes: Sequence[int]) -> list[Tensor]:
+        ends = list(accumulate(sizes))
+        return [x[..., end - size : end] for end, size in zip(ends, sizes, strict=True)]
+
+    def concat(self, pieces: Sequence[Tensor], axis: int = -1) -> Tensor:
+        arrays = [piece.array for piece in pieces]
+        ends = list(accumulate(array.shape[axis] for array in arrays))
+
+        def cut(number):
+            return lambda g: np.split(g, ends[:-1], axis=axis)[number]
+
+        joined = self.ops.concat(arrays, axis)
+        return self.write(joined, *((piece, cut(number)) for number, piece in enumerate(pieces)))
+
+
+def of_weight(g: np.ndarray, x: np.ndarray, leaf: Leaf) -> np.ndarray:
+    """The gradient of a matrix (O, I) that took x (..., I) to y, of which g (..., O) is the gradient: gᵀ x."""
+    gradient = transposed_product(_rows(g), _rows(x))
+    return through_lengths(leaf.weight, gradient) if isinstance(leaf.weight, NormHead) else gradient
+
+
+def through_lengths(head: NormHead, g: np.ndarray) -> np.ndarray:
+    """NormHead's adjoint: from the gradient by the rows of length 1 to that by the rows w as they are stored.
+
+    With n = w / |w|, dL/dw = (g - n (n · g)) / |w|: what would only make the row longer changes nothing. A row shorter
+    than 1e-12 is divided by that constant. Source: `torch.nn.functional.normalize`.
+    """
+    rows, wide = head.read(g.dtype), head.array.astype(g.dtype, copy=False)
+    lengths = np.sqrt((wide * wide).sum(-1, keepdims=True))
+    along = np.where(lengths > 1e-12, (rows * g).sum(-1, keepdims=True), 0)
+    return (g - rows * along) / np.maximum(lengths, np.asarray(1e-12, g.dtype))
+
+
+def _array(x: Any) -> Any:
+    return x.array if isinstance(x, Tensor) else x
+
+
+def _rows(x: np.ndarray) -> np.ndarray:
+    return x.reshape(-1, x.shape[-1])
+
+
+def _summed_to(x: Any) -> Adjoint:
+    """The adjoint of being broadcast: the gradient summed over the axes along which `x` was repeated."""
+    shape = np.shape(x)
+
+    def fold(g):
+        extra = g.ndim - len(shape)
+        axes = tuple(i for i in range(g.ndim) if i < extra or (shape[i - extra] == 1 and g.shape[i] != 1))
+        return g.sum(axes, keepdims=True).reshape(shape) if axes else g
+
+    return fold
