@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import pickle
+import sys
 import threading
 import warnings
 from collections.abc import Iterator, Sequence
@@ -68,6 +69,12 @@ class Model(Forward):
 
     def __reduce__(self):
         """Pickled as the calls that made it, not as its weights: who unpickles it loads them for itself."""
+        decoder = self.decoder_class
+        if _importable(decoder.__module__, decoder.__qualname__) is not decoder:
+            raise InputError(
+                f"{decoder.__qualname__} cannot be sent to other processes, which import it under its name; define it "
+                "at the top of a module"
+            )
         return remade, (self._made(), self.backend)
 
     @property
@@ -227,6 +234,14 @@ class SimulatedModel(Simulated, Model):
     simulate = quantize
 
 
+def _importable(module: str, name: str) -> Any:
+    """What another process finds under a dotted name in a module, or None."""
+    found: Any = sys.modules.get(module)
+    for part in name.split("."):
+        found = getattr(found, part, None)
+    return found
+
+
 def _stamps(made: tuple) -> tuple:
     """Sizes and times of the files that a model is loaded from, by which they are seen to change."""
     folder = Path(made[0][1] or EMBEDDED)
@@ -240,7 +255,8 @@ _kept: dict[bytes, Model] = {}
 
 def remade(made: tuple, backend: str) -> Model:
     """The model that these calls make. A process makes it once, and keeps the last few."""
-    key = hashlib.sha256(pickle.dumps((made, backend, _stamps(made)))).digest()
+    classes = [id(value) for call in made for value in call if isinstance(value, type)]  # a name may get another class
+    key = hashlib.sha256(pickle.dumps((made, backend, _stamps(made), classes))).digest()
     with _lock:
         model = _kept.pop(key, None)
         if model is None:

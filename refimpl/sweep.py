@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import inspect
 import os
 import pickle
 import platform
@@ -38,7 +39,7 @@ PATIENCE = 10  # seconds until a Dask scheduler answers
 THREADS = "NUMBA_NUM_THREADS"
 
 
-class Executor(Protocol):
+class Pool(Protocol):
     """Who computes pieces."""
 
     def submit(self, function: Callable, /, *arguments: Any) -> Any: ...
@@ -48,7 +49,7 @@ def sweep(
     function: Callable[..., Result],
     pieces: Sequence[tuple],
     what: str,
-    executor: Executor | None = None,
+    executor: Pool | None = None,
     resume: str | Path | None = None,
 ) -> Iterator[Result]:
     """`function(*piece)` of each piece, in order. `what` is shown beside the progress.
@@ -71,7 +72,11 @@ def elsewhere(home: tuple[str, int], sent: bytes) -> Result | tuple[Exception, s
 
     Not in the process `home`? There, too, BLAS has one thread.
     """
-    function, piece = pickle.loads(sent)
+    try:
+        function, piece = pickle.loads(sent)
+    except (AttributeError, ImportError) as error:
+        problem = f"a worker cannot import what it was sent ({error!s:.99}); define it in a module that workers have"
+        return InputError(problem), traceback.format_exc()
     if home != here():
         from threadpoolctl import threadpool_limits
 
@@ -85,7 +90,7 @@ def elsewhere(home: tuple[str, int], sent: bytes) -> Result | tuple[Exception, s
 class _Sent:
     """A piece with an executor. Whatever that raises by itself means that nobody computes the piece."""
 
-    def __init__(self, executor: Executor, function: Callable, piece: tuple):
+    def __init__(self, executor: Pool, function: Callable, piece: tuple):
         sent = pickle.dumps((function, piece))  # what cannot be sent is an error of its own
         with self._asking():
             self.future = executor.submit(elsewhere, here(), sent)
@@ -180,6 +185,8 @@ class _Store:
 
 def _described(argument: Any) -> Any:
     """What tells an argument from others, in plain values whose repr is the same in every process."""
+    if isinstance(argument, type):
+        return argument.__qualname__, _source(argument)
     if hasattr(argument, "identity"):  # a model
         return _described(argument.identity)
     if isinstance(argument, tuple | list):
@@ -193,8 +200,20 @@ def _described(argument: Any) -> Any:
     return hashlib.sha256(pickle.dumps(argument)).hexdigest()
 
 
+def _source(decoder: type) -> str:
+    """The source of a class and of its bases outside of this package: if it changes, so may every result."""
+    bases = [base for base in decoder.__mro__ if base.__module__.partition(".")[0] not in ("refimpl", "builtins")]
+    try:
+        return "".join(map(inspect.getsource, bases))
+    except (OSError, TypeError):
+        raise InputError(
+            f"nobody can tell later whether {decoder.__qualname__} has changed, for its source is in no file; put it "
+            "into a module, or sweep without resume"
+        ) from None
+
+
 @contextmanager
-def workers(jobs: int = 1, dask: str | None = None) -> Iterator[Executor | None]:
+def workers(jobs: int = 1, dask: str | None = None) -> Iterator[Pool | None]:
     """An executor: of a Dask cluster at an address (extra: dask), else of `jobs` processes here, None if that is one.
 
     The processes here share the cores among them. Raises InputError for a number below one, and if no cluster answers.

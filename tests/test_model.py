@@ -16,6 +16,8 @@ from safetensors.numpy import load_file, save_file
 
 import refimpl
 from refimpl import InputError, names
+from refimpl.decoder import Decoder
+from refimpl.grids.calibrate import calibrate
 
 IDS = [5, 17, 9, 3, 80, 44, 2, 61, 9, 9, 33, 20]
 
@@ -194,6 +196,8 @@ def test_a_zero_row_of_the_head_gives_zero(tmp_path):
 @pytest.mark.parametrize(
     ("call", "message"),
     [
+        (lambda m: m.with_decoder("mine"), "decoder is 'mine', expected a subclass of refimpl.decoder.Decoder"),
+        (lambda m: m.with_decoder(dict), "expected a subclass"),
         (lambda m: m([]), "the prompt is empty"),
         (lambda m: m([96]), "token id 96 is outside the vocabulary of 96"),
         (lambda m: m([-1]), "token id -1 is outside"),
@@ -261,6 +265,51 @@ def test_a_cache_that_was_interrupted_can_be_used(tiny_model):
     with pytest.raises(KeyboardInterrupt):
         model.forward(IDS, "float64", None, cache, interrupt)
     assert np.array_equal(model(IDS, cache=cache), model(IDS))
+
+
+class Blind(Decoder):
+    """Attention sees nothing: the residual stream goes on as it was."""
+
+    def attention(self, i, x, cos, sin, mask):
+        return 0 * x
+
+
+def test_a_decoder_goes_wherever_its_model_goes(family, tiny_model):
+    """What is blind does not see other tokens: the last token alone gives its logits, whatever stands before it."""
+    model, ids = tiny_model(family), np.arange(12)
+    blind = model.with_decoder(Blind)
+    encodings = calibrate(model, ids)
+    made = {
+        "itself": blind, "quantized": blind.quantize("q4_0"), "truncated": blind.truncated(1),
+        "numba": blind.with_backend("numba"), "simulated": blind.simulate(encodings),
+        "decoded after": model.simulate(encodings).with_decoder(Blind),
+        "all of it": blind.with_backend("numpy").quantize("q4_0").truncated(1).simulate(
+            encodings.of(blind.truncated(1).config, blind.truncated(1).weights)),
+    }  # fmt: skip
+    near = dict(rtol=0, atol=0.01)  # another order of sums may end on the next step of a grid; logits are near 1
+    for name, other in made.items():
+        assert other.decoder_class is Blind, name
+        np.testing.assert_allclose(other(ids)[:, -1], other(ids[-1:])[:, -1], **near, err_msg=name)
+        trace = other.trace(ids)
+        assert not any("self_attn" in tap for tap in trace) and "lm_head" in trace, name
+        batch = other([ids, ids[::-1]], attention_mask=[[1] * 12, [0] * 3 + [1] * 9])
+        np.testing.assert_allclose(batch[1, -1], other(ids[:1])[0, -1], **near, err_msg=name)
+    cache = blind.new_cache()
+    pieces = [blind(piece, cache=cache) for piece in (ids[:5], ids[5:])]
+    np.testing.assert_allclose(np.concatenate(pieces, 1), blind(ids), rtol=1e-5, atol=1e-5)
+    likeliest = lambda *prompt: next(blind.generate(list(prompt), max_new_tokens=1))
+    assert likeliest(1, 2, 7) == likeliest(7) == int(blind([7])[0, -1].argmax())
+    assert np.array_equal(list(blind.stages(ids))[-1], blind(ids))
+
+
+def test_a_simulation_of_some_layers_is_one_of_all(family, tiny_model):
+    """Its activations stand on the grids that they stood on before."""
+    model, ids = tiny_model(family), np.arange(12)
+    encodings = calibrate(model, ids)
+    whole, cut = model.simulate(encodings).trace(ids), model.simulate(encodings).truncated(1).trace(ids)
+    for tap, value in cut.items():
+        if tap.startswith(("model.embed", "model.layers")):
+            assert np.array_equal(value, whole[tap]), tap
 
 
 def test_importing_is_light():

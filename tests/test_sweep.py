@@ -16,9 +16,10 @@ from golden.cost.quality import quality
 from refimpl import InputError
 from refimpl.blocks.importance import observe_importance
 from refimpl.cli import main
+from refimpl.decoder import Decoder
 from refimpl.grids.calibrate import calibrate
 from refimpl.model import EMBEDDED, remade
-from refimpl.sweep import sweep, workers
+from refimpl.sweep import elsewhere, here, sweep, workers
 
 TEXT = [int(i) for i in np.random.default_rng(0).integers(3, 90, 300)]
 calls: list[int] = []
@@ -107,6 +108,55 @@ def test_a_model_travels_as_the_calls_that_made_it(tiny_folder):
     assert remade(small.made, "numba").backend == "numba"
     with pytest.raises(InputError, match="put together in memory"):
         pickle.dumps(refimpl.Model(model.config, model.weights))
+
+
+class LoudGate(Decoder):
+    """A decoder that other processes can import."""
+
+    def mlp(self, at, x):
+        return 2 * super().mlp(at, x)
+
+
+def test_a_decoder_travels_by_its_name(tiny_folder, tmp_path, monkeypatch):
+    model = refimpl.load(tiny_folder("Baichuan2-7B"))
+    loud = model.with_decoder(LoudGate).quantize("q4_0")
+    alone = quality(loud, model, TEXT[:50])
+    assert alone != quality(model.quantize("q4_0"), model, TEXT[:50])
+    with workers(2) as executor:
+        assert quality(loud, model, TEXT[:50], executor=executor) == alone
+
+    class Local(Decoder):
+        pass
+
+    with pytest.raises(InputError, match=r"Local cannot be sent to other processes.*define it at the top of a module"):
+        pickle.dumps(model.with_decoder(Local))
+    lost = pickle.dumps((square, (model.with_decoder(LoudGate),)))
+    monkeypatch.delattr("test_sweep.LoudGate")
+    error, _ = elsewhere(here(), lost)
+    assert isinstance(error, InputError) and "cannot import what it was sent" in str(error)
+
+
+def test_a_class_under_an_old_name_is_another(tiny_folder, monkeypatch):
+    """As in a notebook, whose cell is run again."""
+    model = refimpl.load(tiny_folder("Qwen2-7B"))
+    before = pickle.loads(pickle.dumps(model.with_decoder(LoudGate)))
+    again = type("LoudGate", (Decoder,), {"__module__": __name__})
+    monkeypatch.setattr("test_sweep.LoudGate", again)
+    after = pickle.loads(pickle.dumps(model.with_decoder(again)))
+    assert (before.decoder_class.mlp, after.decoder_class.mlp) != (before.decoder_class.mlp,) * 2
+
+
+def test_a_changed_decoder_is_not_resumed(tiny_folder, tmp_path, monkeypatch):
+    model = refimpl.load(tiny_folder("Qwen2-7B"))
+    loud = model.with_decoder(LoudGate)
+    before = quality(loud, model, TEXT[:50], resume=tmp_path)
+    assert quality(loud, model, TEXT[:50], resume=tmp_path) == before and len(list(tmp_path.iterdir())) == 1
+    monkeypatch.setattr("inspect.getsource", lambda object: "another")
+    quality(loud, model, TEXT[:50], resume=tmp_path)
+    assert len(list(tmp_path.iterdir())) == 2
+    monkeypatch.undo()
+    with pytest.raises(InputError, match="nobody can tell later whether Typed has changed"):
+        quality(model.with_decoder(type("Typed", (Decoder,), {})), model, TEXT[:50], resume=tmp_path)
 
 
 def test_processes_give_the_same_bits(tiny_folder):

@@ -23,7 +23,7 @@ import numpy as np
 from golden.cost.quality import Quality, compared, joined, mean_and_error, quality
 from refimpl.errors import InputError, at_most
 from refimpl.model import Model
-from refimpl.sweep import Executor, Result, sweep
+from refimpl.sweep import Pool, Result, sweep
 from refimpl.windows import WINDOW, windows
 
 PIECE = 128  # tokens whose logits are held at a time
@@ -106,7 +106,7 @@ def attribute(
     ids,
     window: int = WINDOW,
     dtype: str = "float32",
-    executor: Executor | None = None,
+    executor: Pool | None = None,
     resume: str | Path | None = None,
 ) -> Attribution:
     """The share of every tensor in which `model` differs from `reference`, on a text or its ids.

@@ -25,7 +25,7 @@ from refimpl.grids.calibrate import CHUNK
 from refimpl.grids.encodings import Encodings, grid_of
 from refimpl.model import Model
 from refimpl.names import taps
-from refimpl.sweep import Executor, Result, sweep
+from refimpl.sweep import Pool, Result, sweep
 from refimpl.trace import Tap, feeding, recording, silent
 from refimpl.windows import WINDOW, cut
 from refimpl_kernels.affine import Rounding
@@ -77,7 +77,7 @@ def predict(
     rounding: Rounding = "away",
     integer: bool = False,
     dtype: str = "float32",
-    executor: Executor | None = None,
+    executor: Pool | None = None,
     resume: str | Path | None = None,
 ) -> Prediction:
     """The noise that `encodings` put on each tensor of a model, on a text or its ids, window by window.
@@ -153,7 +153,7 @@ def what_if(
     rounding: Rounding = "away",
     integer: bool = False,
     dtype: str = "float32",
-    executor: Executor | None = None,
+    executor: Pool | None = None,
     resume: str | Path | None = None,
 ) -> list[Outcome]:
     """The quality of a model with these encodings, then with each of the changes alone: (glob, bits).

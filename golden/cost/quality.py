@@ -30,7 +30,7 @@ import numpy as np
 from refimpl.errors import InputError
 from refimpl.loss import predictions
 from refimpl.model import Model
-from refimpl.sweep import Executor, Result, sweep
+from refimpl.sweep import Pool, Result, sweep
 from refimpl.windows import windows
 from refimpl_kernels import formats
 
@@ -87,7 +87,7 @@ def quality(
     ids,
     window: int | None = None,
     dtype: str = "float32",
-    executor: Executor | None = None,
+    executor: Pool | None = None,
     resume: str | Path | None = None,
     cache_dtype: str | None = None,
 ) -> Quality:
@@ -207,7 +207,7 @@ def side_by_side(
     keep: Sequence[str] = (),
     window: int | None = None,
     dtype: str = "float32",
-    executor: Executor | None = None,
+    executor: Pool | None = None,
     resume: str | Path | None = None,
 ) -> list[Row]:
     """A model in one format after another, each judged by the model as it is; `keep` stays as it is in all of them.

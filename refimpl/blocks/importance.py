@@ -24,7 +24,7 @@ import numpy as np
 from refimpl.checkpoint.weights import map_safetensors
 from refimpl.errors import InputError
 from refimpl.names import input_of
-from refimpl.sweep import Executor, Result, sweep
+from refimpl.sweep import Pool, Result, sweep
 from refimpl.windows import WINDOW, cut
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ def observe_importance(
     ids,
     window: int = WINDOW,
     dtype: str = "float32",
-    executor: Executor | None = None,
+    executor: Pool | None = None,
     resume: str | Path | None = None,
 ) -> Importance:
     """The importance of every linear's inputs over a text or its ids, window by window.

@@ -30,7 +30,7 @@ import numpy as np
 from refimpl.errors import InputError
 from refimpl.grids.encodings import Encodings, Recipe
 from refimpl.names import taps
-from refimpl.sweep import Executor, Result, sweep
+from refimpl.sweep import Pool, Result, sweep
 from refimpl.trace import Tap, silent
 from refimpl.windows import WINDOW, cut
 from refimpl_kernels.affine import Encoding, from_range
@@ -166,7 +166,7 @@ def observe(
     window: int = WINDOW,
     dtype: str = "float32",
     histogram: bool = True,
-    executor: Executor | None = None,
+    executor: Pool | None = None,
     resume: str | Path | None = None,
 ) -> dict[str, Seen]:
     """What every tap takes on over a text or its ids: name -> Seen, from one pass window by window.
@@ -228,7 +228,7 @@ def calibrate(
     percent: float = 99.99,
     window: int = WINDOW,
     dtype: str = "float32",
-    executor: Executor | None = None,
+    executor: Pool | None = None,
     resume: str | Path | None = None,
 ) -> Encodings:
     """The encodings of a model from a text or its ids: `observe`, then `encode`."""
