@@ -25,7 +25,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from golden.tolerance import ROUNDINGS, Tolerance
-from refimpl.checkpoint.weights import map_safetensors
+from refimpl.checkpoint.safetensors_files import map_safetensors
 from refimpl.config import Config
 from refimpl.errors import InputError, at_most
 from refimpl.files import read_json, sha256, whole_folder

@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from refimpl.checkpoint import doctor
+from refimpl.checkpoint.folder import read_checkpoint
 from refimpl.checkpoint.quantized_files import provenance
-from refimpl.checkpoint.weights import QuantizedWeight, Weights, expected_shapes, read_checkpoint, resolve
+from refimpl.checkpoint.resolve import expected_shapes, resolve
+from refimpl.checkpoint.weights import QuantizedWeight, Weights
 from refimpl.config import Config, read_config
 from refimpl.errors import InputError, one_line
 from refimpl_kernels import formats

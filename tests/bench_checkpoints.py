@@ -31,7 +31,7 @@ from refimpl.bench.storage import BLOCK_BYTES as BLOCK
 from refimpl.bench.storage import AnonymousMemory, cold, copy_folder, official_keys, random_block
 from refimpl.checkpoint.convert import convert
 from refimpl.checkpoint.doctor import OFFICIAL
-from refimpl.checkpoint.weights import expected_shapes
+from refimpl.checkpoint.resolve import expected_shapes
 from refimpl.config import config_from_keys
 
 FULL = 0xFFFFFFFF

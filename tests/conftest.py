@@ -9,7 +9,7 @@ import pytest
 from safetensors.numpy import save_file
 
 import refimpl
-from refimpl.checkpoint.weights import expected_shapes
+from refimpl.checkpoint.resolve import expected_shapes
 from refimpl.config import FAMILIES, config_from_keys
 
 SHARED = Path(__file__).parents[2] / "shared"

@@ -4,7 +4,7 @@
 
 The mutator knows the layers (bytes of the file, fields of the zip records, opcodes of the pickle, names and values of
 its tensors) and repairs the checksum of the pickle, so that mutations reach the machine. What is read goes through
-`refimpl.checkpoint.weights.resolve`, as `load` does it. A case that fails is written to a file and named.
+`refimpl.checkpoint.resolve.resolve`, as `load` does it. A case that fails is written to a file and named.
 """
 
 import argparse
@@ -24,8 +24,8 @@ from torch_bytes import EMPTY, call, name, pickled, saved, saved_legacy, storage
 
 from refimpl import InputError
 from refimpl.checkpoint.pickles import ACTIONS
+from refimpl.checkpoint.resolve import expected_shapes, resolve
 from refimpl.checkpoint.torch_files import NAMES, REPEATED, read_torch
-from refimpl.checkpoint.weights import expected_shapes, resolve
 from refimpl.config import config_from_keys
 
 PAIRS = [*NAMES, ("os", "system"), ("torch", "load"), ("builtins", "getattr")]

@@ -21,7 +21,8 @@ import numpy as np
 from export.graphs.data import Parameter
 from export.graphs.ops import OnnxOps
 from export.graphs.symbols import Graph, Stack, Tensor
-from refimpl.checkpoint.weights import Weight, expected_shapes
+from refimpl.checkpoint.resolve import expected_shapes
+from refimpl.checkpoint.weights import Weight
 from refimpl.config import Config
 from refimpl.errors import InputError, at_most
 from refimpl.grids.encodings import near

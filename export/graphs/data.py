@@ -16,7 +16,7 @@ from typing import BinaryIO
 import numpy as np
 from onnx import ModelProto, TensorProto
 
-from refimpl.checkpoint.weights import let_go, read_ahead
+from refimpl.checkpoint.pages import let_go, read_ahead
 from refimpl_kernels.ops import TILE_BYTES, Readable
 
 ALIGNMENT = 4096  # of a weight in model.data: a page, so that a runtime can map it

@@ -36,7 +36,7 @@ from export.measure.device import grids_of
 from export.measure.places import Dataflow
 from export.run.engines import Engine
 from golden.compare import compare
-from refimpl.checkpoint.weights import expected_shapes
+from refimpl.checkpoint.resolve import expected_shapes
 from refimpl.config import Config
 from refimpl.errors import InputError
 from refimpl.files import read_json

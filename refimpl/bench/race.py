@@ -34,7 +34,8 @@ import ml_dtypes
 import numpy as np
 
 from refimpl.cache import DTYPES, room
-from refimpl.checkpoint.weights import QuantizedWeight, Weight, Weights, expected_shapes
+from refimpl.checkpoint.resolve import expected_shapes
+from refimpl.checkpoint.weights import QuantizedWeight, Weight, Weights
 from refimpl.config import FAMILIES, Config
 from refimpl.errors import InputError
 from refimpl.model import Model

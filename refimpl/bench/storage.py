@@ -38,7 +38,7 @@ from refimpl.blocks.save import quantize_checkpoint, save
 from refimpl.checkpoint import shards
 from refimpl.checkpoint.doctor import HEADS, KEYS, OFFICIAL
 from refimpl.checkpoint.folder import Checkpoint
-from refimpl.checkpoint.weights import expected_shapes
+from refimpl.checkpoint.resolve import expected_shapes
 from refimpl.config import config_from_keys
 from refimpl.errors import InputError
 from refimpl.model import load

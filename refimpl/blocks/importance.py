@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from refimpl.checkpoint.weights import map_safetensors
+from refimpl.checkpoint.safetensors_files import map_safetensors
 from refimpl.errors import InputError
 from refimpl.names import input_of
 from refimpl.sweep import Pool, Result, sweep

@@ -30,7 +30,8 @@ from tqdm import tqdm
 
 from refimpl import backends
 from refimpl.blocks.importance import Importance
-from refimpl.checkpoint.weights import NormHead, QuantizedWeight, Weight, Weights, quantized_weight, read_ahead
+from refimpl.checkpoint.pages import read_ahead
+from refimpl.checkpoint.weights import NormHead, QuantizedWeight, Weight, Weights, quantized_weight
 from refimpl.errors import InputError, at_most
 from refimpl.files import read_json
 from refimpl_kernels import formats

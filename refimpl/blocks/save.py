@@ -21,8 +21,10 @@ from refimpl.blocks.importance import Importance
 from refimpl.blocks.quantize import Recipe, Scheme, plan, quantizing
 from refimpl.checkpoint import shards
 from refimpl.checkpoint.folder import Checkpoint
+from refimpl.checkpoint.pages import read_ahead
 from refimpl.checkpoint.quantized_files import MANIFEST, VERSION, describe_matrix
-from refimpl.checkpoint.weights import QuantizedWeight, Weight, expected_shapes, read_ahead, rounded_by
+from refimpl.checkpoint.resolve import expected_shapes
+from refimpl.checkpoint.weights import QuantizedWeight, Weight, rounded_by
 from refimpl.config import OURS
 from refimpl.errors import InputError
 from refimpl.files import read_json

@@ -31,7 +31,7 @@ IN_ORDER = np.array(0, np.uint8)  # the weight_format of rows that lie as they a
 STATE_LIMIT = 4096  # bytes of JSON; bitsandbytes writes about 200
 
 
-def split(tensors: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, tuple[formats.Blocks, np.dtype]]]:
+def collect(tensors: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, tuple[formats.Blocks, np.dtype]]]:
     """The tensors that are as they are, and K -> (blocks, format that they are read in) of the quantized matrices.
 
     Raises InputError for a matrix whose parts are missing, of another size, or not understood.

@@ -20,8 +20,11 @@ from typing import Any
 import numpy as np
 
 from refimpl.checkpoint import shards
+from refimpl.checkpoint.folder import read_checkpoint
 from refimpl.checkpoint.lora import adapter_files, merge
-from refimpl.checkpoint.weights import FLOATS, NormHead, Weight, expected_shapes, read_ahead, read_checkpoint, resolve
+from refimpl.checkpoint.pages import read_ahead
+from refimpl.checkpoint.resolve import expected_shapes, resolve
+from refimpl.checkpoint.weights import FLOATS, NormHead, Weight
 from refimpl.config import Config, read_config
 from refimpl.errors import InputError
 from refimpl.files import read_json, sha256

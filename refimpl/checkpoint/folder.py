@@ -1,16 +1,21 @@
-"""A checkpoint's folder, read as a whole."""
+"""A checkpoint's folder: its files mapped, checked against the config, and read as a whole."""
 
 from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from refimpl.checkpoint.doctor import remarks
-from refimpl.checkpoint.quantized_files import provenance
-from refimpl.checkpoint.weights import Weights, read_checkpoint, resolve
+from refimpl.checkpoint.quantized_files import MANIFEST, collect, provenance
+from refimpl.checkpoint.resolve import resolve
+from refimpl.checkpoint.safetensors_files import map_safetensors
+from refimpl.checkpoint.torch_files import map_torch
+from refimpl.checkpoint.weights import Weights, quantized_weight
 from refimpl.config import Config, read_config
 from refimpl.errors import InputError, Remark
+from refimpl.files import inside, read_json
 from refimpl.text.tokenizer import load_tokenizer
 
 
@@ -39,3 +44,60 @@ class Checkpoint:
         for remark in said:
             warnings.warn(remark, Remark, stacklevel=3)  # at who called `load`, or `quantize_checkpoint`
         return cls(folder, config, weights)
+
+
+def read_checkpoint(folder: Path) -> dict[str, Any]:
+    """All tensors of a folder, mapped and unread: of `model.safetensors`, else of `pytorch_model.bin`.
+
+    Either may be cut into shards, whose names stand in an index beside them. A `.bin` is parsed and never executed
+    (see `checkpoint.torch_files`); with safetensors beside it, it is not looked at. Matrices that a manifest says to be
+    quantized (see `refimpl.checkpoint.quantized_files`) come as a `QuantizedWeight`.
+
+    Raises InputError for what is missing, damaged, or not understood.
+    """
+    folder = Path(folder)
+    tensors = _read_tensors(folder)
+    if not (folder / MANIFEST).exists():
+        return tensors
+    tensors, quantized = collect(folder / MANIFEST, tensors)
+    return {**tensors, **{name: quantized_weight(*found) for name, found in quantized.items()}}
+
+
+def _read_tensors(folder: Path) -> dict[str, Any]:
+    for single in ("model.safetensors", "pytorch_model.bin"):
+        if (folder / single).exists():
+            return map_tensors(folder, single)
+        index = folder / f"{single}.index.json"
+        if index.exists():
+            return _map_shards(index)
+    raise InputError(f"{folder} holds neither model.safetensors nor pytorch_model.bin nor an index; expected weights")
+
+
+def map_tensors(folder: Path, file: str) -> dict[str, Any]:
+    """The tensors of a folder's file (see `refimpl.files.inside`), by its suffix `.safetensors` or another."""
+    inside(folder, file)
+    mapped = map_safetensors(folder / file) if file.endswith(".safetensors") else map_torch(folder / file)
+    for name in mapped:
+        if not name.isprintable() or len(name) > 200:
+            raise InputError(f"{folder / file} has a tensor called {name!a:.80}, which is no parameter's name")
+    return mapped
+
+
+def _map_shards(index: Path) -> dict[str, Any]:
+    places = read_json(index).get("weight_map")
+    if not isinstance(places, dict) or not places:
+        raise InputError(f"{index} has no weight_map, which says the file of each tensor; download it again")
+    folder = index.parent
+    shards: dict[str, dict[str, Any]] = {}
+    tensors = {}
+    for name, file in places.items():
+        if not isinstance(file, str) or Path(file).name != file:
+            raise InputError(f"{index} places {name} in {file!r}, expected the name of a file beside it")
+        if file not in shards:
+            if not (folder / file).exists():
+                raise InputError(f"the shard {folder / file} is missing, but {index.name} names it; download it again")
+            shards[file] = map_tensors(folder, file)
+        if name not in shards[file]:
+            raise InputError(f"{folder / file} lacks {name}, which {index.name} places there; download both again")
+        tensors[name] = shards[file][name]
+    return tensors

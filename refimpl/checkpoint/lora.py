@@ -19,7 +19,8 @@ from typing import Any
 
 import numpy as np
 
-from refimpl.checkpoint.weights import FLOATS, NormHead, Weight, map_tensors
+from refimpl.checkpoint.folder import map_tensors
+from refimpl.checkpoint.weights import FLOATS, NormHead, Weight
 from refimpl.errors import InputError, at_most
 from refimpl.files import read_json
 

@@ -22,7 +22,7 @@ from typing import Any, Protocol
 import numpy as np
 from tqdm import tqdm
 
-from refimpl.checkpoint.weights import SAFETENSORS_DTYPES
+from refimpl.checkpoint.safetensors_files import DTYPES
 from refimpl.errors import InputError
 from refimpl.files import inside, read_json, sha256
 
@@ -95,7 +95,7 @@ def _ordered(shard: Mapping[str, Entry]) -> dict[str, Entry]:
 def _header(shard: Mapping[str, Entry]) -> bytes:
     """The beginning of a safetensors file: its length in 8 bytes, and JSON filled up to a multiple of 8."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers insists on it
-    names = {np.dtype(dtype): name for name, dtype in SAFETENSORS_DTYPES.items()}
+    names = {np.dtype(dtype): name for name, dtype in DTYPES.items()}
     at = 0
     for name, entry in _ordered(shard).items():
         shape, stop = list(entry.shape), at + size_of(entry)

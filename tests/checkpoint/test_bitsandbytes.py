@@ -13,9 +13,11 @@ from safetensors.numpy import load_file, save_file
 
 import refimpl
 from refimpl import InputError
-from refimpl.checkpoint.bitsandbytes import split
+from refimpl.checkpoint.bitsandbytes import collect
+from refimpl.checkpoint.resolve import resolve
+from refimpl.checkpoint.safetensors_files import map_safetensors
 from refimpl.checkpoint.torch_files import map_torch
-from refimpl.checkpoint.weights import Int8Weight, QuantizedWeight, map_safetensors, resolve
+from refimpl.checkpoint.weights import Int8Weight, QuantizedWeight
 from refimpl_kernels import formats
 from refimpl_kernels.formats.int8 import outlier_columns
 from refimpl_kernels.ops import NumPyOps
@@ -387,9 +389,9 @@ def test_lists_that_are_no_quant_state(state):
 def test_damaged_8_bits(parts):
     key = "model.layers.0.mlp.up_proj"
     right = {f"{key}.weight": np.zeros((2, 2), np.int8), f"{key}.SCB": np.ones(2, np.float32)}
-    assert split(right)[1].keys() == {f"{key}.weight"}
+    assert collect(right)[1].keys() == {f"{key}.weight"}
     with pytest.raises(InputError, match="is not what bitsandbytes writes"):
-        split(right | {f"{key}{part or '.weight'}": value for part, value in parts.items()})
+        collect(right | {f"{key}{part or '.weight'}": value for part, value in parts.items()})
 
 
 @pytest.mark.parametrize(
@@ -422,9 +424,9 @@ def test_a_few_bytes_that_stand_for_gigabytes(tmp_path):
     wide["m.weight_format"] = np.broadcast_to(np.uint8(0), (2**30,))
     tracemalloc.start()
     with pytest.raises(InputError, match="its packed codes do not lie one after the other"):
-        split(tensors)
+        collect(tensors)
     with pytest.raises(InputError, match="is no int8 matrix"):
-        split(wide)
+        collect(wide)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 1 << 20

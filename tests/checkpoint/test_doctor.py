@@ -15,8 +15,8 @@ from refimpl import InputError
 from refimpl.bench.storage import official_keys
 from refimpl.checkpoint.convert import convert
 from refimpl.checkpoint.doctor import KEYS, OFFICIAL, mismatch, official_heads, remarks, sizes
+from refimpl.checkpoint.resolve import expected_shapes, resolve
 from refimpl.checkpoint.torch_files import map_torch
-from refimpl.checkpoint.weights import expected_shapes, resolve
 from refimpl.cli import main
 from refimpl.config import Config, config_from_keys
 from refimpl.errors import Remark

@@ -38,9 +38,10 @@ from torch_bytes import (
 
 import refimpl
 from refimpl import InputError
+from refimpl.checkpoint.folder import read_checkpoint
 from refimpl.checkpoint.pickles import ACTIONS, PICKLE_LIMIT
+from refimpl.checkpoint.safetensors_files import map_safetensors
 from refimpl.checkpoint.torch_files import DTYPES, STORAGE_TYPES, map_torch, read_torch
-from refimpl.checkpoint.weights import map_safetensors, read_checkpoint
 from refimpl.cli import main
 
 

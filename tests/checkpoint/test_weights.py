@@ -11,7 +11,8 @@ from safetensors.numpy import load_file, save_file
 
 import refimpl
 from refimpl import InputError
-from refimpl.checkpoint.weights import map_safetensors, read_ahead
+from refimpl.checkpoint.pages import read_ahead
+from refimpl.checkpoint.safetensors_files import map_safetensors
 from refimpl.config import FAMILIES, config_from_keys
 
 
@@ -183,6 +184,17 @@ def test_reading_a_large_weight_touches_only_its_rows(tmp_path):
     rows = weight.read(np.dtype(np.float32), slice(3, 9))
     assert rows.base is not None and np.shares_memory(rows, weight.array) and rows.shape == (6, 512)
     assert weight.read(np.dtype(np.float64), slice(3, 9)).nbytes == 6 * 512 * 8
+
+
+@pytest.mark.parametrize("rows", [64, 4096], ids=["kept", "by rows"])
+def test_numbers_between_two_places_are_copied_row_by_row(rows):
+    """NumPy leaves BLAS for an array that does not lie on a multiple of its item's size."""
+    array = np.random.default_rng(0).standard_normal((rows, 512)).astype(np.float32)
+    shifted = np.frombuffer(b"\0" + array.tobytes(), np.uint8)[1:].view(np.float32).reshape(array.shape)
+    assert not shifted.flags.aligned
+    read = refimpl.checkpoint.weights.Weight(shifted).read(np.dtype(np.float32), slice(3, 9))
+    assert read.flags.aligned and np.array_equal(read, array[3:9])
+    assert rows == 64 or read.base is None, "no more than these rows"
 
 
 def test_reading_ahead_changes_nothing(tmp_path):

@@ -25,7 +25,8 @@ from export.search.bisection import JOURNAL
 from golden.compare import compare
 from golden.tolerance import largest_scores, tolerances
 from refimpl.blocks.quantize import QuantizedWeight
-from refimpl.checkpoint.weights import Weight, map_safetensors
+from refimpl.checkpoint.safetensors_files import map_safetensors
+from refimpl.checkpoint.weights import Weight
 from refimpl.errors import InputError
 from refimpl.names import shape, taps
 from refimpl_kernels import formats
@@ -298,7 +299,8 @@ import resource, sys
 import numpy as np
 from refimpl.config import Config
 from refimpl.model import Model
-from refimpl.checkpoint.weights import NormHead, Weight, Weights, expected_shapes
+from refimpl.checkpoint.weights import NormHead, Weight, Weights
+from refimpl.checkpoint.resolve import expected_shapes
 from export import emit
 
 config = Config(vocab_size=2048, hidden_size=1280, intermediate_size=2048, num_hidden_layers=int(sys.argv[1]),

@@ -1,0 +1,30 @@
+"""What the operating system may be told of a file that is mapped: read on, or forget."""
+
+import mmap
+
+import numpy as np
+
+
+def read_ahead(array: np.ndarray) -> None:
+    """Asks the system to fetch a mapped array from the disk by now, where it can be asked; else nothing happens.
+
+    Pages that are fetched one by one, as they are touched, take several times as long.
+    """
+    _advise(array, getattr(mmap, "MADV_WILLNEED", None))
+
+
+def let_go(array: np.ndarray) -> None:
+    """Tells the system that a mapped array has been read, so that it does not count as this process's memory."""
+    _advise(array, getattr(mmap, "MADV_DONTNEED", None))
+
+
+def _advise(array: np.ndarray, advice: int | None) -> None:
+    base = array
+    while isinstance(base.base, np.ndarray):
+        base = base.base
+    mapped = base.base.obj if isinstance(base.base, memoryview) else base.base
+    if isinstance(mapped, mmap.mmap) and advice is not None and array.flags.c_contiguous and array.nbytes:
+        start = array.ctypes.data - base.ctypes.data
+        first = start // mmap.PAGESIZE * mmap.PAGESIZE
+        if first >= 0 and start + array.nbytes <= len(mapped):
+            mapped.madvise(advice, first, start + array.nbytes - first)

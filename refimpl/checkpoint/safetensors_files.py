@@ -1,0 +1,46 @@
+"""The tensors in a safetensors file, mapped from disk."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+
+from refimpl.errors import InputError
+
+# The names of number formats in a safetensors header.
+DTYPES = {
+    "F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16,
+    "I64": np.int64, "I32": np.int32, "I16": np.int16, "I8": np.int8, "U8": np.uint8, "BOOL": np.bool_,
+}  # fmt: skip
+
+
+def map_safetensors(path: Path) -> dict[str, np.ndarray]:
+    """The tensors of one safetensors file as read-only arrays mapped from disk; opening reads the header alone.
+
+    The safetensors library validates the file (lengths that lie, overlaps, holes, truncation); it would copy the
+    tensors, so their places are then read from the header that it has accepted.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="numpy"):
+            pass
+        with open(path, "rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(length))
+    except (SafetensorError, OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{path} is not a valid safetensors file: {error}; download it again") from None
+    header.pop("__metadata__", None)
+    data = np.memmap(path, np.uint8, "r", offset=0)[8 + length :]
+    tensors = {}
+    for name, entry in header.items():
+        if entry["dtype"] not in DTYPES:
+            raise InputError(f"{name} in {path} has the format {entry['dtype']}, which is not known here")
+        start, stop = entry["data_offsets"]
+        dtype = np.dtype(DTYPES[entry["dtype"]])
+        # `frombuffer` cannot take an empty buffer or a misaligned one; a view of the bytes can be both.
+        tensors[name] = data[start:stop].view(np.ndarray).view(dtype).reshape(entry["shape"])
+    return tensors
