@@ -24,7 +24,7 @@ import numpy as np
 
 from golden.compare import Report, compare
 from golden.tolerance import LARGEST, ROUNDINGS, SAFETY, Tolerance, _variance
-from refimpl.checkpoint.weights import expected_shapes
+from refimpl.checkpoint.resolve import expected_shapes
 from refimpl.config import Config
 from refimpl.names import taps
 from refimpl.trace import Trace
