@@ -505,7 +505,7 @@ def test_what_ai_hub_refuses_is_not_uploaded(export, capsys):
     with LoopbackHub() as hub:
         assert act(hub, "compile", export) == 2
         told = capsys.readouterr().err
-        assert "AI Hub refuses such a graph as token_ar1_cl12_2_of_3 (folder-contents: " in told
+        assert "AI Hub refuses such a graph as token_ar1_cl12_2_of_3 (folder-extra-files: " in told
         assert "--unchecked sends it all the same" in told and told.count("\n") == 1 and not hub.counts
         path.unlink()
         assert act(hub, "compile", export) == 0

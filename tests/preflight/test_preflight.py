@@ -357,14 +357,14 @@ FAULTS = {
         encode(2, lambda entries: entries["q_proj"].update(scale=[float("nan")])),
         encode(2, lambda entries: entries["q_proj"].update(bw="16")),
     ],
-    "folder-contents": [
+    "folder-extra-files": [
         lambda f: [(p / "notes.txt").write_text("x") for p in graphs(f, 2)],
         lambda f: [(p / "inner").mkdir() for p in graphs(f, 2)],
         lambda f: [(p / "more.data").write_bytes(b"x") for p in graphs(f, 2)],
         lambda f: [(p / "more.encodings").write_text("{}") for p in graphs(f, 2)],
         copy_folder,
     ],
-    "external-name": [
+    "external-misplaced": [
         drop_data_name,
         each(2, constant_elsewhere),
         each(2, external("location", "/etc/passwd")),
@@ -372,33 +372,33 @@ FAULTS = {
         each(2, external("location", "")),
         lambda f: [(p / "model.data").unlink() for p in graphs(f, 2)],
     ],
-    "external-range": [
+    "external-out-of-range": [
         lambda f: [os.truncate(p / "model.data", 600) for p in graphs(f, 2)],
         each(2, external("length", "252")),
         each(2, external("offset", "-4")),
         each(2, external("offset", "99999999999999999999")),
     ],
-    "protobuf-size": [inline_hole],
-    "binary-size": [three_gigabytes],
+    "protobuf-too-large": [inline_hole],
+    "binary-too-large": [three_gigabytes],
     "invalid": [
         each(2, lambda model: model.graph.node.append(model.graph.node.pop(3))),
         each(2, lambda model: append(model, "Mul", ["probs", "nobody"], "more", (H, 1, 1, 1))),
         each(2, lambda model: append(model, "Mul", ["probs", "probs"], "mixed", (H, 1, 1, 1))),
     ],
-    "opset": [each(2, opsets(21)), each(2, lambda model: model.opset_import.pop())],
-    "ir-version": [each(2, lambda model: setattr(model, "ir_version", 11))],
-    "domain": [
+    "opset-unproven": [each(2, opsets(21)), each(2, lambda model: model.opset_import.pop())],
+    "ir-version-new": [each(2, lambda model: setattr(model, "ir_version", 11))],
+    "operator-foreign": [
         each(2, lambda model: setattr(node(model, "probs"), "domain", "com.microsoft")),
         each(2, lambda model: model.functions.append(onnx.FunctionProto(name="f"))),
     ],
     "control-flow": [each(2, if_node)],
-    "operator": [each(2, lambda model: append(model, "Det", ["probs"], "det", (1,)))],
+    "operator-unknown": [each(2, lambda model: append(model, "Det", ["probs"], "det", (1,)))],
     "int4-blocks": [each(2, int4)],
-    "static-shapes": [
+    "shapes-dynamic": [
         each(2, lambda model: setattr(info(model, "probs").type.tensor_type.shape.dim[2], "dim_param", "tokens")),
         each(2, lambda model: info(model, "past_key_0_in").type.tensor_type.ClearField("shape")),
     ],
-    "value-info": [
+    "value-info-missing": [
         each(2, lambda model: model.graph.value_info.remove(info(model, "probs"))),
         each(2, lambda model: model.graph.value_info.append(info(model, "past_key_0_out"))),
         each(2, lambda model: info(model, "attention_mask").type.tensor_type.ClearField("elem_type")),
@@ -407,27 +407,29 @@ FAULTS = {
         each(2, lambda model: append(model, "Cast", ["probs"], "choice", (1,), TensorProto.BOOL, to=TensorProto.BOOL)),
         each(2, lambda model: append(model, "Greater", ["probs", "probs"], "choice", (1,), TensorProto.BOOL)),
     ],
-    "dtype": [each(2, lambda model: append(model, "Cast", ["probs"], "wide", (1,), TensorProto.DOUBLE, to=11))],
+    "dtype-unsupported": [
+        each(2, lambda model: append(model, "Cast", ["probs"], "wide", (1,), TensorProto.DOUBLE, to=11)),
+    ],
     "int64-io": [each(1, retype("input_ids", I64))],
     "int64-inside": [
         each(2, lambda model: append(model, "ArgMax", ["probs"], "best", (1,), I64)),
         each(2, lambda model: append(model, "Gather", ["probs", "q_shape"], "picked", (4,))),
     ],
-    "names": [each(2, lambda model: append(model, "Mul", ["probs", "probs"], "q/proj.weight", (1,)))],
-    "graph-name": [
+    "names-clash": [each(2, lambda model: append(model, "Mul", ["probs", "probs"], "q/proj.weight", (1,)))],
+    "graph-misnamed": [
         lambda f: [p.rename(f / f"part-{p.name}") for p in list(f.iterdir())],
         lambda f: graphs(f, 2)[0].rename(f / "prompt_ar4_cl32_2_of_3") and [
             p.rename(f / p.name.replace("cl16", "cl32")) for p in sorted(f.glob("prompt_ar4_cl16*"))],
         each(2, lambda model: setattr(model.graph, "name", "token_ar1_cl64_2_of_3")),
     ],
-    "io-names": [
+    "io-misnamed": [
         rename("attention_mask", "mask"),
         rename("past_key_0_in", "past_key_values_0_key"),
     ],
     "io-extra": [each(2, probe)],
     "alibi": [alibi],
-    "io-order": [each(2, swap_inputs)],
-    "io-shapes": [
+    "io-misordered": [each(2, swap_inputs)],
+    "io-misshapen": [
         each(2, lambda model: info(model, "past_key_0_in").type.tensor_type.shape.dim.reverse()),
         each(2, lambda model: setattr(info(model, "position_ids_cos").type.tensor_type.shape.dim[3], "dim_value", D)),
     ],
@@ -436,26 +438,26 @@ FAULTS = {
         encode(2, lambda entries: entries.pop("attention_mask")),
         encode(3, lambda entries: entries.pop("logits")),
     ],
-    "encodings-weights": [
+    "encodings-weight-missing": [
         lambda f: [write_json(p, {**(c := json.loads((p / "model.encodings").read_text())), "param_encodings": [
             e for e in c["param_encodings"] if e["name"] != "q_proj.weight"]}) for p in graphs(f, 2)],
     ],
     "encodings-gather": [encode(1, lambda entries: entries.update(x=act(16, "/embed/Gather")))],
-    "kv-bits": [
+    "kv-not-8-bit": [
         encode(2, lambda entries: [entries[name].update(offset=[-120]) for name in KEYS]),
         encode(2, lambda entries: [entries[name].update(bw=6, offset=[-32]) for name in KEYS]),
     ],
-    "kv-tie": [encode(2, lambda entries: entries["past_key_0_in"].update(scale=[0.02]))],
+    "kv-untied": [encode(2, lambda entries: entries["past_key_0_in"].update(scale=[0.02]))],
     "matmul-16x16": [encode(2, lambda entries: entries.update(values=act(16, "values")))],
-    "encodings-file": [lambda f: [(p / "model.encodings").unlink() for p in graphs(f, 2)]],
-    "chain": [
+    "encodings-file-missing": [lambda f: [(p / "model.encodings").unlink() for p in graphs(f, 2)]],
+    "chain-broken": [
         lambda f: [shutil.rmtree(p) for p in graphs(f, 3)],
         lambda f: [shutil.rmtree(p) for p in graphs(f, 1)],
         lambda f: [spoil_name(p) for p in graphs(f, 3)],
     ],
-    "encodings-boundary": [encode(3, lambda entries: entries["layers.0/Add"].update(scale=[0.011]))],
-    "encodings-graphs": [encode(2, lambda entries: entries["attention_mask"].update(scale=[0.011]), both=False)],
-    "shared-weights": [weight_sharing],
+    "encodings-boundary-differs": [encode(3, lambda entries: entries["layers.0/Add"].update(scale=[0.011]))],
+    "encodings-graphs-differ": [encode(2, lambda entries: entries["attention_mask"].update(scale=[0.011]), both=False)],
+    "weights-not-shared": [weight_sharing],
 }  # fmt: skip
 KEYS = ("past_key_0_in", "past_key_0_out", "k_proj")
 
@@ -490,13 +492,13 @@ def test_a_fault_is_found_and_no_other(rule, number, folder):
 def test_every_rule_has_a_fault_and_says_what_it_is():
     assert set(FAULTS) == {rule.id for rule in RULES} and len(RULES) == len(FAULTS)
     for rule in RULES:
-        assert rule.means and rule.source and rule.remedy
+        assert rule.means and rule.wrong and rule.source and rule.remedy
 
 
 def test_what_is_wrong_in_both_graphs_is_said_once(folder):
     each(2, opsets(21))(folder)
     assert str(check(folder)) == (
-        "warning opset: the opset is 21; proven are 17 and 18\n"
+        "warning opset-unproven: the opset is 21; proven are 17 and 18\n"
         "    in prompt_ar4_cl16_2_of_3, token_ar1_cl16_2_of_3\n"
         "    do: export with opset 17\n"
         "2 warnings found in 6 graphs"
@@ -504,7 +506,7 @@ def test_what_is_wrong_in_both_graphs_is_said_once(folder):
 
 
 def test_one_wrong_shape_is_not_the_others_fault(folder):
-    FAULTS["io-shapes"][0](folder)
+    FAULTS["io-misshapen"][0](folder)
     assert {finding.tensors for finding in check(folder).findings} == {("past_key_0_in",)}
 
 
@@ -512,16 +514,16 @@ def test_sizes_name_their_limit(folder):
     three_gigabytes(folder)
     inline_hole(folder)
     whys = {finding.rule: finding.why for finding in check(folder).findings}
-    assert whys["binary-size"] == (
+    assert whys["binary-too-large"] == (
         "its weights have 3.22 GB as its encodings pack them (3.22 GB as they are); "
         "the NPU's limit is 1 to 2 GB a binary"
     )
-    assert whys["protobuf-size"] == "model.onnx has 2.15 GB; protobuf's limit is 2 GiB (2.15 GB)"
+    assert whys["protobuf-too-large"] == "model.onnx has 2.15 GB; protobuf's limit is 2 GiB (2.15 GB)"
     for path in graphs(folder, 2):  # with an int4 encoding the same weight is an eighth of that
         content = json.loads((path / "model.encodings").read_text())
         content["param_encodings"].append({**content["param_encodings"][0], "name": "table"})
         write_json(path, content)
-    assert "binary-size" not in {finding.rule for finding in check(folder).findings}
+    assert "binary-too-large" not in {finding.rule for finding in check(folder).findings}
 
 
 # The same encodings in the other versions.
@@ -717,7 +719,7 @@ def test_pipes_and_links_are_findings_and_not_waited_for(folder):
     os.rename(path / "model.data", folder.parent / "elsewhere.data")
     (path / "model.data").symlink_to(folder.parent / "elsewhere.data")
     rules = {finding.rule for finding in check(path).findings}
-    assert rules == {"folder-contents"}
+    assert rules == {"folder-extra-files"}
 
 
 def test_names_do_not_reach_the_terminal_as_they_are(folder):
@@ -782,10 +784,11 @@ def everything_read(model):
 
 
 @pytest.mark.parametrize(
-    "fault", ["control-flow", "static-shapes", "external-name", "opset", "int4-blocks", "value-info"]
+    "fault",
+    ["control-flow", "shapes-dynamic", "external-misplaced", "opset-unproven", "int4-blocks", "value-info-missing"],
 )
 def test_reader_says_what_onnx_says(fault, folder):
-    FAULTS[fault][1 if fault == "external-name" else 0](folder)
+    FAULTS[fault][1 if fault == "external-misplaced" else 0](folder)
     for path in folder.glob("*/model.onnx"):
         assert everything_read(read_onnx(path)) == everything(onnx.load(path, load_external_data=False))
 
@@ -800,7 +803,11 @@ def test_our_own_exports_for_ai_hub_have_no_findings(family, tiny_model, tmp_pat
 
 def test_our_other_profiles_have_the_findings_that_they_should(tiny_model, tmp_path):
     small = tiny_model("Baichuan2-7B").quantize("int4", block_size=32)
-    expected = {"plain": {"opset"}, "qdq": {"opset", "int4-blocks"}, "matmulnbits": {"opset", "domain"}}
+    expected = {
+        "plain": {"opset-unproven"},
+        "qdq": {"opset-unproven", "int4-blocks"},
+        "matmulnbits": {"opset-unproven", "operator-foreign"},
+    }
     for profile, rules in expected.items():
         emit(small if profile != "plain" else tiny_model("Baichuan2-7B"), 4, 16, 2, profile).save(tmp_path / profile)
         assert {finding.rule for finding in check(tmp_path / profile).findings} == rules, profile
@@ -840,6 +847,6 @@ def test_command(folder, capsys):
     each(2, opsets(21))(folder)
     assert main(["export", "--check", str(folder), "--json"]) == 1
     found = json.loads(capsys.readouterr().out)
-    assert found["graphs"] == 6 and [one["rule"] for one in found["findings"]] == ["opset"] * 2
+    assert found["graphs"] == 6 and [one["rule"] for one in found["findings"]] == ["opset-unproven"] * 2
     assert main(["export", "--check", str(folder / "nowhere")]) == 2
     assert capsys.readouterr().err.count("\n") == 1

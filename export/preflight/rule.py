@@ -1,0 +1,44 @@
+"""What a rule is: one thing that AI Hub, the NPU or Genie is known to refuse, and the function that finds it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One thing that is known, by a name that says what is wrong.
+
+    `breaches` gets one graph (in of_all.py all of them) and yields each breach: the name of a tensor, or "", and why.
+    For all graphs, the graph comes before these. `wrong` is an example.
+    """
+
+    id: str
+    severity: str
+    means: str
+    wrong: str
+    source: str
+    remedy: str
+    breaches: Callable[[Any], Iterator[Any]]
+
+
+def rule(id: str, severity: str, *, wrong: str, source: str, remedy: str) -> Callable[[Callable], Rule]:
+    """Makes a rule of a function, whose docstring is what the rule means. `severity`: "error" or "warning"."""
+
+    def made(breaches: Callable[[Any], Iterator[Any]]) -> Rule:
+        return Rule(id, severity, " ".join((breaches.__doc__ or "").split()), wrong, source, remedy, breaches)
+
+    return made
+
+
+def rules_of(*families: ModuleType) -> tuple[Rule, ...]:
+    """The rules of these modules, in the order in which they are written."""
+    return tuple(one for family in families for one in vars(family).values() if isinstance(one, Rule))
+
+
+def readable(name: str) -> str:
+    """A name that a terminal may show."""
+    return (name if name.isprintable() else ascii(name))[:200]
