@@ -14,7 +14,7 @@ from conftest import write_checkpoint
 import refimpl
 from export import emit
 from export.files.encodings import as_json
-from export.folder.goldens import goldens
+from export.folder.goldens import Goldens
 from export.graphs.grids import graph_encodings
 from export.graphs.runs import simulate_graph
 from golden.cost.predict import decibel, outcome_table, predict, what_if
@@ -344,7 +344,7 @@ def graph_of(model, encodings, number: int, tmp_path):
 
     parts = emit(model, tokens=(8, 1), context=32, parts=2, prompt=IDS[:6], forms=["unpack"])
     parts.save(tmp_path / "parts")
-    specs = [(spec, case["input"]) for spec, case in goldens(model, parts.plan, parts.prompt)]
+    specs = [(spec, case["input"]) for spec, case in Goldens(model, parts.plan, parts.prompt)]
     spec, inputs = specs[number]
     proto = onnx.load(tmp_path / "parts" / spec.name / "model.onnx")
     return proto, spec, inputs, graph_encodings(encodings, spec, parts.graphs[spec.name])
