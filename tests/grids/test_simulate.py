@@ -19,6 +19,7 @@ from export.graphs.grids import graph_encodings
 from export.graphs.runs import simulate_graph
 from golden.cost.predict import decibel, outcome_table, predict, what_if
 from golden.cost.quality import quality
+from golden.cost.reading import Reading
 from refimpl import InputError, names
 from refimpl.checkpoint.weights import Weight
 from refimpl.grids.calibrate import calibrate
@@ -461,7 +462,7 @@ def test_onnxruntime_computes_the_same_codes(name, number, encoded, tmp_path):
         (lambda m, e: m.simulate(e).with_backend("numba"), "is computed by 'numpy'"),
         (lambda m, e: e.raised("*.nothing", 8, m.weights), "no encoding is called"),
         (lambda m, e: e.raised("*", 32, m.weights), "bits is 32, expected 2 to 16"),
-        (lambda m, e: predict(m, e, IDS, window=-1), "window is -1"),
+        (lambda m, e: predict(m, e, IDS, Reading(-1)), "window is -1"),
         (lambda m, e: Recipe(lpbq=True), "give a block_size"),
         (lambda m, e: Recipe(kv_bits=40), "kv_bits is 40"),
         (lambda m, e: calibrate(m, TEXT, Recipe(block_size=48)), "row length 64 is not a multiple of block_size 48"),
