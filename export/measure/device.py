@@ -33,9 +33,7 @@ from export.files.entries import Entry, by_graph
 from export.folder.manifest import read_manifest
 from export.graphs.naming import sanitised
 from export.graphs.plan import GraphSpec, Plan, Value, Way, unpadded
-from refimpl.config import Config
 from refimpl.errors import InputError, at_most
-from refimpl.grids.encodings import EMBED, Encodings, grid_of
 from refimpl.names import taps
 from refimpl.trace import Trace
 from refimpl_kernels.affine import Encoding, dequantize
@@ -184,18 +182,6 @@ def _matched(spec: GraphSpec, entries: list[Entry]) -> dict[str, tuple[Entry, Va
             raise InputError(f"{entry.source} and {matched[name][0].source} are both {name} of {spec.name}")
         matched[name] = entry, known[name]
     return matched
-
-
-def grids_of(encodings: Encodings, config: Config) -> dict[str, Any]:
-    """Tap -> the grid that its values stand on; the embedding's are those of its table.
-
-    What has none, and only moves on to be a value, is on that one's from the start.
-    """
-    grids = {name: grid_of(encodings, config, name) for name in taps(config)}
-    for name in [name for name in grids if name.endswith("v_proj")]:
-        grids[name] = grids[name] or grids[name.replace("v_proj", "value")]
-    grids["model.embed_tokens"] = encodings.parameters.get(EMBED)
-    return {name: grid for name, grid in grids.items() if grid is not None}
 
 
 def _fitted(entry: Entry, value: Value, spec: GraphSpec, grid: Any, strict: bool = True) -> tuple[np.ndarray, str]:

@@ -23,7 +23,7 @@ from typing import Any, get_args
 import numpy as np
 
 from export.graphs.plan import Way
-from export.measure.references import TEXTS
+from export.measure.kinds import KINDS, Kind
 from golden.compare import Difference, compare, finite
 from golden.cost.quality import log_softmax
 from golden.tolerance import Tolerance
@@ -63,7 +63,7 @@ class Thresholds:
             return math.inf
         if found := self._given(figures):
             return max(found)
-        return figures.rows if figures.kind == "float" else max(figures.rows / ROWS, figures.typical / TYPICAL)
+        return figures.rows if not figures.kind.coded else max(figures.rows / ROWS, figures.typical / TYPICAL)
 
     def judge(self, figures: Figures) -> bool:
         """Whether any number here says something of a tensor, rather than the rule."""
@@ -102,7 +102,7 @@ class Figures:
     graph: str
     way: str
     tap: str
-    kind: str
+    kind: Kind
     problem: str = ""
     output: str = ""
     shape: tuple[int, ...] = ()
@@ -158,6 +158,7 @@ class Figures:
     def to_json(self) -> dict[str, Any]:
         """As JSON has it, without what is not there or is infinite, and short."""
         facts = {key: LOWEST_SQNR if value == -math.inf else value for key, value in asdict(self).items()}
+        facts["kind"] = self.kind.name
         stated = {key: value for key, value in finite(facts).items() if value not in (None, [], "")}
         return {key: [_short(x) for x in v] if isinstance(v, list) else _short(v) for key, v in stated.items()}
 
@@ -173,10 +174,10 @@ class Figures:
             raise InputError("a tensor of the run has other keys than expected")
         values: dict[str, Any] = {}
         for key, value in stored.items():
-            kind, many = str(known[key].type), isinstance(value, list)
+            kind, many = str(known[key].type).replace("Kind", "str"), isinstance(value, list)
             numbers = [math.inf if many and x is None and "float" in kind else x for x in (value if many else [value])]
             allowed = {
-                "way": get_args(Way), "kind": TEXTS, "born": ("", "here", "inherited")
+                "way": get_args(Way), "kind": KINDS, "born": ("", "here", "inherited")
             }.get(key, numbers)  # fmt: skip
             sound = all(_is(x, kind) and x in allowed and not (key in SIZES and x < 0) for x in numbers)
             if many != kind.startswith("tuple") or not sound:
@@ -187,7 +188,7 @@ class Figures:
                 raise InputError(f"a tensor of the run has some of {', '.join(keys)}, expected all or none")
         if len(values.get("histogram", ())) not in (0, BINS):
             raise InputError(f"the histogram of a tensor has {len(values['histogram'])} numbers, expected {BINS}")
-        return cls(**values)
+        return cls(**values | {"kind": KINDS[values["kind"]]})
 
 
 def _is(x: Any, kind: str) -> bool:
@@ -232,14 +233,14 @@ def measure(
             tokens, heads = _along(odd, tap, "T", np.max), _along(odd, tap, "HK", np.max)
         return replace(figures, problem=own.problem, shape=device.shape, index=own.index, value=own.value,
                        reference=own.reference, tokens=tokens, heads=heads)  # fmt: skip
-    if figures.kind != "float" and grid is not None and (lost := unused_bits(device, reference, grid)):
+    if figures.kind.coded and grid is not None and (lost := unused_bits(device, reference, grid)):
         return replace(figures, problem=lost, shape=device.shape)
     a, b, c = (x.astype(np.float64) for x in (device, reference, oracle))
     cost, total = _difference(reference, oracle, limit), _difference(device, oracle, limit)
     step = float(grid.scale) if grid is not None else None
     error, largest = np.abs(a - b), np.abs(b).max(-1)
     scale = np.where(largest > 2.0**-24 * largest.max(), largest, largest.max())
-    if figures.kind == "float":
+    if not figures.kind.coded:
         ratio, typical = _over(error.max(-1), limit.relative * scale), 0.0
         worst, excess = own.excess, ratio
         reason = limit.reason
@@ -255,7 +256,7 @@ def measure(
         np.floor(np.log2(np.maximum(np.nan_to_num(excess, nan=0.0), 1e-30))) + BINS // 2, 0, BINS - 1
     ).astype(int)
     np.add.at(over, bins.reshape(-1), 1)
-    lsb = np.rint(error / step) if step and figures.kind != "float" else None
+    lsb = np.rint(error / step) if step and figures.kind.coded else None
     return replace(
         figures, shape=device.shape, rows=worst, typical=typical, reason=reason,
         tokens=_along(excess[..., None], tap, "T", np.max), heads=_along(excess[..., None], tap, "HK", np.max),

@@ -1,17 +1,12 @@
 """What a device's tensors are held against: the float oracle, and what quantization makes of it.
 
-There are several right answers, since devices compute in several ways, and a verdict needs the one that this device
-had in mind:
+A device may be right in several ways (`kinds.py`), and a verdict needs the one that this device computes in.
 
-    float           as the golden outputs have it
-    ends            float inside, each graph's inputs and outputs on their grids: `--quantize_io` around a float graph
-    simulation      everything on its grid (`refimpl.grids.simulate`), halves rounded away from zero, as AIMET does
-    even            the same with halves rounded to even, as ONNX does
+- simulation - float is what quantization costs;
+- device - simulation is what the compiler or the device did;
+- simulation - weights is what the rounding of activations adds, and so how far two right devices may be apart.
 
-simulation - float is what quantization costs, device - simulation is what the compiler or the device did. How much of
-the latter is nobody's fault follows from how much the rounding of activations adds: simulation - `weights`, where
-`weights` has its weights on their grids and nothing else. (That four-bit weights are far from the original is the same
-for the device and for the simulation, and excuses nothing.)
+Rounding the weights moves the device and the simulation alike, so it excuses nothing.
 """
 
 from __future__ import annotations
@@ -22,7 +17,7 @@ from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import SimpleNamespace
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import numpy as np
 
@@ -32,7 +27,7 @@ from export.folder.manifest import quantization, read_manifest, read_scores
 from export.folder.verify import run_graph
 from export.graphs.plan import Arrays, GraphSpec
 from export.graphs.runs import simulate_graph
-from export.measure.device import grids_of
+from export.measure.kinds import ENDS, EVEN, FLOAT, SIMULATION, WEIGHTS, Kind
 from export.measure.places import Dataflow
 from export.run.engines import Engine
 from golden.compare import compare
@@ -40,20 +35,13 @@ from refimpl.checkpoint.resolve import expected_shapes
 from refimpl.config import Config
 from refimpl.errors import InputError
 from refimpl.files import read_json
-from refimpl.grids.encodings import Encodings
+from refimpl.grids.encodings import EMBED, Encodings, grid_of
 from refimpl.grids.simulate import on_grid
 from refimpl.model import Model, SimulatedModel
+from refimpl.names import taps
 from refimpl.trace import Tap, feeding, silent
 from refimpl_kernels.affine import Encoding
 from refimpl_kernels.ops import NumPyOps
-
-Kind = Literal["float", "ends", "simulation", "even", "weights"]
-TEXTS = {
-    "float": "the float oracle",
-    "ends": "float between quantized inputs and outputs",
-    "simulation": "the quantized simulation",
-    "even": "the quantized simulation, halves rounded to even",
-}
 
 
 def shapes_of(folder: Path, config: Config | None = None) -> Model:
@@ -76,6 +64,18 @@ def as_exported(model: Model, folder: Path, config: Config) -> Model:
     if not isinstance(blocks, dict):
         raise InputError(f"{folder / 'manifest.json'} is damaged: its quantization is no object; export again")
     return model.quantize({name.removesuffix(".weight"): scheme for name, scheme in blocks.items()})
+
+
+def grids_of(encodings: Encodings, config: Config) -> dict[str, Any]:
+    """Tap -> the grid that its values stand on; an embedding's values stand on the grid of its table.
+
+    A tensor without a grid that only moves on to be a value has the value's grid from the start.
+    """
+    grids = {name: grid_of(encodings, config, name) for name in taps(config)}
+    for name in [name for name in grids if name.endswith("v_proj")]:
+        grids[name] = grids[name] or grids[name.replace("v_proj", "value")]
+    grids["model.embed_tokens"] = encodings.parameters.get(EMBED)
+    return {name: grid for name, grid in grids.items() if grid is not None}
 
 
 @dataclass(frozen=True, eq=False)
@@ -138,10 +138,10 @@ class References:
     def kinds(self) -> list[Kind]:
         """What a device may be held against, likeliest first."""
         if not self.encodings:
-            return ["float"]
+            return [FLOAT]
         if self.model is None:
-            return ["simulation", "float", "ends"] if self.simulated else ["float", "ends"]
-        return ["simulation", "float", "ends", "even"]
+            return [SIMULATION, FLOAT, ENDS] if self.simulated else [FLOAT, ENDS]
+        return [SIMULATION, FLOAT, ENDS, EVEN]
 
     def inputs(self, spec: GraphSpec) -> Arrays:
         """Golden inputs."""
@@ -178,16 +178,16 @@ class References:
                 seen[name] = x
             return feeding(feed)(name, x) if feed else x
 
-        if kind in ("simulation", "even", "weights"):
+        if kind.on_grids:
             outputs = simulate_graph(self._simulated(kind), spec, inputs, tap)
         else:
-            if kind == "ends":
+            if kind == ENDS:
                 inputs = {v.name: self._on_grid(v.tap or v.source or v.name, inputs[v.name]) for v in spec.inputs}
             outputs = self._computed(spec, inputs, tap, wanted)
         for name in record & shown.keys():  # what was computed, and not what it was replaced by
             axes = shown[name].tap_axes
             outputs[shown[name].name] = seen.pop(name).transpose(np.argsort(axes)) if axes else seen.pop(name)
-        if kind == "ends":
+        if kind == ENDS:
             outputs |= {v.name: self._on_grid(v.tap or v.name, outputs[v.name]) for v in spec.outputs}
         return {name: np.ascontiguousarray(x, np.float32) for name, x in {**outputs, **seen}.items()}
 
@@ -226,7 +226,7 @@ class References:
 
     def parameters(self, kind: Kind) -> Mapping[str, Any]:
         """The model's parameters as a kind of device has them."""
-        model = self._simulated(kind) if kind in ("simulation", "even", "weights") else self.model
+        model = self._simulated(kind) if kind.on_grids else self.model
         return model.weights if model is not None else {}
 
     def _simulated(self, kind: Kind) -> SimulatedModel:
@@ -234,18 +234,18 @@ class References:
             raise InputError("a simulation needs the model and its encodings; give both")
         if kind not in self._models:
             only_weights = Encodings({}, self.encodings.parameters)
-            encodings = only_weights if kind == "weights" else self.encodings
-            self._models[kind] = SimulatedModel(self.model, encodings, "even" if kind == "even" else "away")
+            encodings = only_weights if kind == WEIGHTS else self.encodings
+            self._models[kind] = SimulatedModel(self.model, encodings, kind.rounding or "away")
         return self._models[kind]
 
     @cached_property
-    def _models(self) -> dict[str, SimulatedModel]:
+    def _models(self) -> dict[Kind, SimulatedModel]:
         return {}
 
     def expect_same_model(self) -> None:
         """Raises InputError if the model does not compute the goldens, on the smallest of its graphs with a layer."""
         spec = min(self.specs.values(), key=lambda spec: (not spec.part.layers, spec.tokens, len(spec.part.layers)))
-        found = compare(as_trace(spec, self.run("float", spec, self.inputs(spec))), as_trace(spec, self.golden(spec)),
+        found = compare(as_trace(spec, self.run(FLOAT, spec, self.inputs(spec))), as_trace(spec, self.golden(spec)),
                         self.limits)  # fmt: skip
         if not found:
             raise InputError(f"{self.model} does not compute the goldens of {self.folder}; give the model it is of, "

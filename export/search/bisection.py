@@ -28,18 +28,20 @@ import numpy as np
 from tqdm import tqdm
 
 import refimpl
-from export.causes.evidence import CAUSES, Evidence, by_elimination, likely_causes
+from export.causes.evidence import Evidence
+from export.causes.likely import explained
 from export.folder.manifest import read_manifest
 from export.graphs.plan import Arrays
 from export.hub.jobs import arrays_digest, digest
 from export.measure.device import Answer
 from export.measure.figures import Figures, Thresholds, measure
+from export.measure.kinds import ENDS, FLOAT, KINDS, Kind
 from export.measure.places import Dataflow, Known, Place
-from export.measure.references import TEXTS, Kind, References
+from export.measure.references import References
 from export.run.engines import Engine
 from export.run.executor import Executor, ends
 from export.run.ledger import Ledger, lock
-from export.verdict.trial import HALVES, SIMULATED, Trial, misfit, shown_dtype
+from export.verdict.trial import HALVES, Trial, misfit, shown_dtype
 from export.verdict.verdict import DERIVED
 from golden.compare import finite
 from refimpl.errors import InputError, at_most
@@ -121,7 +123,7 @@ class Finding:
     """
 
     graph: str
-    kind: str
+    kind: Kind
     runs: tuple[Run, ...]
     healthy: tuple[str, ...] = ()
     guilty: str | None = None
@@ -198,13 +200,13 @@ class Finding:
                 parts.append(f"{what}{'s' if len(bad) > 1 else ''} {at_most(bad, 6)} of {len(numbers)}")
         place = f", {', '.join(parts)}" if parts else ""
         at = f"{one.value:.5g} at {one.index}, expected {one.reference:.5g}".replace(",)", ")")
-        return (f"It has {one.sqnr:.1f} dB to {TEXTS[one.kind]}, {self.excess:.2g} times what is allowed{place}; "
+        return (f"It has {one.sqnr:.1f} dB to {one.kind.text}, {self.excess:.2g} times what is allowed{place}; "
                 f"worst {at}.")  # fmt: skip
 
     def to_json(self) -> str:
         """Everything as JSON."""
         return json.dumps(finite({
-            "agrees": bool(self), "summary": self.summary, "graph": self.graph, "reference": self.kind,
+            "agrees": bool(self), "summary": self.summary, "graph": self.graph, "reference": self.kind.name,
             "guilty": self.guilty, "tap": self.tap or None, "layer": self.figures and self.figures.layer,
             "pieces": self.pieces, "nodes": [{"op": op, "name": name} for op, name in self.nodes],
             "given": {name: one.to_json() for name, one in self.given.items()},
@@ -250,7 +252,7 @@ class Judge:
 
     def expect_goldens(self) -> None:
         """Raises InputError if the graph itself, the reference where there is no model, does not give its goldens."""
-        spec, given = self.spec, self.references.run("float", self.spec, self.inputs)
+        spec, given = self.spec, self.references.run(FLOAT, self.spec, self.inputs)
         trial = Trial(self.references, [Answer(spec, "isolated", given, {value.name: value for value in spec.outputs})])
         wrong: list[str] = []
         for kind in self.references.kinds:
@@ -279,7 +281,7 @@ class Judge:
     def figures(self, kind: Kind, places: Sequence[Place], given: Mapping[str, np.ndarray]) -> dict[str, Figures]:
         """How far a run's places are from what a kind of device should give."""
         inside = [one for one in places if not one.is_output]
-        if kind in SIMULATED and self.references.model is None and inside:
+        if kind.on_grids and self.references.model is None and inside:
             raise InputError("what a quantized device computes inside of a graph takes the model; give it with --model")
         found, noise = {}, self.noise(kind)
         for one in places:
@@ -287,7 +289,7 @@ class Judge:
             if array is None:
                 found[one.name] = Figures(self.spec.name, "isolated", one.tap, kind, problem="missing")
                 continue
-            right, oracle = self.right(kind, one, places), self.right("float", one, places)
+            right, oracle = self.right(kind, one, places), self.right(FLOAT, one, places)
             base = self.right(noise, one, places) if noise else None
             found[one.name] = self._measured(kind, one, one.unpadded(array, self.spec), right, oracle, base)
         return found
@@ -299,7 +301,7 @@ class Judge:
             everything = list(self.flow.places.values())
             size = sum(4 * math.prod(each.value.shape) for each in everything)
             # a stored simulation has no more than the outputs
-            stored = kind == "simulation" and self.references.model is None
+            stored = kind.on_grids and self.references.model is None
             wanted = self.outputs if stored else everything if size <= KEPT else [*self.outputs, *beside]
             known.clear()
             known.update(self._computed(kind, wanted, stored))
@@ -343,7 +345,7 @@ class Judge:
 
     def noise(self, kind: Kind) -> Kind | None:
         """What tells how much rounding adds; see `export.verdict.trial.Trial`."""
-        return Trial(self.references, []).noise(kind) if kind != "ends" else None
+        return Trial(self.references, []).noise(kind) if kind != ENDS else None
 
     def _measured(
         self, kind: Kind, one: Place, device: np.ndarray, right: np.ndarray, oracle: np.ndarray,
@@ -364,9 +366,8 @@ class Judge:
         if not one.is_output and one.tap in shown:
             value = shown[one.tap]
             array = array.transpose(np.argsort(value.tap_axes)) if value.tap_axes else array
-        answer = Answer(self.spec, "isolated", {value.name: array.astype(np.float32)}, {value.name: value})
-        evidence = Evidence(self.references, kind, answer, value, self.inputs, suspects)
-        cause = likely_causes(evidence, CAUSES) or by_elimination(evidence)
+        raw = array.astype(np.float32)
+        cause = explained(Evidence(self.references, kind, self.spec, value, self.inputs, suspects, raw))
         return str(cause) if cause else None
 
 
@@ -383,7 +384,7 @@ class Bisection:
     ledger: Ledger | None = None
     runs: list[Run] = field(default_factory=list)
     given: dict[str, Arrays] = field(default_factory=dict)  # place that is wrong -> the run that showed it
-    _kind: Kind = "float"  # what the device computes like, by the first run
+    _kind: Kind = FLOAT  # what the device computes like, by the first run
 
     @property
     def flow(self) -> Dataflow:
@@ -457,11 +458,11 @@ class Bisection:
         with self._graph(showed) as graph:
             key = self._key(graph) if self.ledger and outputs is None else ""
             if self.ledger and (kept := self.ledger.get(key)):
-                sound = kept.get("reference") in TEXTS and kept.get("dtype") in ("float32", "float16")
+                sound = kept.get("reference") in KINDS and kept.get("dtype") in ("float32", "float16")
                 if not sound or not isinstance(kept.get("figures"), dict):
                     raise InputError(f"{self.ledger.path} is damaged; move it away and begin anew")
                 if not showed:
-                    self._kind, self.judge = kept["reference"], replace(self.judge, dtype=kept["dtype"])
+                    self._kind, self.judge = KINDS[kept["reference"]], replace(self.judge, dtype=kept["dtype"])
                 figures = {name: Figures.from_json(one) for name, one in kept["figures"].items()}
                 return Run(showed, until, figures, self.wrong(figures))
             given = self._execute(graph) if outputs is None else outputs
@@ -476,7 +477,7 @@ class Bisection:
         if self.ledger and key:
             content = {name: one.to_json() for name, one in figures.items()}
             self.ledger.write(key, kind="run", label=self.label, graph=graph.name, showed=list(showed), until=until,
-                              reference=self._kind, dtype=self.judge.dtype, figures=content)  # fmt: skip
+                              reference=self._kind.name, dtype=self.judge.dtype, figures=content)  # fmt: skip
         return Run(showed, until, figures, wrong)
 
     def _graph(self, showed: tuple[str, ...]) -> AbstractContextManager[Path]:
@@ -585,7 +586,7 @@ def bisect(
     _sweep(folder)
     known = _known(references, outputs, graph)
     healthy: list[str] = []
-    kind, remarks = "float", tuple[str, ...]()
+    kind, remarks = FLOAT, tuple[str, ...]()
     with Ledger(folder, JOURNAL) if label is not None else nullcontext() as ledger:
         for name, spec in specs.items():
             if (graph is not None and name != graph) or (known and name not in known):

@@ -17,7 +17,6 @@ from typing import Any
 from xml.etree import ElementTree
 
 from export.measure.figures import BINS, Figures
-from export.measure.references import TEXTS
 from export.verdict.verdict import Verdict
 
 LEVELS = "0123456789abcdefghijklmnopqrstuvwxyz"  # an excess x is LEVELS[2 * log2(x) + 18]: 1 is "i", 2 is "k"
@@ -260,7 +259,7 @@ def _provenance(verdict: Verdict) -> str:
     given = {"min_sqnr": limits.min_sqnr, "max_lsb": limits.max_lsb, "max_over": limits.max_over}
     rule = ", ".join(f"{key} {value}" for key, value in given.items() if value is not None)
     reasons = list(dict.fromkeys(t.reason for t in verdict.tensors if t.reason))
-    rows = {**verdict.about, "held against": TEXTS[verdict.kind], "allowed": rule or "; ".join(reasons[:3])}
+    rows = {**verdict.about, "held against": verdict.kind.text, "allowed": rule or "; ".join(reasons[:3])}
     cells = "".join(f"<tr><th>{escape(str(k))}<td>{escape(str(v))}" for k, v in rows.items() if v is not None)
     return f"<table class=about>{cells}</table>"
 

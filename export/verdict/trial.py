@@ -19,13 +19,15 @@ import numpy as np
 from tqdm import tqdm
 
 import refimpl
-from export.causes.evidence import CAUSES, Cause, Evidence, by_elimination, likely_causes
+from export.causes.evidence import Cause, Evidence
+from export.causes.likely import explained
 from export.folder.manifest import read_manifest
 from export.folder.verify import run_graphs
 from export.graphs.plan import Arrays, GraphSpec, Value, Way, carry, unpadded
 from export.measure.device import Answer, fit_answers
 from export.measure.figures import Figures, Thresholds, measure
-from export.measure.references import TEXTS, Kind, References
+from export.measure.kinds import ENDS, FLOAT, WEIGHTS, Kind
+from export.measure.references import References
 from export.verdict.verdict import DERIVED, Verdict
 from golden.tolerance import Tolerance, tolerances
 from refimpl.errors import InputError, at_most
@@ -33,7 +35,6 @@ from refimpl.grids.encodings import Encodings
 from refimpl.model import Model
 from refimpl.names import taps
 
-SIMULATED = ("simulation", "even")
 HALVES = (
     "most outputs of the device are float16 numbers, which the oracle's are not, so it is judged as one that computes "
     "in float16; dtype float32 would not allow that"
@@ -84,7 +85,7 @@ def judge(
     remarks += [f"not judged, without outputs: {at_most(absent, 6)}"] if absent else []
     about = {
         "refimpl": refimpl.__version__, "numpy": np.__version__, "export": str(folder), "outputs": _said(outputs),
-        "model": model.config.family if model else None, "reference": TEXTS[kind],
+        "model": model.config.family if model else None, "reference": kind.text,
         "encodings": len(encodings) if encodings else None, "dtype": floats,
         "prompt": f"{references.plan.prompt} tokens",
     }  # fmt: skip
@@ -159,7 +160,7 @@ class Trial:
     def _references(self, kind: Kind) -> Iterator[tuple[Answer, Arrays, Arrays | None]]:
         """Each answer with what it should be, and with what that is without the rounding of activations."""
         noise = self.noise(kind)
-        after_prompt: dict[str, Arrays] = {}
+        after_prompt: dict[Kind, Arrays] = {}
         chained = any(answer.way == "chained" for answer in self.answers)
         for run in self.references.plan.runs:
             flows = {name: Arrays(flow) for name, flow in after_prompt.items()}
@@ -170,17 +171,17 @@ class Trial:
                     wanted = probed(one)
                     reference = self._run(kind, spec, inputs, "isolated", wanted)
                     # float outputs from golden inputs are the golden: without rounding at the ends there is no noise
-                    base = self._run(noise, spec, inputs, "isolated", wanted) if noise and kind != "ends" else None
+                    base = self._run(noise, spec, inputs, "isolated", wanted) if noise and kind != ENDS else None
                     yield one, reference, base
                 if chained:
-                    made: dict[str, Arrays] = {}
+                    made: dict[Kind, Arrays] = {}
                     for name in (kind, noise) if noise else (kind,):
                         flow = flows.setdefault(name, Arrays())
                         linked = inputs | {v.name: carry(spec, v, flow) for v in spec.inputs if v.source}
                         made[name] = self._run(name, spec, linked, "chained", probed(many) if many else ())
                         flow |= {value.name: made[name][value.name] for value in spec.outputs}
                     if many is not None:
-                        yield many, made[kind], made.get(str(noise))
+                        yield many, made[kind], made[noise] if noise else None
             after_prompt = after_prompt or flows
 
     def noise(self, kind: Kind) -> Kind | None:
@@ -188,22 +189,20 @@ class Trial:
 
         Without the model nobody knows that of a simulation; then all that quantization costs is taken for noise.
         """
-        if kind in SIMULATED:
-            return "weights" if self.references.model is not None else "float"
-        return "float" if kind == "ends" else None
+        return kind.noise(self.references.model is not None)
 
     def _run(self, kind: Kind, spec: GraphSpec, inputs: Mapping[str, np.ndarray], way: str, wanted: Any) -> Arrays:
         """A reference's outputs. The float oracle's are stored, and linking its graphs changes nothing in them."""
-        if kind == "float" and not wanted:
+        if kind == FLOAT and not wanted:
             return self.references.golden(spec)
-        if kind == "simulation" and self.references.model is None:
+        if kind.on_grids and self.references.model is None:
             return self.references.stored(spec, way)
         return self.references.run(kind, spec, inputs, wanted=wanted)
 
     def _figures(self, kind: Kind, answer: Answer, reference: Arrays, rounding: Arrays | None) -> Iterator[Figures]:
         spec, golden = answer.spec, self.references.golden(answer.spec)
         if any(name not in golden for name in answer.values):
-            golden = golden | self.references.run("float", spec, self.references.inputs(spec), wanted=probed(answer))
+            golden = golden | self.references.run(FLOAT, spec, self.references.inputs(spec), wanted=probed(answer))
         for tap, value in in_order(answer):
             name = value.name
             about = Figures(spec.name, answer.way, tap, kind, output=name, position=spec.past)
@@ -244,7 +243,7 @@ class Trial:
             bad = [t for t in mine if not thresholds.excess(t) <= 1]
             if not bad:
                 continue
-            if kind == "simulation" and self.references.model is None:  # it cannot be computed again
+            if kind.on_grids and self.references.model is None:  # it cannot be computed again
                 alone = [isolated.get((t.graph, t.tap)) for t in bad]
                 born |= {t.name: "inherited" for t, right in zip(bad, alone, strict=True) if right}
                 if answer.way == "isolated" or alone[0] is False:
@@ -266,7 +265,7 @@ class Trial:
             if name in answer.arrays and np.isfinite(answer.arrays[name]).all():
                 feed[value.tap or name] = _in_layout(value, answer.arrays[name])
         right = self.references.run(kind, spec, inputs, feed, probed(answer))
-        noise = self.references.run("weights", spec, inputs, feed, probed(answer)) if kind in SIMULATED else None
+        noise = self.references.run(WEIGHTS, spec, inputs, feed, probed(answer)) if kind.on_grids else None
         yield from self._figures(kind, answer, right, noise)
 
     def _as_fed(self, answer: Answer) -> Arrays:
@@ -306,8 +305,11 @@ class Trial:
             doubted.update(suspects)
             needs = self._needs(kind, figures, value, inputs)
             handed_on = any(t.born == "inherited" for t in verdict.following(figures))
-            evidence = Evidence(self.references, kind, answer, value, inputs, suspects, needs, handed_on)
-            cause = likely_causes(evidence, CAUSES) or by_elimination(evidence)
+            raw = answer.arrays[value.name]
+            evidence = Evidence(
+                self.references, kind, answer.spec, value, inputs, suspects, raw, answer.way, needs, handed_on
+            )
+            cause = explained(evidence)
             if cause and not any(cause == other for other in found.values()):
                 found[figures.name] = cause
         return found
@@ -320,7 +322,7 @@ class Trial:
         @cache
         def added() -> np.ndarray | None:
             """What the rounding of activations adds to the right tensor."""
-            if noise is None or (kind in ("simulation", "ends") and self.references.model is None):
+            if noise is None or (kind.coded and self.references.model is None):
                 return None
             right, base = (self.references.run(k, spec, inputs, wanted=[about.tap])[value.name] for k in (kind, noise))
             return unpadded(value, right, spec).astype(np.float64) - unpadded(value, base, spec)

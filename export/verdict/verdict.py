@@ -18,8 +18,8 @@ from typing import Any
 
 from export.causes.evidence import Cause
 from export.measure.figures import Figures, Thresholds
+from export.measure.kinds import KINDS, Kind
 from export.measure.places import Known, TapFlow
-from export.measure.references import TEXTS
 from golden.compare import Difference, Report
 from refimpl.config import Config
 from refimpl.errors import InputError, at_most, one_line
@@ -44,7 +44,7 @@ class Verdict:
     """
 
     tensors: tuple[Figures, ...]
-    kind: str
+    kind: Kind
     config: Config
     causes: Mapping[str, Cause] = field(default_factory=dict)
     remarks: tuple[str, ...] = ()
@@ -101,7 +101,7 @@ class Verdict:
 
         On grids without the model all that quantization costs is allowed; what is to tell anything needs much less.
         """
-        blind = self.kind != "float" and not self.about.get("model")
+        blind = self.kind.coded and not self.about.get("model")
         return self.excess(tensor) <= (min(1.0, self.excess(guilty) / MUCH) if blind else 1.0)
 
     def _follows(self, guilty: Figures) -> bool:
@@ -118,7 +118,7 @@ class Verdict:
         """The verdict in one line."""
         if not self.tensors:
             return "differs: nothing was compared"
-        like = f"the device computes like {TEXTS[self.kind]}"
+        like = f"the device computes like {self.kind.text}"
         first = self.worst[0]
         by = f"worst {first.name}, {first.problem or f'{self.excess(first):.2g} of what is allowed'}"
         if self:
@@ -182,14 +182,14 @@ class Verdict:
         most = guilty.lsb_max or 0
         over = f", {guilty.lsb_over:.0%} by more than one" if most > 1 else ""
         lsb = f", up to {most:.0f} code{'s' * (most > 1)} off{over}" if most else ""
-        cost = f"; quantization alone costs {guilty.cost_sqnr:.1f} dB" if guilty.kind not in ("float",) else ""
+        cost = f"; quantization alone costs {guilty.cost_sqnr:.1f} dB" if guilty.kind.coded else ""
         if parts:
             place = f"Wrong in {', '.join(parts)}"
         elif len(guilty.tokens) == 1:
             place = "Wrong in its one token"
         else:
             place = "Beyond the given limits" if self.thresholds.judge(guilty) else "Wrong by a little everywhere"
-        return f"{place}: {guilty.sqnr:.1f} dB to {TEXTS[self.kind]}{lsb}{cost}."
+        return f"{place}: {guilty.sqnr:.1f} dB to {self.kind.text}{lsb}{cost}."
 
     def table(self, limit: int = 20) -> str:
         """The worst tensors, a line each."""
@@ -235,7 +235,7 @@ class Verdict:
         """Everything, as it is saved: what `read_run` reads."""
         guilty = self.guilty
         return json.dumps({
-            "format": FORMAT, "agrees": bool(self), "summary": self.summary, "kind": self.kind,
+            "format": FORMAT, "agrees": bool(self), "summary": self.summary, "kind": self.kind.name,
             "guilty": guilty.name if guilty else None, "suspects": self.suspects,
             "causes": {name: asdict(cause) for name, cause in self.causes.items()}, "remarks": self.remarks,
             "about": self.about, "inside": self.inside, "thresholds": asdict(self.thresholds),
@@ -283,11 +283,11 @@ def read_run(path: str | Path) -> Verdict:
         remarks = tuple(one_line(str(remark)) for remark in stored["remarks"])
         limits = Thresholds(**{k: None if v is None else float(v) for k, v in stored["thresholds"].items()})
         inside = {graph: tuple(tap for tap in known if tap in set(inner)) for graph, inner in stored["inside"].items()}
-        if stored["kind"] not in TEXTS or any(t.tap not in inside.get(t.graph, known) for t in tensors):
+        if stored["kind"] not in KINDS or any(t.tap not in inside.get(t.graph, known) for t in tensors):
             raise ValueError("it is of another model than it says")
         if len({tensor.name for tensor in tensors}) < len(tensors):
             raise ValueError("it has a tensor twice")
-        return Verdict(tensors, stored["kind"], config, causes, remarks, dict(stored["about"]), limits, inside)
+        return Verdict(tensors, KINDS[stored["kind"]], config, causes, remarks, dict(stored["about"]), limits, inside)
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise InputError(f"{path} is damaged: {' '.join(str(error).split())[:200]}; run verify again") from None
 

@@ -20,7 +20,8 @@ from export.folder.arrays import read_arrays
 from export.folder.manifest import read_manifest
 from export.graphs.naming import sanitised
 from export.graphs.plan import Plan
-from export.measure.device import grids_of, read_answers, read_device
+from export.measure.device import read_answers, read_device
+from export.measure.references import grids_of
 from refimpl.errors import InputError
 from refimpl.grids.calibrate import calibrate
 from refimpl_kernels.affine import fake_quantize, quantize

@@ -21,6 +21,7 @@ from export.folder.manifest import read_manifest
 from export.hub import session
 from export.hub.session import Session
 from export.measure.figures import Thresholds
+from export.measure.kinds import EVEN, FLOAT, SIMULATION
 from export.measure.places import Dataflow
 from export.measure.references import References
 from export.run.engines import Engine
@@ -160,7 +161,7 @@ def test_all_inside_of_a_healthy_graph_is_right(tiny_model, tmp_path, monkeypatc
     flow, judge = flow_of(folder), Judge(References(folder, model), flow_of(folder))
     (given,) = Engine().run(flow.save(tmp_path / "all", list(flow.places)), [judge.inputs])
     monkeypatch.setattr(sys.modules["export.search.bisection"], "KEPT", 0)
-    figures = judge.figures("simulation" if profile == "qdq" else "float", list(flow.places.values()), given)
+    figures = judge.figures(SIMULATION if profile == "qdq" else FLOAT, list(flow.places.values()), given)
     assert len(figures) == len(flow.places) == (20 if opset else 22)
     assert {name: one.problem or one.rows for name, one in figures.items() if Thresholds().excess(one) > 1} == {}
     without = bisect(folder, Engine())
@@ -476,7 +477,7 @@ def test_encodings_may_come_from_a_file(tiny_model, tmp_path, unexplained):
 
     ort = pytest.importorskip("onnxruntime")
     found = bisect(folder, Quantized(), model, label="phone", encodings=encodings)
-    assert found.guilty == place and found.kind in ("simulation", "even"), found
+    assert found.guilty == place and found.kind in (SIMULATION, EVEN), found
     before = Quantized.runs
     again = bisect(folder, Quantized(), model, label="phone", encodings=encodings)
     assert str(again) == str(found) and Quantized.runs <= before + 1, "once more the run that showed it"
@@ -520,7 +521,7 @@ def test_a_quantized_device_behind_the_hub(tiny_model, tmp_path, monkeypatch, un
             with Session(folder, "Loopback Phone", hub.url) as device:
                 found = bisect(folder, device, model)
             assert (found.guilty, found.pieces) == (place, (f"{place}.2",)), found
-            assert found.kind in ("simulation", "even") and len(found.runs) <= found.bound
+            assert found.kind in (SIMULATION, EVEN) and len(found.runs) <= found.bound
         assert hub.kinds() == sent, "a second time sends nothing"
 
 

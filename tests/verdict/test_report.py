@@ -13,6 +13,7 @@ import pytest
 
 from export.causes.evidence import Cause
 from export.measure.figures import BINS, Figures
+from export.measure.kinds import FLOAT, SIMULATION
 from export.verdict.report import COLOURS, DARK, LEVELS, colour, html, junit, level, model_explorer
 from export.verdict.verdict import Verdict, read_run, save_run
 from refimpl.config import Config
@@ -37,7 +38,7 @@ def verdict(layers=32, tokens=128, wrong=11, remarks=(), about=None):
                 bad |= name == "lm_head" and way == "chained"
                 scale = 50 if bad else 0.4
                 tensors.append(Figures(
-                    f"{run}_{part}_of_5", way, name, "simulation", output=name, shape=(1, heads, count, 128),
+                    f"{run}_{part}_of_5", way, name, SIMULATION, output=name, shape=(1, heads, count, 128),
                     rows=4 * scale, typical=scale, reason="noise", sqnr=30.0, cosine=0.99, max_abs=1.0,
                     index=(0, 1, 2, 3), value=1.0, reference=2.0, cost_sqnr=25.0, cost_cosine=0.99,
                     total_sqnr=20.0, total_cosine=0.9,
@@ -52,7 +53,7 @@ def verdict(layers=32, tokens=128, wrong=11, remarks=(), about=None):
                 ))  # fmt: skip
     guilty = next(t for t in tensors if t.born == "here")
     causes = {guilty.name: Cause("RoPE", "RoPE has the base 1e+06, expected 10000")}
-    return Verdict(tuple(tensors), "simulation", Config(), causes, tuple(remarks), about or {"prompt": 100})
+    return Verdict(tuple(tensors), SIMULATION, Config(), causes, tuple(remarks), about or {"prompt": 100})
 
 
 class Page(HTMLParser):
@@ -117,8 +118,8 @@ def contrast(a, b):
 
 def test_names_are_escaped():
     text = html(verdict(layers=8, wrong=3, remarks=[HOSTILE], about={HOSTILE: HOSTILE}))
-    tensor = Figures(HOSTILE, "isolated", "lm_head", "float", problem=HOSTILE)
-    text += html(Verdict((tensor,), "float", Config(num_hidden_layers=1), {tensor.name: Cause(HOSTILE, HOSTILE)}))
+    tensor = Figures(HOSTILE, "isolated", "lm_head", FLOAT, problem=HOSTILE)
+    text += html(Verdict((tensor,), FLOAT, Config(num_hidden_layers=1), {tensor.name: Cause(HOSTILE, HOSTILE)}))
     page = Page(text)
     assert page.tags.count("script") == 4 and "img" not in page.tags and not page.handlers
     assert "alert(1)" in parser.unescape(text)
@@ -126,8 +127,8 @@ def test_names_are_escaped():
 
 
 def test_a_way_is_escaped():
-    tensor = Figures("g", HOSTILE, "lm_head", "float", kl=0.1, top1=0.5, cost_kl=0.1, cost_top1=0.5)
-    page = Page(html(Verdict((tensor,), "float", Config(num_hidden_layers=1))))
+    tensor = Figures("g", HOSTILE, "lm_head", FLOAT, kl=0.1, top1=0.5, cost_kl=0.1, cost_top1=0.5)
+    page = Page(html(Verdict((tensor,), FLOAT, Config(num_hidden_layers=1))))
     assert page.tags.count("script") == 2 and "img" not in page.tags and not page.handlers
 
 
@@ -172,8 +173,8 @@ def test_junit_says_what_failed():
     (case,) = [c for c in suites["prompt_ar128_cl4096_3_of_5/isolated"] if c.find("failure") is not None]
     assert case.get("name") == "model.layers.11.self_attn.key"
     assert "RoPE has the base" in case.find("failure").get("message") and "It begins in" in case.find("failure").text
-    tensor = Figures(HOSTILE, "isolated", "lm_head", "float", problem=HOSTILE)
-    ElementTree.fromstring(junit(Verdict((tensor,), "float", Config(num_hidden_layers=1))))
+    tensor = Figures(HOSTILE, "isolated", "lm_head", FLOAT, problem=HOSTILE)
+    ElementTree.fromstring(junit(Verdict((tensor,), FLOAT, Config(num_hidden_layers=1))))
 
 
 def test_model_explorer_has_its_schema():

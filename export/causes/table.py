@@ -1,0 +1,82 @@
+"""The table of causes: what may be wrong, and who looks for it. Of equals, the first is named."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from itertools import chain
+
+from export.causes.architecture import architecture
+from export.causes.cache import past
+from export.causes.evidence import Detector, Evidence, Guess
+from export.causes.host import never_written, padding_side, parts_exchanged, stale, swapped
+from export.causes.layout import channels_permuted, heads_permuted, shifted, transposed
+from export.causes.mask import mask
+from export.causes.numbers import (
+    dtypes,
+    narrowed,
+    not_dequantized,
+    not_finite,
+    of_another_tensor,
+    saturated,
+    scale,
+    scale_of_parts,
+    wrapped,
+    zero_point,
+    zeros,
+)
+from export.causes.rope import positions, rope
+from export.causes.weights import embedding, norm_head, weights
+from export.causes.whatif import Hypothesis, WhatIf, last_name
+from export.graphs.cut import stage
+
+
+def computed_again(hypotheses: Callable[[WhatIf], Iterator[Hypothesis]]) -> Detector:
+    """The detector that computes the graph again under each hypothesis. It needs the model."""
+
+    def detector(e: Evidence) -> Iterator[Guess]:
+        if e.references.model is None:
+            return
+        layers: dict[int, list[str]] = {}
+        for tap in e.suspects:
+            layers.setdefault(stage(tap, e.config.num_hidden_layers), []).append(tap)
+        # One fault is in one layer; another model differs in all of them.
+        views = [(f", in layer {n}" * (len(layers) > 1), replace(e, suspects=tuple(own))) for n, own in layers.items()]
+        for where, view in [*views, ("", e)] if len(layers) > 1 else views:
+            doubtful = {last_name(tap) for tap in view.suspects}
+            for hypothesis in hypotheses(view):
+                if doubtful.intersection(hypothesis.at):
+                    yield Guess(hypothesis.text + where, view.if_true(hypothesis))
+
+    return detector
+
+
+CAUSES: dict[str, Detector] = {
+    "not finite": not_finite,
+    "never written": never_written,
+    "zeros": zeros,
+    "padding side": padding_side,
+    "names swapped": swapped,
+    "stale": stale,
+    "shifted": shifted,
+    "heads permuted": heads_permuted,
+    "transposed": transposed,
+    "RoPE": rope,
+    "NormHead missing": norm_head,
+    "codes": not_dequantized,
+    "encoding": of_another_tensor,
+    "scale": scale,
+    "zero point": zero_point,
+    "signedness": wrapped,
+    "saturation": saturated,
+    "parts exchanged": parts_exchanged,
+    "positions": positions,
+    "past": past,
+    "mask": mask,
+    "embedding": computed_again(embedding),
+    "architecture": computed_again(architecture),
+    "weights": computed_again(weights),
+    "channels": channels_permuted,
+    "scales": scale_of_parts,
+    "dtype": lambda e: chain(narrowed(e), computed_again(dtypes)(e)),
+}
