@@ -88,10 +88,7 @@ def tiny_model(tiny_folder):
 @pytest.fixture(scope="session")
 def coded_export(tmp_path_factory) -> Path:
     """The embedded model with codes at its border: two parts, 16 tokens and 1 at a time, a context of 64."""
-    import onnx
-
     from export import emit
-    from export.graphs.borders import coded
     from refimpl.grids.calibrate import calibrate
 
     model = refimpl.load()
@@ -99,10 +96,8 @@ def coded_export(tmp_path_factory) -> Path:
     ids = np.array(model.tokenizer.encode(text)[:512]).reshape(-1, 64)
     folder = tmp_path_factory.mktemp("phone") / "export"
     forms = ["conv", "unpack", "heads", "scale-on-key", "rank4"]
-    emit(model, (16, 1), 64, 2, profile="qdq", encodings=calibrate(model, ids), forms=forms).save(folder)
-    for path in folder.glob("*/model.onnx"):
-        path.write_bytes(coded(onnx.load(path, load_external_data=False)).SerializeToString())
-    return folder
+    parts = emit(model, (16, 1), 64, 2, "qdq", forms=forms, encodings=calibrate(model, ids), border="codes")
+    return parts.save(folder)
 
 
 @pytest.fixture(scope="session")

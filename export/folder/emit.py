@@ -38,6 +38,7 @@ def emit(
     graphs: str | Sequence[str] = (),
     probe: str | Sequence[str] = (),
     layers: int | None = None,
+    border: str = "floats",
 ) -> Parts:
     """The model as static ONNX graphs, one for each part and each number of `tokens` at a time.
 
@@ -51,6 +52,8 @@ def emit(
     `graphs`: globs on modules and taps, such as `model.layers.3.mlp` or `*.scores`. Each is then a graph alone, with
     what it has in the model as its golden, and there are no parts. `probe`: globs on taps that are outputs of the
     graphs as well. `layers`: the model is cut to so many, with norm and head behind them, and so are `encodings`.
+    `border`: with "codes" the inputs and outputs of a graph on grids are codes, as Genie and Qualcomm's compiler take
+    them; its goldens stay floats, which whoever runs it puts on the grids.
 
     No weight is written yet. Raises InputError for numbers that do not fit the model, or each other.
     """
@@ -66,6 +69,12 @@ def emit(
             raise InputError(f"the encodings say which grids weights are on, and so do the 4-bit blocks of {name}; "
                              "give the model as it is with the profile qdq, or no encodings")  # fmt: skip
         row = replace(row, weights="float32", forms=row.forms | {"unpack"}, on_grids=True)
+    if border not in ("floats", "codes"):
+        raise InputError(f"border is {border!a:.40}, expected floats or codes")
+    if border == "codes":
+        if not row.on_grids:
+            raise InputError("a border of codes needs a graph on grids; give encodings with the profile qdq")
+        row = replace(row, coded=True)
     if row.weights != "float32" and not blocks:
         raise InputError(f"the profile {name} is for 4-bit weights, and the model has none; quantize it to int4 first")
     if opset is not None:

@@ -10,7 +10,7 @@ takes floats to codes and back, so that whoever has floats can run both.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import ml_dtypes
@@ -296,10 +296,33 @@ def borders_of(graph: onnx.GraphProto, folder: str = "") -> dict[str, Border]:
 
 
 def encoded(arrays: Mapping[str, np.ndarray], borders: Mapping[str, Border]) -> dict[str, np.ndarray]:
-    """Inputs as a coded border takes them: floats become codes, ids stay."""
-    return {name: borders[name].codes(array) if name in borders else array for name, array in arrays.items()}
+    """Inputs as a coded border takes them: floats become codes; codes and ids stay."""
+    return {
+        name: borders[name].codes(x) if name in borders and x.dtype.kind == "f" else x for name, x in arrays.items()
+    }
 
 
 def decoded(arrays: Mapping[str, np.ndarray], borders: Mapping[str, Border]) -> dict[str, np.ndarray]:
     """Outputs of a coded border as floats."""
-    return {name: borders[name].floats(array) if name in borders else array for name, array in arrays.items()}
+    return {
+        name: borders[name].floats(x) if name in borders and x.dtype.kind == "u" else x for name, x in arrays.items()
+    }
+
+
+def across(
+    path: Path, inputs: Sequence[dict[str, np.ndarray]], run: Callable[[list[dict[str, np.ndarray]]], list]
+) -> list[dict[str, np.ndarray]]:
+    """Runs the graph in a file on floats, whatever its border: codes go in and come out where it has them.
+
+    Whoever gives codes gets codes.
+    """
+    given = any(x.dtype.kind == "u" for fed in inputs for x in fed.values())
+    if given or not _is_coded(path):
+        return run(list(inputs))
+    borders = read_borders(path)
+    return [decoded(outputs, borders) for outputs in run([encoded(fed, borders) for fed in inputs])]
+
+
+def _is_coded(path: Path) -> bool:
+    values = onnx.load(path, load_external_data=False).graph
+    return any(v.type.tensor_type.elem_type in CODES for v in (*values.input, *values.output))

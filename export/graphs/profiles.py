@@ -34,7 +34,7 @@ class Profile:
     in that operator. `encodings`: each graph has a `model.encodings`. `on_grids`: it rounds by itself, in pairs of
     QuantizeLinear and DequantizeLinear, which qdq does if it is given encodings. `lowest_mask`: what the host writes
     where nobody may look. `hub_names`: the hidden state has the names of Qualcomm's published Baichuan2 parts.
-    `even`: parts have as many layers as each other, as those of Qualcomm do.
+    `even`: parts have as many layers as each other, as those of Qualcomm do. `coded`: inputs and outputs are codes.
     """
 
     opset: int
@@ -46,6 +46,7 @@ class Profile:
     lowest_mask: float = LOWEST
     hub_names: bool = False
     even: bool = False
+    coded: bool = False
 
 
 PROFILES = {

@@ -8,10 +8,12 @@ simulate_graph(simulation, spec, inputs) -> outputs     as a device with these e
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import numpy as np
 from onnx import TensorProto
 
+from export.graphs.borders import coded
 from export.graphs.cut import substituting
 from export.graphs.data import Built, Parameter
 from export.graphs.fuse import fusing
@@ -44,7 +46,9 @@ def build(model: Model, spec: GraphSpec, profile: Profile, encodings: Encodings 
     for name, tensor in outputs.items():
         tensor.name = name
     built = graph.build(spec.name, inputs, list(outputs.values()), profile.opset, profile.ir_version)
-    return quantized(built, graph_encodings(encodings, spec, built)) if encodings and profile.on_grids else built
+    if encodings and profile.on_grids:
+        built = quantized(built, graph_encodings(encodings, spec, built))
+    return replace(built, proto=coded(built.proto)) if profile.coded else built
 
 
 def oracle(model: Model, spec: GraphSpec, inputs: Arrays, tap: Tap = silent) -> Arrays:

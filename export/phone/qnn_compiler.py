@@ -28,7 +28,7 @@ def compile_binary(folder: Path, graphs: list[str], out: str, soc_model: int, ar
     Raises InputError, with the compiler's reason, for a graph that it does not take.
     """
     import onnxruntime
-    import onnxruntime_qnn  # type: ignore[import-untyped]
+    import onnxruntime_qnn
 
     options = {
         "backend_path": onnxruntime_qnn.get_qnn_htp_path(), "soc_model": str(soc_model), "htp_arch": arch,

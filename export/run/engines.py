@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from export.graphs.borders import across
 from export.graphs.ops import MICROSOFT
 from export.graphs.plan import Arrays
 from export.run.executor import ends
@@ -31,7 +32,11 @@ class Engine:
         _, outputs = ends(graph)
         try:
             compute = engine_called(self.name)(graph / "model.onnx")
-            return [dict(zip(outputs, compute(list(outputs), fed), strict=True)) for fed in inputs]
+
+            def run(given: Sequence[Arrays]) -> list[Arrays]:
+                return [dict(zip(outputs, compute(list(outputs), fed), strict=True)) for fed in given]
+
+            return across(graph / "model.onnx", inputs, run)
         except InputError:
             raise
         except Exception as error:  # each engine raises its own kinds

@@ -32,6 +32,7 @@ from typing import Any
 
 import onnx
 
+from export.graphs.borders import across
 from export.run.process import Arrays, EndedError, Process, read_arrays, write_arrays
 from export.run.qnn import PROVIDER
 from export.run.socs import soc_called
@@ -125,6 +126,9 @@ class Htp:
         """
         graph = Path(graph)
         key = self.compile(graph)
+        return across(graph / "model.onnx", inputs, lambda given: self._run(graph, key, given))
+
+    def _run(self, graph: Path, key: str, inputs: Sequence[Arrays]) -> list[Arrays]:
         child = self._process()
         given = [write_arrays(child.folder / f"in{i}", fed) for i, fed in enumerate(inputs)]
         try:

@@ -31,6 +31,8 @@ MIN_SQNR = option("--min-sqnr", type=float, metavar="DB", help="require this of 
     MODEL,
     option("--out", metavar="DIR", help="a new folder"),
     option("--check", metavar="DIR", help="only say what AI Hub or Genie would refuse about the graphs in DIR"),
+    option("--compile", action="store_true", help="with --check: ask Qualcomm's compiler as well (extra: htp)"),
+    option("--soc", default="8-elite", metavar="NAME", help="with --compile: for this SoC (default: 8-elite)"),
     option("--json", action="store_true", help="with --check: print JSON instead of text"),
     option("--tokens", default="128,1", metavar="LIST", help="tokens per call of each graph (default: 128,1)"),
     option("--context", type=int, metavar="N", help="tokens that the static cache holds (default: the model's)"),
@@ -46,6 +48,8 @@ MIN_SQNR = option("--min-sqnr", type=float, metavar="DB", help="require this of 
     option("--forms", metavar="LIST",
            help="some of conv,unpack,heads,scale-on-key,rank4,fused (default: the profile's)"),
     option("--encodings", metavar="FILE", help="of refimpl calibrate (default for aihub: ranges of the prompt alone)"),
+    option("--border", choices=("floats", "codes"), default="floats",
+           help="codes: inputs and outputs as Genie and Qualcomm's compiler take them (default: floats)"),
     option("--encodings-version", default="1.0.0", metavar="V",
            help="of model.encodings: 0.6.1, 1.0.0 (default) or 2.0.0"),
     option("--int4", type=int, metavar="BLOCK",
@@ -59,10 +63,18 @@ def export(arguments) -> int:
     """Write the model as ONNX, part by part or a module alone, with golden inputs and outputs."""
     from export import emit
     from export.files.encodings import read_encodings
-    from export.preflight.check import check
+    from export.preflight.check import Preflight, check
 
     if arguments.check:
-        return report(arguments, check(arguments.check))
+        found = check(arguments.check)
+        if arguments.compile:
+            from export.preflight.by_compiler import check_by_compiling
+
+            asked = check_by_compiling(arguments.check, arguments.soc)
+            found = Preflight(found.findings + asked.findings, found.graphs)
+        return report(arguments, found)
+    if arguments.compile:
+        raise InputError("--compile belongs to --check DIR; refimpl compile makes binaries")
     if not arguments.out:
         raise InputError("nothing says where the graphs go; give --out DIR, or --check DIR for graphs that are there")
     model = load_model(arguments)
@@ -73,7 +85,7 @@ def export(arguments) -> int:
         model, integers(arguments.tokens), arguments.context, count, arguments.profile, arguments.opset,
         arguments.ir_version, arguments.forms and [form for form in arguments.forms.split(",") if form],
         encodings=encodings, encodings_version=arguments.encodings_version, graphs=arguments.graph,
-        probe=arguments.probe, layers=arguments.layers,
+        probe=arguments.probe, layers=arguments.layers, border=arguments.border,
     )  # fmt: skip
     parts.save(Path(arguments.out), arguments.force, golden=not arguments.no_golden)
     then = "" if arguments.no_golden else f"; refimpl verify {arguments.out} runs them"

@@ -10,6 +10,7 @@ from export import emit
 from export.folder.arrays import read_arrays
 from export.folder.manifest import read_manifest
 from export.graphs.borders import Border, borders_of, coded, decoded, encoded, read_borders
+from export.verdict.trial import verify_on_grids
 from refimpl import InputError, load
 from refimpl.grids.calibrate import calibrate
 
@@ -91,3 +92,22 @@ def test_border():
     codes = border.codes(np.array([-100, 0, 0.25, 0.75, 1000.0]))
     assert codes.tolist() == [0, 10, 10, 12, 255] and codes.dtype == np.uint8
     assert border.floats(codes).tolist() == [-5, 0, 0, 1, 122.5]
+
+
+@pytest.mark.parametrize("engine", ["onnxruntime", "reference"])
+def test_a_coded_export_is_verified_with_floats(engine, tmp_path):
+    """Its goldens are floats; whoever runs it puts them on the grids of its border."""
+    model = load()
+    encodings = calibrate(model, model.token_ids("登鹳雀楼->王之涣\n夜雨寄北->")[:, :16])
+    folder = emit(model, 4, 16, 2, "qdq", encodings=encodings, border="codes").save(tmp_path / "coded")
+    values = onnx.load(folder / "prompt_ar4_cl16_2_of_2" / "model.onnx", load_external_data=False).graph
+    assert {v.type.tensor_type.elem_type for v in (*values.input, *values.output)} <= {2, 4, 6}
+    verdict = verify_on_grids(folder, engine)
+    assert verdict and "computes like the quantized simulation" in verdict.summary
+
+
+def test_only_a_graph_on_grids_has_codes():
+    with pytest.raises(InputError, match="needs a graph on grids"):
+        emit(load(), 4, 16, border="codes")
+    with pytest.raises(InputError, match="border is 'float', expected floats or codes"):
+        emit(load(), 4, 16, border="float")

@@ -16,6 +16,7 @@ from export.graphs.borders import read_borders
 from export.phone.binary import differences, read_binary
 from export.phone.compiler import MANIFEST, compile_graphs, read_compiled
 from export.phone.provenance import plain, read_provenance
+from export.preflight.by_compiler import check_by_compiling
 from refimpl import InputError, load
 from refimpl.cli import main
 from refimpl.grids.calibrate import calibrate
@@ -168,3 +169,17 @@ def test_commands(desk_binaries, coded_export, tmp_path, capsys):
     assert "1 context binaries for 8-elite, which share a part's weights" in capsys.readouterr().out
     assert main(["compile", str(coded_export), "--out", out, "--soc", "9"]) == 2
     assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_the_compiler_as_a_preflight(coded_export, tmp_path, capsys):
+    assert check_by_compiling(coded_export, "8-gen-3")
+    model = load()
+    encodings = calibrate(model, model.token_ids("白日依山尽，"))
+    folder = emit(model, 1, 64, 1, "qdq", encodings=encodings).save(tmp_path / "floats", golden=False)
+    found = check_by_compiling(folder)
+    (refusal,) = found.findings
+    assert not found and refusal.graph == "token_ar1_cl64_1_of_1" and "the NPU does not take" in refusal.why
+    assert main(["export", "--check", str(folder), "--compile"]) == 1
+    assert "error not-compiled: token_ar1_cl64_1_of_1" in capsys.readouterr().out
+    assert main(["export", "--check", str(folder), "--compile", "--soc", "9"]) == 2
+    assert main(["export", "--compile"]) == 2
