@@ -37,7 +37,9 @@ def choose(asked: str | None, weights: Mapping[str, Any]) -> str:
             raise InputError(f"the backend is {name!r}, expected one of {', '.join(NAMES)}")
         return name
     matrices = [w for n, w in weights.items() if len(w.shape) == 2 and n != "model.embed_tokens.weight"]
-    read_in_place = (w for w in matrices if hasattr(w, "blocks") or np.dtype(w.dtype).itemsize <= 4)
+    read_in_place = (
+        w for w in matrices if "blocks" in dir(w) or np.dtype(getattr(w, "dtype", np.float64)).itemsize <= 4
+    )
     return "numba" if sum(math.prod(w.shape) for w in read_in_place) >= LARGE else "numpy"
 
 

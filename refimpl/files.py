@@ -115,5 +115,22 @@ def whole_folder(folder: Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A name for a file that is being written, which becomes `path` when it is whole.
+
+    Raises InputError where it cannot be written, and leaves nothing then.
+    """
+    expect_writable([path])
+    partial = _beside(path.absolute())
+    try:
+        yield partial
+        partial.replace(path)
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error.strerror}; choose another place") from None
+    finally:
+        partial.unlink(missing_ok=True)
+
+
 def _beside(path: Path) -> Path:
     return path.with_name(f".{path.name}.{os.getpid()}.partial")

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import re
+import warnings
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,11 +15,14 @@ import numpy as np
 
 from refimpl.checkpoint import doctor
 from refimpl.checkpoint.folder import read_checkpoint
+from refimpl.checkpoint.gguf import read_model
 from refimpl.checkpoint.quantized_files import provenance
 from refimpl.checkpoint.resolve import expected_shapes, resolve
 from refimpl.checkpoint.weights import QuantizedWeight, Weights
 from refimpl.config import Config, read_config
-from refimpl.errors import InputError, one_line
+from refimpl.errors import InputError, Remark, one_line
+from refimpl.gguf_files import read_gguf
+from refimpl.text.tokenizer import load_tokenizer
 from refimpl_kernels import formats
 
 if TYPE_CHECKING:
@@ -66,6 +71,8 @@ def examine(folder: str | Path) -> dict[str, Any]:
     Raises InputError for a folder without a config, or with one that is not understood.
     """
     folder = Path(folder)
+    if folder.suffix == ".gguf":
+        return _examine_gguf(folder)
     if not folder.is_dir():
         raise InputError(f"{folder} is not a folder; expected one with config.json and weights")
     if not (folder / "config.json").exists():
@@ -91,8 +98,6 @@ def examine(folder: str | Path) -> dict[str, Any]:
         facts["shared storage"] = _shared(tensors)
         facts["remarks"] = doctor.remarks(config, tensors) + doctor.not_finite(tensors)
     try:
-        from refimpl.text.tokenizer import load_tokenizer
-
         tokenizer = load_tokenizer(folder, config)
         facts["tokenizer"] = (
             "none" if tokenizer is None else f"{type(tokenizer).__name__}, {tokenizer.vocab_size} tokens"
@@ -100,6 +105,23 @@ def examine(folder: str | Path) -> dict[str, Any]:
     except InputError as error:
         problems.append(str(error))
     return {**facts, "remarks": facts.pop("remarks", []), "problems": problems}
+
+
+def _examine_gguf(path: Path) -> dict[str, Any]:
+    """The facts of a GGUF file, and the kinds of its tensors. Raises InputError for one that is not understood."""
+    file = read_gguf(path)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always", Remark)
+        config, _ = read_model(path)
+        tokenizer = load_tokenizer(path, config)
+    kinds = Counter(one.kind for one in file.tensors.values())
+    return {
+        **_facts(config), "architecture": file.facts["general.architecture"],
+        "stored as": ", ".join(f"{count} tensors {kind}" for kind, count in kinds.most_common()),
+        "bytes": sum(one.data.nbytes for one in file.tensors.values()),
+        "tokenizer": "none" if tokenizer is None else f"{type(tokenizer).__name__}, {tokenizer.vocab_size} tokens",
+        "remarks": [str(one.message) for one in said], "problems": [],
+    }  # fmt: skip
 
 
 def _examine_step(folder: Path) -> dict[str, Any]:

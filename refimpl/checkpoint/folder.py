@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from refimpl.checkpoint import gguf
 from refimpl.checkpoint.doctor import remarks
 from refimpl.checkpoint.quantized_files import MANIFEST, collect, provenance
 from refimpl.checkpoint.resolve import resolve
@@ -29,8 +30,13 @@ class Checkpoint:
 
     @classmethod
     def read(cls, folder: str | Path) -> Checkpoint:
-        """The checkpoint in a folder, its weights mapped. Raises InputError and warns as `refimpl.load` says."""
+        """The checkpoint in a folder, or in a GGUF file, its weights mapped.
+
+        Raises InputError and warns as `refimpl.load` says.
+        """
         folder = Path(folder)
+        if folder.suffix == ".gguf":
+            return cls(folder, *gguf.read_model(folder))
         if not folder.is_dir():
             raise InputError(f"{folder} is not a folder; expected one with config.json and weights")
         config = read_config(folder)

@@ -38,7 +38,7 @@ def info(arguments) -> int:
 @verb(
     "refimpl convert weights/Baichuan2-7B-Chat --out weights/b2-7b --dtype bfloat16",
     option("source", metavar="SRC", help="folder of a checkpoint in any layout; nothing in it is changed"),
-    option("--out", required=True, metavar="DIR", help="a new folder"),
+    option("--out", required=True, metavar="DIR", help="a new folder; or a new file.gguf, for llama.cpp"),
     option("--dtype", choices=("float32", "bfloat16", "float16"), help="(default: what the parameters have)"),
     option("--shard-size", default="5GB", metavar="SIZE", help="bytes of tensors in one file at most (default: 5GB)"),
     option("--normalize-head", action="store_true",
@@ -50,6 +50,8 @@ def convert(arguments) -> int:
     """Write a checkpoint as safetensors: another number format, NormHead applied, an adapter merged."""
     from refimpl.checkpoint.convert import convert
 
+    if arguments.out.endswith(".gguf"):
+        return _write_gguf(arguments)
     report = convert(arguments.source, arguments.out, arguments.dtype, arguments.shard_size, arguments.normalize_head,
                      arguments.lora)  # fmt: skip
     if arguments.json:
@@ -61,4 +63,15 @@ def convert(arguments) -> int:
         print(
             f"the rows of lm_head have lengths from {shortest:.6f} to {longest:.6f}; rounding makes them differ from 1"
         )
+    return 0
+
+
+def _write_gguf(arguments) -> int:
+    from refimpl.blocks.gguf_out import write_gguf
+    from refimpl.checkpoint.folder import Checkpoint
+
+    if arguments.lora or arguments.dtype:
+        raise InputError("a .gguf keeps the parameters' format; with --dtype or --lora convert into a folder first")
+    size = write_gguf(Checkpoint.read(arguments.source), arguments.out)
+    print(json.dumps({"bytes": size}) if arguments.json else f"{size / 1e9:.3g} GB are in {arguments.out}")
     return 0

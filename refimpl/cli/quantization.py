@@ -36,7 +36,7 @@ BLOCK_SIZE = option(
 @verb(
     "refimpl quantize weights/Baichuan2-7B-Chat --out weights/b2-7b-q4_0 --format q4_0 --keep lm_head",
     MODEL,
-    option("--out", required=True, metavar="DIR", help="a new folder, which every verb accepts as a model"),
+    option("--out", required=True, metavar="DIR", help="a new folder, which every verb takes; or a new file.gguf"),
     option("--format", metavar="NAME",
            help="q4_0, q4_k, int4, nf4, … for all matrices but the embedding (kernels/README.md lists them)"),
     option("--recipe", metavar="FILE",
@@ -60,6 +60,8 @@ def quantize(arguments) -> int:
     search = 0 if arguments.search == "nearest" else arguments.search
     given = {"block_size": arguments.block_size, "search": search}
     options = {name: value for name, value in given.items() if value is not None}
+    if arguments.out.endswith(".gguf"):
+        return _write_gguf(arguments, recipe, options)
     report = quantize_checkpoint(model_folder(arguments), arguments.out, recipe, arguments.keep,
                                  _importance(arguments), arguments.shard_size, **options)  # fmt: skip
     if arguments.json:
@@ -68,6 +70,16 @@ def quantize(arguments) -> int:
     count = len(report["tensors"])
     what = f"{count} {'matrix is' if count == 1 else 'matrices are'} quantized"
     print(f"{what}; {report['bytes'] / 1e9:.3g} GB are in {arguments.out}")
+    return 0
+
+
+def _write_gguf(arguments, recipe, options) -> int:
+    from refimpl.blocks.gguf_out import write_gguf
+    from refimpl.checkpoint.folder import Checkpoint
+
+    source, importance = Checkpoint.read(model_folder(arguments)), _importance(arguments)
+    size = write_gguf(source, arguments.out, recipe, arguments.keep, importance, **options)
+    print(json.dumps({"bytes": size}) if arguments.json else f"{size / 1e9:.3g} GB are in {arguments.out}")
     return 0
 
 

@@ -14,7 +14,9 @@ from typing import Any
 from refimpl.config import Config, read_config
 from refimpl.errors import InputError
 from refimpl.files import read_json, read_small
+from refimpl.gguf_files import read_gguf
 from refimpl.text.chat import LAYOUTS, ChatSettings, Message
+from refimpl.text.gguf_vocabulary import tokenizer_file
 
 
 @dataclass(frozen=True)
@@ -153,6 +155,10 @@ def load_tokenizer(folder: str | Path, config: Config | None = None) -> Tokenize
     Raises InputError for a file that is damaged or belongs to another model, and for a library that is missing.
     """
     folder = Path(folder)
+    if folder.suffix == ".gguf" and config:
+        data = tokenizer_file(read_gguf(folder).facts)
+        reader = _read_byte_level if config.family == "Qwen2-7B" else _read_sentencepiece
+        return None if data is None else reader(folder, data, config, {}, {})
     if not folder.is_dir():
         raise InputError(f"{folder} is not a folder; expected one with config.json and a tokenizer")
     config = config or read_config(folder)
@@ -164,11 +170,13 @@ def load_tokenizer(folder: str | Path, config: Config | None = None) -> Tokenize
         return None
     others = [folder / f"{kind}_config.json" for kind in ("tokenizer", "generation")]
     keys, generation = (read_json(other) if other.exists() else {} for other in others)
-    return (_read_byte_level if qwen else _read_sentencepiece)(path, config, keys, generation)
+    return (_read_byte_level if qwen else _read_sentencepiece)(path, read_small(path), config, keys, generation)
 
 
-def _read_sentencepiece(path: Path, config: Config, keys: dict[str, Any], generation: dict[str, Any]) -> Tokenizer:
-    data, library = read_small(path), _import("sentencepiece", "sentencepiece")
+def _read_sentencepiece(
+    path: Path, data: bytes, config: Config, keys: dict[str, Any], generation: dict[str, Any]
+) -> Tokenizer:
+    library = _import("sentencepiece", "sentencepiece")
     try:
         model = library.SentencePieceProcessor(model_proto=data or b"\0")  # b"" would mean: no model yet
         special = {model.id_to_piece(id): id for id in (model.unk_id(), model.bos_id(), model.eos_id()) if id >= 0}
@@ -188,8 +196,10 @@ def _read_sentencepiece(path: Path, config: Config, keys: dict[str, Any], genera
     )  # fmt: skip
 
 
-def _read_byte_level(path: Path, config: Config, keys: dict[str, Any], generation: dict[str, Any]) -> Tokenizer:
-    data, library = read_small(path), _import("tokenizers", "'refimpl[qwen]'")
+def _read_byte_level(
+    path: Path, data: bytes, config: Config, keys: dict[str, Any], generation: dict[str, Any]
+) -> Tokenizer:
+    library = _import("tokenizers", "'refimpl[qwen]'")
     try:
         model = library.Tokenizer.from_buffer(data)
     except Exception:  # the library raises nothing more precise

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from refimpl.config import Config, read_config
 from refimpl.errors import InputError
 from refimpl.model import EMBEDDED
+from refimpl.text.gguf_vocabulary import tokenizer_file, vocabulary_facts
 from refimpl.text.tokenizer import load_tokenizer
 
 USER, ASSISTANT = "<reserved_106>", "<reserved_107>"
@@ -395,3 +396,43 @@ def test_damaged_byte_level_files_are_refused(qwen_folder):
     for damaged in (b"", data[:-1], data[: len(data) // 2], b"{}", b"\xff\xfe", data.replace(b'"BPE"', b'"XYZ"')):
         path.write_bytes(damaged)
         assert f"{path} is damaged" in refused(qwen_folder, QWEN)
+
+
+def test_qwen2_s_vocabulary_goes_through_gguf(qwen_folder, qwen, library_tokenizer):
+    facts = vocabulary_facts(qwen_folder, QWEN)
+    assert len(facts["tokenizer.ggml.tokens"]) == QWEN.vocab_size and facts["tokenizer.ggml.tokens"][-1] == "[PAD319]"
+    again = type(library_tokenizer).from_buffer(tokenizer_file(facts))
+    for text in ("you are", "12 34\n\n  to\tbe", "你好<|im_end|>\n<|im_start|>\n", "😀 is new", "e\u0301"):
+        assert again.encode(text).ids == library_tokenizer.encode(text).ids
+        assert again.decode(again.encode(text).ids) == library_tokenizer.decode(library_tokenizer.encode(text).ids)
+
+
+def test_baichuan_s_vocabulary_goes_through_gguf():
+    """Also with types as llama.cpp's converter writes them, which takes pieces that a user defined for normal ones."""
+    sentencepiece, folder = pytest.importorskip("sentencepiece"), EMBEDDED
+    original = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
+    facts = vocabulary_facts(folder, read_config(folder))
+    types = facts["tokenizer.ggml.token_type"]
+    assert types.count(4) == 194 and types[:3] == [2, 3, 3]
+    as_converted = {**facts, "tokenizer.ggml.token_type": [1 if one == 4 else one for one in types]}
+    texts = (folder / "held_out.txt").read_text().splitlines()[:300]
+    for form in (facts, as_converted):
+        again = sentencepiece.SentencePieceProcessor(model_proto=tokenizer_file(form))
+        for text in [*texts, "<h2>登  a\t😀</strong> <reserved_106>x", "０１＋−--", "  a  b "]:
+            assert again.encode(text) == original.encode(text)
+            assert again.decode(original.encode(text)) == original.decode(original.encode(text))
+
+
+@pytest.mark.parametrize(
+    "changes, said",
+    [
+        ({"model": "bert"}, "kind 'bert', expected llama"),
+        ({"scores": [0.5]}, "scores does not fit the vocabulary"),
+        ({"tokens": "abc"}, "tokens does not fit"),
+        ({"bos_token_id": 1 << 40}, "expected those of three words"),
+    ],
+)
+def test_vocabularies_that_do_not_fit_are_refused(changes, said):
+    facts = vocabulary_facts(EMBEDDED, read_config(EMBEDDED))
+    with pytest.raises(InputError, match=said):
+        tokenizer_file({**facts, **{f"tokenizer.ggml.{name}": value for name, value in changes.items()}})
