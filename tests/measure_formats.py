@@ -11,7 +11,8 @@ import sys
 import numpy as np
 
 import refimpl
-from golden.cost.quality import quality, read_documents
+from golden.cost.quality import quality
+from golden.cost.reading import read_documents
 from refimpl.checkpoint.weights import QuantizedWeight
 from refimpl.model import EMBEDDED, Model
 from refimpl.names import input_of

@@ -13,6 +13,7 @@ from conftest import write_checkpoint
 import refimpl
 from golden.cost.predict import predict, what_if
 from golden.cost.quality import quality
+from golden.cost.reading import Reading
 from refimpl import InputError
 from refimpl.blocks.importance import observe_importance
 from refimpl.cli import main
@@ -81,9 +82,11 @@ def test_what_is_finished_is_not_computed_again(tmp_path):
 def test_a_changed_checkpoint_is_not_resumed(tmp_path):
     folder = write_checkpoint(tmp_path / "model", "Qwen2-7B")
     small = refimpl.load(folder).quantize("q4_0")
-    before = quality(small, refimpl.load(folder), TEXT[:50], resume=tmp_path / "kept")
+    before = quality(small, refimpl.load(folder), TEXT[:50], Reading(resume=tmp_path / "kept"))
     write_checkpoint(folder, "Qwen2-7B", seed=1)
-    after = quality(refimpl.load(folder).quantize("q4_0"), refimpl.load(folder), TEXT[:50], resume=tmp_path / "kept")
+    after = quality(
+        refimpl.load(folder).quantize("q4_0"), refimpl.load(folder), TEXT[:50], Reading(resume=tmp_path / "kept")
+    )
     assert before != after
 
 
@@ -93,7 +96,7 @@ def test_another_backend_is_not_resumed(tiny_folder, tmp_path):
     small = model.quantize("q4_0")
     for backend in ("numpy", "numba"):
         alone = quality(small.with_backend(backend), model, TEXT[:50])
-        assert quality(small.with_backend(backend), model, TEXT[:50], resume=tmp_path) == alone
+        assert quality(small.with_backend(backend), model, TEXT[:50], Reading(resume=tmp_path)) == alone
     assert len(list(tmp_path.iterdir())) == 2
 
 
@@ -123,7 +126,7 @@ def test_a_decoder_travels_by_its_name(tiny_folder, tmp_path, monkeypatch):
     alone = quality(loud, model, TEXT[:50])
     assert alone != quality(model.quantize("q4_0"), model, TEXT[:50])
     with workers(2) as executor:
-        assert quality(loud, model, TEXT[:50], executor=executor) == alone
+        assert quality(loud, model, TEXT[:50], Reading(executor=executor)) == alone
 
     class Local(Decoder):
         pass
@@ -149,14 +152,14 @@ def test_a_class_under_an_old_name_is_another(tiny_folder, monkeypatch):
 def test_a_changed_decoder_is_not_resumed(tiny_folder, tmp_path, monkeypatch):
     model = refimpl.load(tiny_folder("Qwen2-7B"))
     loud = model.with_decoder(LoudGate)
-    before = quality(loud, model, TEXT[:50], resume=tmp_path)
-    assert quality(loud, model, TEXT[:50], resume=tmp_path) == before and len(list(tmp_path.iterdir())) == 1
+    before = quality(loud, model, TEXT[:50], Reading(resume=tmp_path))
+    assert quality(loud, model, TEXT[:50], Reading(resume=tmp_path)) == before and len(list(tmp_path.iterdir())) == 1
     monkeypatch.setattr("inspect.getsource", lambda object: "another")
-    quality(loud, model, TEXT[:50], resume=tmp_path)
+    quality(loud, model, TEXT[:50], Reading(resume=tmp_path))
     assert len(list(tmp_path.iterdir())) == 2
     monkeypatch.undo()
     with pytest.raises(InputError, match="nobody can tell later whether Typed has changed"):
-        quality(model.with_decoder(type("Typed", (Decoder,), {})), model, TEXT[:50], resume=tmp_path)
+        quality(model.with_decoder(type("Typed", (Decoder,), {})), model, TEXT[:50], Reading(resume=tmp_path))
 
 
 def test_processes_give_the_same_bits(tiny_folder):
@@ -164,13 +167,13 @@ def test_processes_give_the_same_bits(tiny_folder):
     small = model.quantize("q4_0")
     alone = quality(small, model, TEXT)
     with workers(2) as executor:
-        assert quality(small, model, TEXT, executor=executor) == alone
+        assert quality(small, model, TEXT, Reading(executor=executor)) == alone
         with pytest.raises(InputError, match="put together in memory"):
-            quality(refimpl.Model(model.config, model.weights), model, TEXT, executor=executor)
+            quality(refimpl.Model(model.config, model.weights), model, TEXT, Reading(executor=executor))
     large, ids = refimpl.load(), [int(i) for i in np.random.default_rng(0).integers(3, 3000, 600)]
     alone = quality(large.quantize("q4_0"), large, ids)  # large enough for a BLAS to take several threads
     with workers(2) as executor:
-        assert quality(large.quantize("q4_0"), large, ids, executor=executor) == alone
+        assert quality(large.quantize("q4_0"), large, ids, Reading(executor=executor)) == alone
     with workers(2) as executor, pytest.raises(InputError, match="a worker died"):
         list(sweep(os._exit, [(3,)], "dying", executor))
 
@@ -182,7 +185,7 @@ def test_a_dask_cluster_gives_the_same_bits(tiny_folder, monkeypatch):
     alone = quality(small, model, TEXT)
     options = dict(n_workers=2, threads_per_worker=1, processes=True, dashboard_address=None)
     with distributed.LocalCluster(**options) as cluster, workers(dask=cluster.scheduler_address) as executor:
-        assert quality(small, model, TEXT, executor=executor) == alone
+        assert quality(small, model, TEXT, Reading(executor=executor)) == alone
         with pytest.raises(InputError, match="vocabulary"):
             list(sweep(remake_and_run, [(small, [99])], "failing", executor))
         cluster.scheduler.allowed_failures = 0
@@ -242,10 +245,10 @@ def test_a_prediction_gives_the_same_bits(tiny_folder):
     model = refimpl.load(tiny_folder("Qwen2-7B"))
     encodings = calibrate(model, TEXT)
     changes = [("*.mlp.*.weight", 8)]
-    alone = predict(model, encodings, TEXT, 50), what_if(model, encodings, TEXT, changes, 50)
+    alone = predict(model, encodings, TEXT, Reading(50)), what_if(model, encodings, TEXT, changes, Reading(50))
     with workers(2) as executor:
-        shared = predict(model, encodings, TEXT, 50, executor=executor)
-        assert (shared, what_if(model, encodings, TEXT, changes, 50, executor=executor)) == alone
+        shared = predict(model, encodings, TEXT, Reading(50, executor=executor))
+        assert (shared, what_if(model, encodings, TEXT, changes, Reading(50, executor=executor))) == alone
 
 
 def test_importance_gives_the_same_bits(tiny_folder):

@@ -1,14 +1,15 @@
-"""The golden inputs and outputs of an export's graphs, run by run, as they are computed."""
+"""The golden inputs and outputs of an export's graphs, computed run by run."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from itertools import cycle, islice
 
 import numpy as np
 
-from export.graphs.plan import Arrays, GraphSpec, Part, Plan, carry, host_inputs
+from export.graphs.part import Part
+from export.graphs.plan import Arrays, GraphSpec, Plan, carry, host_inputs
 from export.graphs.runs import oracle, simulate_graph
 from golden.tolerance import largest_scores
 from refimpl.errors import InputError
@@ -20,7 +21,7 @@ PROMPT = "登鹳雀楼->王之涣\n夜雨寄北->"  # from the model card of Bai
 
 
 def golden_prompt(model: Model, room: int) -> list[int]:
-    """A line of the model card, or random ids for want of a tokenizer, in three quarters of the room."""
+    """The first tokens of a line of the model card, three quarters of `room`; random ids if there is no tokenizer."""
     try:
         ids = model.token_ids(PROMPT)[0]
     except InputError:
@@ -28,49 +29,67 @@ def golden_prompt(model: Model, room: int) -> list[int]:
     return ids[: max(1, room * 3 // 4)].tolist()
 
 
-def goldens(
-    model: Model, plan: Plan, prompt: list[int], simulation: SimulatedModel | None = None,
-    given: Mapping[str, Arrays] | None = None, scores: dict[str, float] | None = None,
-) -> Iterator[tuple[GraphSpec, dict[str, Arrays]]]:  # fmt: skip
-    """Each graph with its golden "input" and "output", run by run: the first reads the prompt, each other goes on.
+@dataclass
+class Goldens:
+    """Iterates over each graph and its golden arrays by kind: "input", "output", and with a simulation two more.
 
-    It goes on with the likeliest token, and then, where more are asked for, with the prompt again. Outputs are what
-    NumPy computes in float64 from the very inputs, rounded to float32, and the next part is given those. A graph alone
-    is given what the model, run up to there, has in its place. `given`: the inputs of a graph, where they are known.
-    `scores` learns how large the attention scores of each layer are.
+    The first run reads the prompt. Each other run goes on from its keys and values, with the likeliest next token, and
+    after it, if the run takes more tokens, the prompt again. Outputs are what NumPy computes in float64 from the stored
+    inputs, rounded to float32; the next part is given those. A graph that is a module alone reads what the whole model
+    has in its place.
 
-    With a `simulation` of a quantized device there is also what that says: "simulated", of the golden inputs, and
-    "simulated_chained", of what it said of the graphs before.
+    `simulation`: the quantized device. It adds "simulated", its outputs for the golden inputs, and "simulated_chained",
+    its outputs for what it gave before. `given`: the inputs of a graph, where they are known. `scores` holds, once the
+    iteration is over, the largest attention score of each layer.
     """
-    after_prompt, after_simulated = Arrays(), Arrays()
-    for run in plan.runs:
-        ids, flow, simulated = prompt, Arrays(after_prompt), Arrays(after_simulated)
-        if after_prompt:
-            likeliest = [int(flow["logits"][0, -1].argmax())] if "logits" in flow else []
-            ids = list(islice(cycle([*likeliest, *prompt]), run[0].tokens))
-        if plan.modules:
-            flow |= around_graphs(model, run, ids, flow)
-        for spec in run:
-            host = {} if given else host_inputs(model, spec, ids)
 
-            def linked(flow: Arrays, spec: GraphSpec = spec, host: Arrays = host) -> Arrays:
-                return {v.name: carry(spec, v, flow) if v.source else host[v.name] for v in spec.inputs}
+    model: Model
+    plan: Plan
+    prompt: list[int]
+    simulation: SimulatedModel | None = None
+    given: Mapping[str, Arrays] | None = None
+    scores: dict[str, float] = field(default_factory=dict)
 
-            inputs = given[spec.name] if given else linked(flow)
-            outputs = oracle(model, spec, inputs, measuring(spec, {} if scores is None else scores))
-            case = {"input": inputs, "output": outputs}
-            if simulation:
-                case["simulated"] = simulate_graph(simulation, spec, inputs)
-                if plan.chained:
-                    case["simulated_chained"] = simulate_graph(simulation, spec, linked(simulated))
-                    simulated |= case["simulated_chained"]
-            flow |= outputs
-            yield spec, case
-        after_prompt, after_simulated = after_prompt or flow, after_simulated or simulated
+    def __iter__(self) -> Iterator[tuple[GraphSpec, dict[str, Arrays]]]:
+        after_prompt, after_simulated = Arrays(), Arrays()
+        for run in self.plan.runs:
+            so_far, simulated = Arrays(after_prompt), Arrays(after_simulated)
+            ids = self._ids(run[0], after_prompt)
+            if self.plan.modules:
+                so_far |= around_graphs(self.model, run, ids, so_far)
+            for spec in run:
+                case = self._case(spec, ids, so_far, simulated)
+                so_far |= case["output"]
+                simulated |= case.get("simulated_chained", {})
+                yield spec, case
+            after_prompt, after_simulated = after_prompt or so_far, after_simulated or simulated
+
+    def _ids(self, spec: GraphSpec, after_prompt: Arrays) -> list[int]:
+        """The ids of a run: the prompt, or as many as fit of those that follow it."""
+        if not after_prompt:
+            return self.prompt
+        likeliest = [int(after_prompt["logits"][0, -1].argmax())] if "logits" in after_prompt else []
+        return list(islice(cycle([*likeliest, *self.prompt]), spec.tokens))
+
+    def _case(self, spec: GraphSpec, ids: Sequence[int], so_far: Arrays, simulated: Arrays) -> dict[str, Arrays]:
+        """The golden arrays of one graph. `so_far`, `simulated`: what the graphs before it gave."""
+        host = {} if self.given else host_inputs(self.model, spec, ids)
+        inputs = self.given[spec.name] if self.given else fed(spec, host, so_far)
+        case = {"input": inputs, "output": oracle(self.model, spec, inputs, measuring(spec, self.scores))}
+        if self.simulation:
+            case["simulated"] = simulate_graph(self.simulation, spec, inputs)
+            if self.plan.chained:
+                case["simulated_chained"] = simulate_graph(self.simulation, spec, fed(spec, host, simulated))
+        return case
+
+
+def fed(spec: GraphSpec, host: Arrays, outputs: Arrays) -> Arrays:
+    """The inputs of a graph: what the host computes, and what it continues of other graphs' outputs."""
+    return {v.name: carry(spec, v, outputs) if v.source else host[v.name] for v in spec.inputs}
 
 
 def measuring(spec: GraphSpec, scores: dict[str, float]) -> Tap:
-    """Keeps how large the attention scores are that a graph computes; those of padding do not count."""
+    """The tap that records the largest attention score of each layer that a graph computes, padding left out."""
 
     def tap(name: str, x: np.ndarray) -> np.ndarray:
         if name.endswith(".scores") and name in spec.taps:
@@ -81,12 +100,11 @@ def measuring(spec: GraphSpec, scores: dict[str, float]) -> Tap:
     return tap
 
 
-def around_graphs(model: Model, run: Sequence[GraphSpec], ids: Sequence[int], flow: Arrays) -> Arrays:
-    """What graphs alone read, from a run of the model up to the last of them, which goes on from the `flow` before."""
+def around_graphs(model: Model, run: Sequence[GraphSpec], ids: Sequence[int], so_far: Arrays) -> Arrays:
+    """What modules alone read, by tap: the model runs up to the last of them, and goes on from what came `so_far`."""
     stop, heads = max(spec.part.layers.stop for spec in run), any(spec.part.heads for spec in run)
     before = replace(run[0].whole, part=Part(1, 1, range(stop), embeds=True, heads=heads))
-    host, read = host_inputs(model, before, ids), {v.name for spec in run for v in spec.inputs if v.tap}
-    inputs = {v.name: carry(before, v, flow) if v.source else host[v.name] for v in before.inputs}
+    read = {value.name for spec in run for value in spec.inputs if value.tap}
     found: dict[str, np.ndarray] = {}
 
     def tap(name: str, x: np.ndarray) -> np.ndarray:
@@ -94,5 +112,6 @@ def around_graphs(model: Model, run: Sequence[GraphSpec], ids: Sequence[int], fl
             found[name] = x.astype(np.float32)
         return x
 
+    inputs = fed(before, host_inputs(model, before, ids), so_far)
     found |= before.computed(model.weights, NumPyOps("float64"), inputs, tap)
     return {name: x.astype(np.float32, copy=False) for name, x in found.items()}

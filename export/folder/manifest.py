@@ -2,23 +2,71 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import onnx
 from tqdm import tqdm
 
+import refimpl
 from export.graphs.plan import GraphSpec, Plan
+from export.graphs.profiles import Profile
 from golden.bundle import sha256
-from golden.tolerance import LARGEST, Tolerance
+from golden.tolerance import LARGEST, Tolerance, tolerances
 from refimpl.blocks.quantize import QuantizedWeight
 from refimpl.config import Config
 from refimpl.errors import InputError
 from refimpl.files import read_json
 from refimpl.model import Model
+from refimpl.names import taps
 
 FORMAT = "refimpl export 1"
 TEST_DATA = "test_data/{}/test_data_set_0"  # beside the graphs' folders: AI Hub takes nothing else in those
-BESIDE = ("hub.jsonl", "bisect.jsonl", "outputs")  # of `hub` and `bisect` in its folder: the next export may use it
+BESIDE = ("hub.jsonl", "bisect.jsonl", "outputs")  # what `hub` and `bisect` keep there; the next export may use it
+
+
+def contents(
+    model: Model, plan: Plan, profile: Profile, golden: Mapping[str, Any] | None, files: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What `manifest.json` holds. `golden`: what is told of the goldens, if there are any; `files`: size and sha256."""
+    specs = [spec for run in plan.runs for spec in run]
+    limits = _limits(plan, golden["scores"] if golden else {})
+    return {
+        "format": FORMAT,
+        "versions": {"refimpl": refimpl.__version__, "onnx": onnx.__version__, "numpy": np.__version__},
+        "config": asdict(model.config),
+        "plan": {field.name: getattr(plan, field.name) for field in fields(plan) if field.name != "config"},
+        "onnx": {"opset": profile.opset, "ir_version": profile.ir_version, "forms": sorted(profile.forms),
+                 "weights": profile.weights, "on_grids": profile.on_grids, "coded": profile.coded},
+        "quantization": quantization(model),
+        "golden": golden or False,
+        "tolerances": {name: asdict(limit) for name, limit in limits.items()},
+        "graphs": {
+            spec.name: {
+                "real_tokens": spec.real, "past_tokens": spec.past,
+                "inputs": [asdict(v) for v in spec.inputs], "outputs": [asdict(v) for v in spec.outputs],
+            }
+            for spec in specs
+        },
+        "files": files,
+    }  # fmt: skip
+
+
+def _limits(plan: Plan, scores: Mapping[str, float]) -> dict[str, Tolerance]:
+    """Output's tap -> how far float32 may be from the golden.
+
+    Positions and sums go no further than the tokens that are no padding: masked places add exactly nothing.
+    """
+    tokens = max(spec.real + spec.past for run in plan.runs for spec in run)
+    limits: dict[str, Tolerance] = {}
+    for spec in plan.runs[0]:  # a graph alone begins with the golden's tensors, and inherits no error from before
+        fed = set(taps(plan.config)).difference(spec.taps) if spec.cut else False
+        rules = tolerances(plan.config, "float32", tokens, fed, scores)
+        limits |= {value.tap: rules[value.tap] for value in spec.outputs if value.tap}
+    return limits
 
 
 def quantization(model: Model) -> dict[str, dict[str, Any]]:
@@ -31,10 +79,10 @@ def quantization(model: Model) -> dict[str, dict[str, Any]]:
 
 
 def read_manifest(folder: Path, weights: bool = True) -> tuple[Plan, dict[str, Tolerance]]:
-    """What an export consists of, after a check that each of its files is there with the bytes that were written.
+    """The plan and the tolerances of an export, once each of its files has the size and sha256 of the manifest.
 
-    Without `weights` only the goldens are checked. Raises InputError for what is no manifest of this version, is
-    damaged, or does not describe what it says it does.
+    Without `weights` only the goldens are checked. Raises InputError for a manifest that is damaged, of another
+    version, or at odds with itself, and for a file that is missing or has changed.
     """
     path = folder / "manifest.json"
     manifest = read_json(path)
@@ -43,32 +91,44 @@ def read_manifest(folder: Path, weights: bool = True) -> tuple[Plan, dict[str, T
     if manifest.get("golden") is False:
         raise InputError(f"{folder} was exported without goldens, so nothing can be verified; export with them")
     try:
-        stated, files = manifest["plan"], manifest["files"]
-        config = Config(**manifest["config"])
-        alone = stated.get("modules") or stated.get("only")
-        graphs = len(stated["modules"]) if stated.get("modules") else 1 if alone else config.num_hidden_layers
-        if graphs * len(stated["tokens"]) > len(files):
-            raise ValueError("it describes more layers than there are files for")
-        words: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in stated.items()}
-        plan = Plan(config, **words)
-        specs = [spec for run in plan.runs for spec in run]
-        simulated = manifest["golden"]["simulated"]
-        limits = {v.tap: Tolerance(**manifest["tolerances"][v.tap]) for s in specs for v in s.outputs if v.tap}
-        if not all(isinstance(limit.relative, float) and 0 <= limit.relative <= LARGEST for limit in limits.values()):
-            raise ValueError(f"a tolerance is no number from 0 to {LARGEST}")
-        expected = {
-            name: (files[name]["bytes"], files[name]["sha256"])
-            for spec in specs
-            for name in file_names(spec, simulated, plan.chained)
-        }
+        plan = _plan(manifest)
+        limits = _stated_limits(manifest, plan)
+        files = _stated_files(manifest, plan)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise InputError(f"{path} is damaged: {type(error).__name__} {error}; export again") from None
-    expected = {name: of for name, of in expected.items() if weights or name.startswith("test_data/")}
-    for name, (size, digest) in tqdm(expected.items(), "reading", unit="file", disable=None, leave=False):
+    files = {name: of for name, of in files.items() if weights or name.startswith("test_data/")}
+    for name, (size, digest) in tqdm(files.items(), "reading", unit="file", disable=None, leave=False):
         file = folder / name
         if not file.is_file() or file.stat().st_size != size or sha256(file) != digest:
             raise InputError(f"{file} is not the file of {size} bytes that was exported; export again")
     return plan, limits
+
+
+def _plan(manifest: Mapping[str, Any]) -> Plan:
+    """The plan. It is not built if it has more graphs than files: its size is bounded by that of the manifest."""
+    stated, config = manifest["plan"], Config(**manifest["config"])
+    alone = stated.get("modules") or stated.get("only")
+    graphs = len(stated["modules"]) if stated.get("modules") else 1 if alone else config.num_hidden_layers
+    if graphs * len(stated["tokens"]) > len(manifest["files"]):
+        raise ValueError("it describes more layers than there are files for")
+    words: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in stated.items()}
+    return Plan(config, **words)
+
+
+def _stated_limits(manifest: Mapping[str, Any], plan: Plan) -> dict[str, Tolerance]:
+    values = [value for run in plan.runs for spec in run for value in spec.outputs if value.tap]
+    limits = {str(value.tap): Tolerance(**manifest["tolerances"][value.tap]) for value in values}
+    if not all(isinstance(limit.relative, float) and 0 <= limit.relative <= LARGEST for limit in limits.values()):
+        raise ValueError(f"a tolerance is no number from 0 to {LARGEST}")
+    return limits
+
+
+def _stated_files(manifest: Mapping[str, Any], plan: Plan) -> dict[str, tuple[int, str]]:
+    """Name -> size and sha256, of every file that the plan needs."""
+    files, simulated = manifest["files"], manifest["golden"]["simulated"]
+    specs = [spec for run in plan.runs for spec in run]
+    names = [name for spec in specs for name in file_names(spec, simulated, plan.chained)]
+    return {name: (files[name]["bytes"], files[name]["sha256"]) for name in names}
 
 
 def read_scores(folder: Path) -> dict[str, float]:

@@ -45,6 +45,7 @@ def probed(folder: str | Path, model: Model, graph: str, probe: str | Sequence[s
     manifest = read_json(folder / "manifest.json")
     try:
         words = {key: manifest["onnx"][key] for key in ("opset", "ir_version", "weights", "on_grids")}
+        words["coded"] = bool(manifest["onnx"].get("coded"))  # an older manifest does not say it
         row = replace(profile_named(plan.profile), forms=frozenset(manifest["onnx"]["forms"]), **words)
         golden, quantized = manifest["golden"], manifest["quantization"]
         prompt, simulated = golden["prompt"], golden["simulated"]

@@ -7,30 +7,27 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import onnx
 from onnx import numpy_helper
 from tqdm import tqdm
 
-import refimpl
 from export.files.encodings import write_encodings
-from export.folder.goldens import goldens
-from export.folder.manifest import BESIDE, FORMAT, TEST_DATA, quantization
+from export.folder.goldens import Goldens
+from export.folder.manifest import BESIDE, FORMAT, TEST_DATA, contents
 from export.graphs.data import Built, write_data
 from export.graphs.grids import graph_encodings
+from export.graphs.part import Part
 from export.graphs.plan import Arrays, Plan
 from export.graphs.profiles import Profile
 from golden.bundle import sha256 as digest
-from golden.tolerance import Tolerance, tolerances
 from refimpl.errors import InputError, at_most
 from refimpl.files import read_json
 from refimpl.grids.encodings import Encodings
 from refimpl.model import Model, SimulatedModel
-from refimpl.names import taps
 from refimpl_kernels.affine import Rounding
 
 
@@ -105,85 +102,77 @@ class Parts:
         return folder
 
     def _write(self, folder: Path, golden: bool) -> None:
-        files: dict[str, dict[str, Any]] = {}
-
-        def record(path: Path, sha256: str) -> None:
-            files[path.relative_to(folder).as_posix()] = {"bytes": path.stat().st_size, "sha256": sha256}
-
-        def write(path: Path, proto) -> None:
-            data = proto.SerializeToString(deterministic=True)
-            path.write_bytes(data)
-            record(path, hashlib.sha256(data).hexdigest())
-
-        def save(path: Path, encodings: Encodings) -> None:
-            write_encodings(encodings, path, self.encodings_version)
-            record(path, digest(path))
-
-        weights: dict[int, tuple[Path, str]] = {}  # of a part, once they are written
-        rounding: Rounding = "even" if self.profile.on_grids else "away"  # as ONNX does, or AIMET
-        # Exact sums of integers: the same bits whatever BLAS there is.
-        simulation = SimulatedModel(self.model, self.encodings, rounding, integer=True) if self.encodings else None
-        scores: dict[str, float] = {}
-        cases = goldens(self.model, self.plan, self.prompt, simulation, self.given, scores) if golden else (
-            (spec, dict[str, Arrays]()) for run in self.plan.runs for spec in run)  # fmt: skip
+        files, goldens = WrittenFiles(folder), self._goldens() if golden else None
+        cases = goldens or [(spec, dict[str, Arrays]()) for run in self.plan.runs for spec in run]
         for spec, case in tqdm(cases, "exporting", len(self), unit="graph", disable=None, leave=False):
-            graph, data_set = folder / spec.name, folder / TEST_DATA.format(spec.name)
-            built = self.graphs[spec.name]
+            graph, built = folder / spec.name, self.graphs[spec.name]
             graph.mkdir()
-            data_set.mkdir(parents=True) if golden else None
-            write(graph / "model.onnx", built.proto)
-            if spec.part.number in weights:
-                path, sha256 = weights[spec.part.number]
-                shutil.copyfile(path, graph / "model.data")
-            else:
-                with open(graph / "model.data", "wb") as file:
-                    sha256 = write_data(file, built)
-                weights[spec.part.number] = graph / "model.data", sha256
-            record(graph / "model.data", sha256)
+            files.proto(graph / "model.onnx", built.proto)
+            files.weights(graph / "model.data", built, spec.part)
             onnx.checker.check_model(str(graph / "model.onnx"), full_check=True)
             if self.encodings and self.profile.encodings:
-                save(graph / "model.encodings", graph_encodings(self.encodings, spec, built))
-            for kind, arrays in case.items():
-                for i, (name, array) in enumerate(arrays.items()):
-                    write(data_set / f"{kind}_{i}.pb", numpy_helper.from_array(array, name))
+                own = graph_encodings(self.encodings, spec, built)
+                files.encodings(graph / "model.encodings", own, self.encodings_version)
+            if golden:
+                files.data_set(folder / TEST_DATA.format(spec.name), case)
         if self.encodings:
-            save(folder / "encodings.json", self.encodings)
-        text = json.dumps(self._manifest(files, golden, scores), indent=1, ensure_ascii=False)
+            files.encodings(folder / "encodings.json", self.encodings, self.encodings_version)
+        told = None if goldens is None else {
+            "prompt": self.prompt, "outputs": "NumPy in float64 from the stored inputs, then float32",
+            "simulated": self.encodings is not None,
+            # With three digits they are the same on any machine.
+            "scores": {name: float(f"{size:.3g}") for name, size in goldens.scores.items()},
+        }  # fmt: skip
+        manifest = contents(self.model, self.plan, self.profile, told, files.listed)
+        text = json.dumps(manifest, indent=1, ensure_ascii=False)
         (folder / "manifest.json").write_text(text, encoding="utf-8")
 
-    def _manifest(self, files: Mapping[str, Mapping], golden: bool, scores: Mapping[str, float]) -> dict[str, Any]:
-        plan, config = self.plan, self.model.config
-        scores = {name: float(f"{size:.3g}") for name, size in scores.items()}  # the same on any machine
-        # Positions and sums go no further than what is no padding: masked places add exactly nothing.
-        tokens = max(spec.real + spec.past for run in plan.runs for spec in run)
-        limits: dict[str, Tolerance] = {}
-        for spec in plan.runs[0]:  # a graph alone begins with the golden's tensors, and inherits from nothing before
-            fed = set(taps(config)).difference(spec.taps) if spec.cut else False
-            rules = tolerances(config, "float32", tokens, fed, scores)
-            limits |= {value.tap: rules[value.tap] for value in spec.outputs if value.tap}
-        return {
-            "format": FORMAT,
-            "versions": {"refimpl": refimpl.__version__, "onnx": onnx.__version__, "numpy": np.__version__},
-            "config": asdict(config),
-            "plan": {field.name: getattr(plan, field.name) for field in fields(plan) if field.name != "config"},
-            "onnx": {"opset": self.profile.opset, "ir_version": self.profile.ir_version,
-                     "forms": sorted(self.profile.forms), "weights": self.profile.weights,
-                     "on_grids": self.profile.on_grids, "coded": self.profile.coded},
-            "quantization": quantization(self.model),
-            "golden": golden and {
-                "prompt": self.prompt, "outputs": "NumPy in float64 from the stored inputs, then float32",
-                "simulated": self.encodings is not None, "scores": scores,
-            },
-            "tolerances": {name: asdict(limit) for name, limit in limits.items()},
-            "graphs": {
-                spec.name: {
-                    "real_tokens": spec.real, "past_tokens": spec.past,
-                    "inputs": [asdict(v) for v in spec.inputs], "outputs": [asdict(v) for v in spec.outputs],
-                }
-                for run in plan.runs for spec in run
-            },
-            "files": files,
-        }  # fmt: skip
+    def _goldens(self) -> Goldens:
+        rounding: Rounding = "even" if self.profile.on_grids else "away"  # as ONNX rounds, or AIMET
+        # Exact sums of integers: the same bits whatever BLAS there is.
+        simulation = SimulatedModel(self.model, self.encodings, rounding, integer=True) if self.encodings else None
+        return Goldens(self.model, self.plan, self.prompt, simulation, self.given)
+
+
+class WrittenFiles:
+    """Writes the files of a folder, and has them `listed` for the manifest: name -> size and sha256."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.listed: dict[str, dict[str, Any]] = {}
+        self._weights: dict[Part, tuple[Path, str]] = {}  # of a part, once they are written
+
+    def _list(self, path: Path, sha256: str) -> None:
+        self.listed[path.relative_to(self.folder).as_posix()] = {"bytes": path.stat().st_size, "sha256": sha256}
+
+    def proto(self, path: Path, message: Any) -> None:
+        """A protobuf message: a model or a tensor."""
+        data = message.SerializeToString(deterministic=True)
+        path.write_bytes(data)
+        self._list(path, hashlib.sha256(data).hexdigest())
+
+    def weights(self, path: Path, built: Built, part: Part) -> None:
+        """A graph's weights: the first graph of a part streams them, and each other one has a copy of the file."""
+        if part in self._weights:
+            first, sha256 = self._weights[part]
+            shutil.copyfile(first, path)
+        else:
+            with open(path, "wb") as file:
+                sha256 = write_data(file, built)
+            self._weights[part] = path, sha256
+        self._list(path, sha256)
+
+    def encodings(self, path: Path, encodings: Encodings, version: str) -> None:
+        """An encodings file."""
+        write_encodings(encodings, path, version)
+        self._list(path, digest(path))
+
+    def data_set(self, folder: Path, case: Mapping[str, Arrays]) -> None:
+        """Golden arrays by kind, in the layout of ONNX's own tests: input_0.pb, output_0.pb, …"""
+        folder.mkdir(parents=True)
+        for kind, arrays in case.items():
+            for i, (name, array) in enumerate(arrays.items()):
+                self.proto(folder / f"{kind}_{i}.pb", numpy_helper.from_array(array, name))
 
 
 def check_free(folder: Path, overwrite: bool) -> None:

@@ -26,7 +26,8 @@ from onnx import ModelProto, NodeProto, TensorProto, external_data_helper
 from export.graphs.cut import flow
 from export.graphs.data import assign_offsets
 from export.graphs.grids import MOVES
-from export.graphs.plan import GraphSpec, Part, Value, unpadded
+from export.graphs.part import Part
+from export.graphs.plan import GraphSpec, Value, unpadded
 from refimpl.config import Config
 from refimpl.errors import InputError
 from refimpl.files import read_json

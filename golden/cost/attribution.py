@@ -1,38 +1,36 @@
-"""How much each tensor's quantization alone adds to the KL divergence: one perturbation at a time.
+"""Attribution: how much each tensor's quantization alone adds to the KL divergence.
 
-Of all tensors in which a model differs from its reference, one is put into the reference, and the rest stay as they
-are. The stream before the tensor's layer is then the reference's, which is computed once; only what comes after runs
-again. The tensors at the top are those that deserve more bits, or a better search for their scales.
+One tensor at a time goes from the model into its reference; the reference's other tensors stay. The residual stream
+before that tensor's layer is the reference's, which is computed once, so only the layers after it run again. The
+tensors that cost most deserve more bits, or a better search for their scales.
 
-Small perturbations add up, nearly: KL is quadratic in the logits' error, and errors of different tensors hardly know
-of each other. Where the sum is far from the KL of the whole, they do.
+The KLs of the tensors nearly add up, because KL is quadratic in the logits' error and the errors of different tensors
+are nearly independent. Where their sum is far from the KL of the whole model, the errors depend on each other.
 """
 
 from __future__ import annotations
 
 import json
-import os
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
-from html import escape
 from itertools import groupby, islice
-from pathlib import Path
 
 import numpy as np
 
 from golden.cost.quality import Quality, compared, joined, mean_and_error, quality
+from golden.cost.reading import AS_USUAL, Reading
 from refimpl.errors import InputError, at_most
 from refimpl.model import Model
-from refimpl.sweep import Pool, Result, sweep
+from refimpl.sweep import Result
 from refimpl.windows import WINDOW, windows
 
-PIECE = 128  # tokens whose logits are held at a time
+PIECE = 128  # tokens whose logits are in memory at a time
 TILE = 1 << 20  # weights that are compared at a time
 
 
 @dataclass(frozen=True)
 class Share:
-    """What one tensor does alone: the mean KL in nats and its standard error, and how often the top token stays."""
+    """What one tensor costs alone: the mean KL in nats, its standard error, and how often the top token stays."""
 
     name: str
     kl: float
@@ -42,7 +40,7 @@ class Share:
 
 @dataclass(frozen=True)
 class Attribution:
-    """The shares of all tensors that differ, in computing order, and the quality of the model with all of them."""
+    """The shares of all tensors that differ, in computing order, and the quality of the whole model."""
 
     shares: tuple[Share, ...]
     whole: Quality
@@ -58,7 +56,7 @@ class Attribution:
         return sum(share.kl for share in self.shares)
 
     def table(self, limit: int = 20) -> str:
-        """The tensors that cost most, a line each, and what all of them cost."""
+        """A line for each of the tensors that cost most, and one for all of them."""
         width = max(len(share.name) for share in self.worst[:limit])
         lines = [f"{'this tensor alone':{width}}  {'KL, nats':19}  of the sum  same top-1"]
         for share in self.worst[:limit]:
@@ -71,57 +69,35 @@ class Attribution:
 
     @property
     def summary(self) -> str:
-        """The sum beside the whole."""
+        """The sum of the shares beside the cost of the whole."""
         return (f"alone, the {len(self.shares)} tensors add up to {self.total:.5f} nats; "
                 f"together they cost {self.whole.kl_mean:.5f} ± {self.whole.kl_error:.5f}")  # fmt: skip
 
     def to_json(self) -> str:
-        """All of it."""
+        """Everything as JSON."""
         shares = [asdict(share) for share in self.shares]
         return json.dumps({"quality": self.whole.to_dict(), "tensors": shares}, ensure_ascii=False, allow_nan=False)
-
-    def write_svg(self, path: str | Path) -> None:
-        """The picture of `svg`, in a file of that suffix, whole or not at all. Raises InputError if it cannot be."""
-        path = expect_svg(path)
-        part = path.with_name(path.name + ".part")
-        try:
-            part.write_text(svg(self), encoding="utf-8")
-            os.replace(part, path)
-        except OSError as error:
-            raise InputError(f"cannot write {path}: {error.strerror}") from None
-
-
-def expect_svg(path: str | Path) -> Path:
-    """A path that a picture can have. Raises InputError for another suffix, and in a folder that there is not."""
-    if Path(path).suffix.lower() != ".svg":
-        raise InputError(f"the picture is SVG; call {path} something that ends in .svg")
-    if not Path(path).parent.is_dir():
-        raise InputError(f"cannot write {path}: {Path(path).parent} is no folder; make it first")
-    return Path(path)
 
 
 def attribute(
     model: Model,
     reference: Model,
     ids,
-    window: int = WINDOW,
-    dtype: str = "float32",
-    executor: Pool | None = None,
-    resume: str | Path | None = None,
+    reading: Reading = AS_USUAL,
 ) -> Attribution:
     """The share of every tensor in which `model` differs from `reference`, on a text or its ids.
 
-    Memory holds the reference's streams of one window, and logits of a few tokens. `executor`, `resume`: who computes
-    the pieces, and where finished ones are kept (`refimpl.sweep`). Raises InputError for models of different sizes,
-    and if they do not differ.
+    Memory holds the reference's residual streams of one window and the logits of a few tokens. Raises InputError for
+    models of different sizes, and if their weights are the same.
     """
+    reading = replace(reading, window=reading.window_or(WINDOW))  # no cache: attention's scores grow with the square
     names = differing(model, reference)
     groups = [tuple(group) for _, group in groupby(names, key=lambda name: _enters(name, reference))]
-    whole = quality(model, reference, ids, window, dtype, executor, resume)
-    rows = windows(reference, ids, window)
-    pieces = [(model, reference, group, row, dtype) for row in rows for group in groups]
+    whole = quality(model, reference, ids, reading)
+    rows = windows(reference, ids, reading.window)
+    pieces = [(model, reference, group, row, reading.dtype) for row in rows for group in groups]
     found: list[list[Result]] = [[] for _ in groups]
-    for i, result in enumerate(sweep(alone, pieces, "one tensor at a time", executor, resume)):
+    for i, result in enumerate(reading.each(alone, pieces, "one tensor at a time")):
         found[i % len(groups)].append({name: result[name] for name in ("kl", "same_top")})
     _streams.cache_clear()
     shares = []
@@ -132,18 +108,22 @@ def attribute(
 
 
 def differing(model: Model, reference: Model) -> list[str]:
-    """The parameters whose values are not the same, in computing order. Raises InputError if none is."""
+    """The names of the parameters whose values differ, in computing order. Raises InputError if none differs."""
     shapes, others = ({name: weight.shape for name, weight in m.weights.items()} for m in (model, reference))
     if shapes != others:
         odd = [name for name in {**shapes, **others} if shapes.get(name) != others.get(name)]
-        raise InputError(f"the models differ in the shapes of {at_most(odd, 3)}; only models of one shape can be mixed")
+        raise InputError(
+            f"the models differ in the shapes of {at_most(odd, 3)}; only models of the same sizes can be mixed"
+        )
     names = [name for name in others if not _same(model.weights[name], reference.weights[name])]
     if not names:
-        raise InputError("the models have the same weights; there is nothing to attribute")
+        raise InputError("the models have the same weights, so there is nothing to attribute; give --format or another "
+                         "checkpoint")  # fmt: skip
     return sorted(names, key=lambda name: _enters(name, reference))
 
 
 def _same(a, b) -> bool:
+    """Whether two weights have the same values, compared tile by tile."""
     if a is b:
         return True
     if a.shape != b.shape:
@@ -155,16 +135,16 @@ def _same(a, b) -> bool:
 
 
 def _enters(name: str, model: Model) -> int:
-    """The layer that a parameter belongs to: -1 for the embedding, the number of layers for what follows them."""
+    """The layer of a parameter: -1 for the embedding; the number of layers for the last norm and the head."""
     if name.startswith("model.layers."):
         return int(name.split(".")[2])
     return -1 if name == "model.embed_tokens.weight" else model.config.num_hidden_layers
 
 
 def alone(model: Model, reference: Model, names: tuple[str, ...], ids: np.ndarray, dtype: str) -> Result:
-    """The figures of each token of a window with each of some tensors of one layer: name -> (tensors, n) float64.
+    """The figures of each token of a window, for each of these tensors of one layer: name -> (tensors, n) float64.
 
-    Each tensor is `model`'s in an otherwise unchanged `reference`. See `golden.cost.quality.compared`.
+    For each, that tensor alone is `model`'s and the others are `reference`'s. See `golden.cost.quality.compared`.
     """
     layers, start = reference.config.num_hidden_layers, _enters(names[0], reference)
     streams = _streams(reference, tuple(ids.tolist()), dtype)
@@ -174,7 +154,7 @@ def alone(model: Model, reference: Model, names: tuple[str, ...], ids: np.ndarra
         changed = Model(reference.config, weights, reference.folder, reference.backend)
         before = None if start < 0 else streams[start]
         stages = changed.stages(ids, dtype, start=max(start, 0), stream=before)
-        *_, last = streams[-1], *islice(stages, layers - start)  # not the logits, which come in pieces
+        *_, last = streams[-1], *islice(stages, layers - start)  # without the logits, which are computed in pieces
         runs.append((changed, last))
     found = []
     for begin in range(0, len(ids) - 1, PIECE):
@@ -188,79 +168,5 @@ def alone(model: Model, reference: Model, names: tuple[str, ...], ids: np.ndarra
 
 @lru_cache(maxsize=1)
 def _streams(model: Model, ids: tuple[int, ...], dtype: str) -> list[np.ndarray]:
-    """The stream (1, T, C) before each layer, and after the last."""
+    """The residual stream (1, T, C) before each layer and after the last one."""
     return list(islice(model.stages(list(ids), dtype), model.config.num_hidden_layers + 1))
-
-
-# --- the picture ------------------------------------------------------------------------------------------------------
-
-CELL, ROW, LEFT, TOP = 96, 22, 84, 92
-STOPS = ((255, 250, 235), (253, 190, 110), (222, 74, 56), (94, 10, 60))  # from little to much
-
-
-def svg(found: Attribution) -> str:
-    """A heat map of the KL that each tensor adds alone: a row for each layer, a column for each module.
-
-    The colours are logarithmic. It is a file of its own: no script, no font, nothing from elsewhere; a tensor's
-    figures appear where the pointer rests.
-    """
-    inside: dict[tuple[int, str], Share] = {}
-    outside = []
-    for share in found.shares:
-        if share.name.startswith("model.layers."):
-            layer, module = share.name.removeprefix("model.layers.").split(".", 1)
-            inside[int(layer), module] = share
-        else:
-            outside.append(share)
-    rows, columns = sorted({layer for layer, _ in inside}), list(dict.fromkeys(module for _, module in inside))
-    values = [share.kl for share in found.shares if share.kl > 0] or [1.0]
-    low, high = np.log(max(min(values), max(values) * 1e-4)), np.log(max(values))
-
-    def cell(share: Share, column: int, y: int) -> str:
-        heat = (np.log(max(share.kl, 1e-300)) - low) / (high - low) if high > low else 1.0
-        heat = float(np.clip(heat, 0, 1))
-        said = f"{share.name}: KL {share.kl:.6f} ± {share.kl_error:.6f} nats, same top-1 {share.same_top:.2%}"
-        ink = "#fff" if heat > 0.6 else "#222"
-        x = LEFT + column * CELL
-        return (f'<g><title>{escape(said)}</title><rect x="{x}" y="{y}" width="{CELL - 2}" height="{ROW - 2}" '
-                f'fill="{_colour(heat)}"/><text x="{x + CELL / 2 - 1}" y="{y + 14}" fill="{ink}" '
-                f'text-anchor="middle">{share.kl:.2g}</text></g>')  # fmt: skip
-
-    def label(x: float, y: float, text: str, more: str = "") -> str:
-        return f'<text x="{x}" y="{y}" {more}>{escape(text, quote=False)}</text>'
-
-    drawn = [
-        label(8, 22, "KL divergence that each tensor adds alone, in nats", 'class="title"'),
-        label(8, 42, found.summary),
-    ]
-    for i, column in enumerate(columns):
-        short = column.removeprefix("self_attn.").removeprefix("mlp.")
-        drawn.append(label(LEFT + i * CELL + CELL / 2 - 1, TOP - 8, short, 'text-anchor="middle"'))
-    for i, row in enumerate(rows):
-        drawn.append(label(LEFT - 8, TOP + i * ROW + 14, f"layer {row}", 'text-anchor="end"'))
-    drawn += [cell(share, columns.index(m), TOP + rows.index(layer) * ROW) for (layer, m), share in inside.items()]
-    bottom = TOP + len(rows) * ROW + (8 if outside and rows else 0)
-    for i, share in enumerate(outside):
-        short = share.name.removeprefix("model.")
-        drawn.append(label(LEFT - 8, bottom + i * ROW + 14, short, 'text-anchor="end"'))
-        drawn.append(cell(share, 0, bottom + i * ROW))
-    bottom += len(outside) * ROW + 16
-    steps = 24
-    for i in range(steps):
-        drawn.append(f'<rect x="{LEFT + i * 8}" y="{bottom}" width="8" height="10" fill="{_colour(i / (steps - 1))}"/>')
-    drawn.append(label(LEFT - 8, bottom + 9, f"{np.exp(low):.1g}", 'text-anchor="end"'))
-    drawn.append(label(LEFT + steps * 8 + 8, bottom + 9, f"{np.exp(high):.1g} nats"))
-    width, height = max(620, LEFT + max(1, len(columns)) * CELL + 16), bottom + 26
-    style = "text{font:12px sans-serif}.title{font-size:15px;font-weight:600}"
-    size = f'viewBox="0 0 {width} {height}" width="{width}" height="{height}"'
-    ground = f'<rect width="{width}" height="{height}" fill="#fff"/>'
-    head = f'<svg xmlns="http://www.w3.org/2000/svg" {size}>'
-    return "\n".join([head, f"<style>{style}</style>", ground, *drawn, "</svg>\n"])
-
-
-def _colour(heat: float) -> str:
-    """Between STOPS, at 0 to 1."""
-    place = heat * (len(STOPS) - 1)
-    i = min(int(place), len(STOPS) - 2)
-    mixed = [a + (b - a) * (place - i) for a, b in zip(STOPS[i], STOPS[i + 1], strict=True)]
-    return "#" + "".join(f"{round(part):02x}" for part in mixed)

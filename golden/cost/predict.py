@@ -1,12 +1,12 @@
-"""What quantization alone will do to each tensor, before any device has run: the simulator against the float model.
+"""What quantization alone will do to each tensor, before any device runs: the simulator against the float model.
 
-Each tensor gets two figures, SQNR in dB (10 log10 of the tensor's energy over that of its error):
+Each tensor gets two SQNRs in dB, 10 log10 of the tensor's energy over the energy of its error:
 
-- own: its inputs are the float model's, so the error is what this operation, its weight and its grid add;
-- total: in the simulated run, with all that it inherited.
+- own: the inputs are the float model's, so the error is what this operation, its weight and its grid add
+- total: the error in the simulated run, which includes everything that the tensor inherits
 
-A device that is much worse than `total` on a tensor is wrong there; one that is as bad is only quantized. `what_if`
-says what more bits in some places would gain.
+A device that is much worse than `total` on a tensor is wrong there; a device that is as bad is only quantized.
+`what_if` shows what more bits for some tensors would gain.
 """
 
 from __future__ import annotations
@@ -14,18 +14,18 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 from tqdm import tqdm
 
 from golden.cost.quality import Quality, quality
+from golden.cost.reading import AS_USUAL, Reading
 from refimpl.grids.calibrate import CHUNK
 from refimpl.grids.encodings import Encodings, grid_of
 from refimpl.model import Model
 from refimpl.names import taps
-from refimpl.sweep import Pool, Result, sweep
+from refimpl.sweep import Result
 from refimpl.trace import Tap, feeding, recording, silent
 from refimpl.windows import WINDOW, cut
 from refimpl_kernels.affine import Rounding
@@ -33,7 +33,7 @@ from refimpl_kernels.affine import Rounding
 
 @dataclass(frozen=True)
 class Noise:
-    """Of one tensor: the `bits` of the grid that it stands on, None without one; `own` and `total` SQNR in dB."""
+    """One tensor: the `bits` of its grid, or None if it has no grid; its `own` and its `total` SQNR in dB."""
 
     name: str
     bits: int | None
@@ -49,14 +49,14 @@ class Prediction:
     tokens: int
 
     def table(self, limit: int = 20) -> str:
-        """The tensors that add most noise themselves, a line each."""
+        """A line for each of the tensors that add most noise of their own."""
         worst = sorted(self.tensors, key=lambda noise: noise.own)
         width = max(len(noise.name) for noise in worst[:limit])
         lines = [f"{'tensor':{width}}  bits       own     total"]
         for n in worst[:limit]:
             lines.append(f"{n.name:{width}}  {n.bits or '–':>4}  {n.own:5.1f} dB  {n.total:5.1f} dB")
         rest = len(worst) - limit
-        return "\n".join(lines + [f"and {rest} more, all of less noise of their own"] * (rest > 0))
+        return "\n".join(lines + [f"and {rest} more that add less noise of their own"] * (rest > 0))
 
     def __str__(self) -> str:
         last = self.tensors[-1]
@@ -73,22 +73,19 @@ def predict(
     model: Model,
     encodings: Encodings,
     ids,
-    window: int = WINDOW,
+    reading: Reading = AS_USUAL,
     rounding: Rounding = "away",
     integer: bool = False,
-    dtype: str = "float32",
-    executor: Pool | None = None,
-    resume: str | Path | None = None,
 ) -> Prediction:
-    """The noise that `encodings` put on each tensor of a model, on a text or its ids, window by window.
+    """The noise that `encodings` add to each tensor of a model, on a text or its ids.
 
-    Memory holds what one layer shows of one window. `executor`, `resume`: who computes the windows, and where finished
-    ones are kept (`refimpl.sweep`). Raises InputError for encodings of another model.
+    `rounding`, `integer`: see `Model.simulate`. Memory holds the tensors of one layer and one window. Raises
+    InputError for encodings of another model.
     """
     simulated = model.simulate(encodings, rounding, integer)
-    pieces = [(model, simulated, row, dtype) for row in cut(model, ids, window)]
+    pieces = [(model, simulated, row, reading.dtype) for row in cut(model, ids, reading.window_or(WINDOW))]
     energy: dict[str, np.ndarray] = {}
-    for found in sweep(energies, pieces, "predicting", executor, resume):
+    for found in reading.each(energies, pieces, "predicting"):
         for name, sums in found.items():
             energy[name] = energy.get(name, 0.0) + sums
     noises = []
@@ -100,12 +97,12 @@ def predict(
 
 
 def energies(model: Model, simulated: Model, ids: np.ndarray, dtype: str) -> Result:
-    """Of every tensor of one forward: (3,) float64, the sums of squares of it, of its own error, of its total error.
+    """tensor -> (3,) float64: its sum of squares, and those of its own and of its total error, in one forward.
 
     Three runs go side by side, layer by layer: the float model, the simulator fed by it, and the simulator alone.
     """
     energy: dict[str, np.ndarray] = {}
-    right: dict[str, np.ndarray] = {}  # what the float model has shown in this layer
+    right: dict[str, np.ndarray] = {}  # the float model's tensors of this layer
     exact = model.stages(ids, dtype, recording(right))
     own = simulated.stages(ids, dtype, measuring(energy, right, 1, then=feeding(right)))
     total = simulated.stages(ids, dtype, measuring(energy, right, 2))
@@ -115,7 +112,10 @@ def energies(model: Model, simulated: Model, ids: np.ndarray, dtype: str) -> Res
 
 
 def measuring(energy: dict[str, np.ndarray], right: Mapping[str, np.ndarray], which: int, then: Tap = silent) -> Tap:
-    """Adds each tensor's energy (once) and that of its difference from `right` to `energy`; passes it on."""
+    """A tap that adds the energy of each tensor's difference from `right` to `energy[name][which]`.
+
+    Where `which` is 1, it adds the energy of the tensor itself to place 0, too.
+    """
 
     def tap(name, x):
         sums = energy.setdefault(name, np.zeros(3))
@@ -131,13 +131,13 @@ def measuring(energy: dict[str, np.ndarray], right: Mapping[str, np.ndarray], wh
 
 
 def decibel(signal: float, error: float) -> float:
-    """10 log10(signal / error)."""
+    """10 log10(signal / error): infinite without an error."""
     return math.inf if not error else 10 * math.log10(signal / error) if signal else -math.inf
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a change of bits gives: `what` was changed, how many encodings that were, and the quality."""
+    """What a change of bits gives: `what` was changed, in how many encodings, and the quality after it."""
 
     what: str
     changed: int
@@ -149,17 +149,15 @@ def what_if(
     encodings: Encodings,
     ids,
     changes: Sequence[tuple[str, int]],
-    window: int = WINDOW,
+    reading: Reading = AS_USUAL,
     rounding: Rounding = "away",
     integer: bool = False,
-    dtype: str = "float32",
-    executor: Pool | None = None,
-    resume: str | Path | None = None,
 ) -> list[Outcome]:
-    """The quality of a model with these encodings, then with each of the changes alone: (glob, bits).
+    """The quality of a model with these encodings, and with each change alone: a glob and the bits of what matches.
 
-    `executor`, `resume`: as in `predict`. Raises InputError for a glob that matches nothing.
+    Raises InputError for a glob that matches nothing.
     """
+    reading = replace(reading, window=reading.window_or(WINDOW))
     variants = [("as encoded", 0, encodings)]
     for pattern, bits in changes:
         changed = encodings.raised(pattern, bits, model.weights)
@@ -169,12 +167,12 @@ def what_if(
     outcomes = []
     for what, count, variant in tqdm(variants, "comparing", disable=None, leave=False):
         simulated = model.simulate(variant, rounding, integer)
-        outcomes.append(Outcome(what, count, quality(simulated, model, ids, window, dtype, executor, resume)))
+        outcomes.append(Outcome(what, count, quality(simulated, model, ids, reading)))
     return outcomes
 
 
 def outcome_table(outcomes: Sequence[Outcome]) -> str:
-    """A line for each outcome, with what it gains over the first."""
+    """A line for each outcome, with its gain over the first one."""
     first, width = outcomes[0].quality, max(len(o.what) for o in outcomes)
     lines = [f"{'':{width}}  changed  SQNR of logits          KL        perplexity  same top-1"]
     for o in outcomes:
@@ -185,6 +183,6 @@ def outcome_table(outcomes: Sequence[Outcome]) -> str:
 
 
 def outcomes_json(outcomes: Sequence[Outcome]) -> str:
-    """The same as JSON; an infinite SQNR is null."""
+    """The outcomes as JSON; an infinite SQNR is null."""
     rows = [{"what": o.what, "changed": o.changed, **asdict(o.quality)} for o in outcomes]
     return json.dumps([{k: None if v == math.inf else v for k, v in row.items()} for row in rows], allow_nan=False)

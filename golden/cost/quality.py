@@ -1,18 +1,19 @@
-"""What a change of the weights costs: how far its next-token distributions are from the reference's.
+"""What a change of the weights costs: how far the model's next-token distributions are from the reference's.
 
-The words and definitions are those of llama.cpp's `perplexity --kl-divergence`; p is the judged model's distribution of
-the next token and q the reference's, y the token that did follow:
+The names and definitions are those of llama.cpp's `perplexity --kl-divergence`. At each position p is the judged
+model's distribution of the next token, q the reference's, and y the token that followed:
 
-    perplexity     exp of the mean of -ln p(y), and the ratio to the reference's, on the same tokens
+    perplexity     exp of the mean of -ln p(y), and its ratio to the reference's on the same tokens
     KL divergence  sum of q (ln q - ln p) over the vocabulary, in nats: mean, median, 99 % and largest over the tokens
-    same top-1     the share of tokens for which both find the same next token likeliest
-    Δp             p(y) - q(y): its root mean square, and its mean, which is below 0 where the model knows less
+    same top-1     the share of positions where both models find the same next token likeliest
+    Δp             p(y) - q(y): its root mean square, and its mean, which is negative where the model knows less
 
-After ± stands the standard error of a mean over the tokens, carried through exp and square root to first order; that of
-the ratio knows that both models read the same tokens. Tokens of one text depend on each other, so errors are larger.
+The number after ± is the standard error of a mean over the tokens; exp and square root carry it on to first order. The
+ratio's error is small because both models read the same tokens. Neighbouring tokens depend on each other, so the true
+errors are somewhat larger.
 
-Two deviations: llama.cpp counts only the second half of each window, and keeps the reference's ln q in 16 bits and
-leaves out of the sum what is below exp(-16). Here every token but a window's first counts, in float64, over all words.
+This differs from llama.cpp in two ways. llama.cpp counts only the second half of each window; here every token counts
+but a window's first. llama.cpp keeps ln q in 16 bits and drops terms below exp(-16); here all words count in float64.
 
 Source: `kl_divergence` and `mean_and_uncertainty` in llama.cpp, tools/perplexity/perplexity.cpp.
 """
@@ -20,27 +21,29 @@ Source: `kl_divergence` and `mean_and_uncertainty` in llama.cpp, tools/perplexit
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from golden.cost.reading import AS_USUAL, Reading
 from refimpl.errors import InputError
 from refimpl.loss import predictions
 from refimpl.model import Model
-from refimpl.sweep import Pool, Result, sweep
+from refimpl.sweep import Result
 from refimpl.windows import windows
-from refimpl_kernels import formats
 
-ROWS = 1 << 21  # logits that are turned into float64 at a time
+ROWS = 1 << 21  # logits that are widened to float64 at a time
 
 
 @dataclass(frozen=True)
 class Quality:
-    """`model` against `reference` over the same tokens. KL in nats; `same_top` and Δp from 0 to 1; `sqnr` of the
-    logits in dB: 10 log10(sum(b^2) / sum((a - b)^2)), infinite where both are the same. `…_error`: standard errors."""
+    """The figures of a model a judged by a reference b on the same tokens.
+
+    KL is in nats, `same_top` and Δp are from 0 to 1. `sqnr` is that of the logits in dB: 10 log10(sum(b^2) /
+    sum((a - b)^2)), infinite where both are the same. `…_error` are standard errors.
+    """
 
     tokens: int
     perplexity: float
@@ -77,7 +80,7 @@ class Quality:
         ))  # fmt: skip
 
     def to_dict(self) -> dict[str, Any]:
-        """All of it, as JSON has it: no infinite SQNR, but None."""
+        """All figures for JSON, which has no infinity: None stands for an infinite SQNR."""
         return {k: None if v == math.inf else v for k, v in asdict(self).items()}
 
 
@@ -85,38 +88,36 @@ def quality(
     model: Model,
     reference: Model,
     ids,
-    window: int | None = None,
-    dtype: str = "float32",
-    executor: Pool | None = None,
-    resume: str | Path | None = None,
+    reading: Reading = AS_USUAL,
     cache_dtype: str | None = None,
 ) -> Quality:
-    """Judges `model` by `reference` on a text (or its ids), a window at a time, so that logits never pile up.
+    """Judges `model` by `reference` on a text or its ids, window by window, so that logits never pile up.
 
-    Windows are those of `refimpl.windows.windows`. `executor`, `resume`: who computes them, and where finished ones are
-    kept (`refimpl.sweep`). `cache_dtype`: what the judged model's cache keeps; the reference's, what is computed.
-    Raises InputError if there is nothing to predict, and for different vocabularies.
+    The usual window is the model's context. `cache_dtype`: the format of the judged model's key/value cache; the
+    reference's cache keeps what is computed. Raises InputError if there is nothing to predict, and for different
+    vocabularies.
     """
     if model.config.vocab_size != reference.config.vocab_size:
         sizes = f"{model.config.vocab_size} and {reference.config.vocab_size}"
         raise InputError(f"the vocabularies have {sizes} words; only models of the same tokenizer can be compared")
-    pieces = [(model, reference, row, dtype, cache_dtype) for row in windows(reference, ids, window)]
-    return summary(sweep(scores, pieces, "judging", executor, resume))
+    rows = windows(reference, ids, reading.window)
+    pieces = [(model, reference, row, reading.dtype, cache_dtype) for row in rows]
+    return summary(reading.each(scores, pieces, "judging"))
 
 
 def scores(model: Model, reference: Model, ids: np.ndarray, dtype: str, cache_dtype: str | None = None) -> Result:
-    """The figures of each token of one window that is predicted: name -> (n,) float64. See `compared`."""
-    pairs = zip(
-        predictions(model, ids, dtype, cache_dtype=cache_dtype), predictions(reference, ids, dtype), strict=True
-    )
+    """The figures of each predicted token of one window: name -> (n,) float64. See `compared`."""
+    judged = predictions(model, ids, dtype, cache_dtype=cache_dtype)
+    pairs = zip(judged, predictions(reference, ids, dtype), strict=True)
     return joined([compared(a, b, following) for (a, following), (b, _) in pairs])
 
 
 def compared(a: np.ndarray, b: np.ndarray, following: np.ndarray) -> Result:
-    """The figures of logits `a` (n, V) judged by `b` (n, V), where the tokens `following` (n,) did follow.
+    """The figures of logits `a` (n, V) judged by logits `b` (n, V); `following` (n,) are the tokens that came next.
 
-    "loss" and "reference_loss", -ln of the probability of the right token; "kl"; "same_top", 0 or 1; "signal" and
-    "noise", sums over the vocabulary of b² and (a - b)²: (n,) float64 each. Raises InputError for NaN and infinity.
+    Each is (n,) float64: "loss" and "reference_loss", -ln of the probability of the token that came; "kl"; "same_top",
+    0 or 1; "signal" and "noise", the sums over the vocabulary of b² and (a - b)². Raises InputError for NaN and
+    infinity.
     """
     step, found = max(1, ROWS // a.shape[-1]), []
     for start in range(0, len(a), step):
@@ -125,7 +126,8 @@ def compared(a: np.ndarray, b: np.ndarray, following: np.ndarray) -> Result:
         with np.errstate(over="ignore", invalid="ignore"):
             signal, noise = (y * y).sum(-1), np.square(x - y).sum(-1)
         if not np.isfinite(noise).all():
-            raise InputError("NaN or infinity was computed; a distribution of it cannot be judged")
+            raise InputError("the logits hold NaN or infinity, which give no distribution to judge; refimpl trace "
+                             "shows the tensor where they begin")  # fmt: skip
         same = x.argmax(-1) == y.argmax(-1)
         x, y = log_softmax(x), log_softmax(y)
         found.append({
@@ -138,13 +140,13 @@ def compared(a: np.ndarray, b: np.ndarray, following: np.ndarray) -> Result:
 
 
 def joined(results: Iterable[Result]) -> dict[str, np.ndarray]:
-    """Figures of several pieces of text one after another, along their last axis."""
+    """The figures of several pieces of text, one after another along the last axis."""
     results = list(results)
     return {name: np.concatenate([result[name] for result in results], -1) for name in results[0]}
 
 
 def summary(results: Iterable[Result]) -> Quality:
-    """The figures of all tokens as one Quality. KL may be a little below 0 by rounding alone."""
+    """The figures of all tokens as one Quality. Rounding may make a KL slightly negative."""
     tokens = joined(results)
     kl, losses = tokens["kl"], (tokens["loss"], tokens["reference_loss"])
     (loss, loss_error), (reference, reference_error) = map(mean_and_error, losses)
@@ -180,113 +182,6 @@ def mean_and_error(x: np.ndarray) -> tuple[float, float]:
 
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:
-    """Logarithms of the probabilities that logits stand for, along the last axis."""
+    """The logarithms of the softmax along the last axis."""
     shifted = logits - logits.max(-1, keepdims=True)
     return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
-
-
-# --- formats side by side ---------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Row:
-    """A format of a model: memory per weight that is in blocks, bytes of all parameters, and the quality."""
-
-    format: str
-    bits_per_weight: float
-    nbytes: int
-    quality: Quality | None
-    why: str = ""  # there is none: the format does not fit this model
-
-
-def side_by_side(
-    reference: Model,
-    names: Sequence[str],
-    ids,
-    block_size: int | None = None,
-    keep: Sequence[str] = (),
-    window: int | None = None,
-    dtype: str = "float32",
-    executor: Pool | None = None,
-    resume: str | Path | None = None,
-) -> list[Row]:
-    """A model in one format after another, each judged by the model as it is; `keep` stays as it is in all of them.
-
-    A format that does not fit the model's sizes has a row that says so. Raises InputError for an unknown format.
-    """
-    rows = []
-    for name in names:
-        try:
-            formats.format_named(name)
-        except ValueError as error:
-            raise InputError(str(error)) from None
-    for name in names:
-        try:
-            model = reference.quantize(name, block_size, keep)
-        except InputError as error:
-            if len(names) == 1:
-                raise
-            rows.append(Row(name, math.nan, 0, None, str(error)))
-            continue
-        rows.append(Row(name, *memory(model), quality(model, reference, ids, window, dtype, executor, resume)))
-    return rows
-
-
-def memory(model: Model) -> tuple[float, int]:
-    """Bits of each weight that is in blocks, on average, as the engine that defines the format stores it (NaN if none
-    is), and bytes of all parameters so stored."""
-    blocks = [weight.blocks for weight in model.weights.values() if hasattr(weight, "blocks")]
-    bits, count = sum(b.bits_per_weight * math.prod(b.shape) for b in blocks), sum(math.prod(b.shape) for b in blocks)
-    rest = sum(weight.array.nbytes for weight in model.weights.values() if hasattr(weight, "array"))
-    return bits / count if count else math.nan, round(bits / 8) + rest
-
-
-def table(rows: Sequence[Row]) -> str:
-    """A line for each format, and the reference last."""
-    lines = [f"{'format':11}  bits     MB  {'perplexity':>10}  {'ratio':15}  {'KL, nats':19}  {'median':7}  "
-             f"{'99 %':6}  {'same top-1':14}  RMS Δp"]  # fmt: skip
-    for row in rows:
-        q = row.quality
-        if q is None:
-            lines.append(f"{row.format:11}  {row.why}")
-            continue
-        lines.append(
-            f"{row.format:11}  {row.bits_per_weight:4.2f}  {row.nbytes / 1e6:5.{2 if row.nbytes < 1e8 else 0}f}  "
-            f"{q.perplexity:10.3f}  {q.ratio:.4f} ± {q.ratio_error:.4f}  {q.kl_mean:.5f} ± {q.kl_error:.5f}  "
-            f"{q.kl_median:.5f}  {q.kl_99:.4f}  {q.same_top:6.2%} ± {q.same_top_error:.2%}  {q.rms_dp:.2%}"
-        )
-    judged = [row.quality for row in rows if row.quality is not None]
-    if judged:
-        q = judged[0]
-        said = f"{q.reference_perplexity:.3f} ± {q.reference_perplexity_error:.3f}"
-        lines.append(f"the model as it is has perplexity {said} on these {q.tokens} tokens")
-    return "\n".join(lines)
-
-
-def to_dicts(rows: Sequence[Row]) -> list[Mapping[str, Any]]:
-    """The same as JSON has it."""
-    return [
-        {"format": row.format, "why": row.why} if row.quality is None else
-        {"format": row.format, "bits_per_weight": row.bits_per_weight, "bytes": row.nbytes, **row.quality.to_dict()}
-        for row in rows
-    ]  # fmt: skip
-
-
-def read_documents(path: Path, model: Model, tokens: int | None = None) -> list[int]:
-    """The ids of a text file whose documents are separated by blank lines, each followed by the end-of-sequence id.
-
-    That is how Baichuan's training data, and the embedded model's, are laid out. `tokens`: no more than so many. Raises
-    InputError for a file that cannot be read or holds no text.
-    """
-    if tokens is not None and tokens < 1:
-        raise InputError(f"tokens is {tokens}, expected how many to read, from 1")
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"cannot read {path} as UTF-8 text: {error}") from None
-    if not text.strip():
-        raise InputError(f"{path} holds no text")
-    ids: list[int] = []
-    for document in text.strip().split("\n\n"):
-        ids += [*model.tokenizer.encode(document.strip("\n") + "\n"), model.tokenizer.eos_token_id]
-    return ids[:tokens]

@@ -13,7 +13,8 @@ import golden
 from export.folder.emit import emit
 from export.folder.verify import verify
 from golden.compare import Report
-from golden.cost.quality import quality, read_documents
+from golden.cost.quality import quality
+from golden.cost.reading import read_documents
 from refimpl.errors import InputError, at_most
 from refimpl.info import describe
 from refimpl.model import EMBEDDED, Model, load

@@ -66,7 +66,7 @@ def model_folder(arguments) -> Path:
 
 def text_ids(arguments, model: Model) -> list[int]:
     """The token ids of --text. The embedded model has a text of its own: poems that it was not trained on."""
-    from golden.cost.quality import read_documents
+    from golden.cost.reading import read_documents
     from refimpl.model import EMBEDDED
 
     if arguments.text is None and model.folder != EMBEDDED:

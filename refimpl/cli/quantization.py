@@ -23,7 +23,9 @@ from refimpl.errors import InputError
 
 if TYPE_CHECKING:
     from golden.cost.attribution import Attribution
+    from golden.cost.reading import Reading
     from refimpl.blocks.importance import Importance
+    from refimpl.sweep import Pool
 
 KEEP = option(
     "--keep", action="append", default=[], metavar="PATTERN", help="modules that are not quantized; may be repeated"
@@ -123,7 +125,8 @@ def importance(arguments) -> int:
 def quality(arguments) -> int:
     """Judge a model by a reference on a text: perplexity, KL divergence, same top-1, with error bars."""
     from golden.cost.attribution import attribute
-    from golden.cost.quality import quality, side_by_side, table, to_dicts
+    from golden.cost.quality import quality
+    from golden.cost.side_by_side import side_by_side, table, to_dicts
     from refimpl.model import load
     from refimpl.sweep import workers
     from refimpl_kernels.formats.table import FORMATS
@@ -135,16 +138,16 @@ def quality(arguments) -> int:
     reference = load(arguments.against) if arguments.against else model
     ids = text_ids(arguments, reference)
     with workers(arguments.jobs, arguments.dask) as executor:
-        rest = (arguments.window, arguments.dtype, executor, arguments.resume)
+        reading = _reading(arguments, executor)
         if len(names) > 1:
-            rows = side_by_side(model, names, ids, arguments.block_size, arguments.keep, *rest)
+            rows = side_by_side(model, names, ids, arguments.block_size, arguments.keep, reading)
             print(json.dumps(to_dicts(rows)) if arguments.json else table(rows))
             return 0
         if recipe:
             model = model.quantize(recipe, arguments.block_size, arguments.keep)
         if arguments.attribution:
-            return _show_attribution(arguments, attribute(model, reference, ids, *rest))
-        found = quality(model, reference, ids, *rest, arguments.cache_dtype)
+            return _show_attribution(arguments, attribute(model, reference, ids, reading))
+        found = quality(model, reference, ids, reading, arguments.cache_dtype)
     print(json.dumps(found.to_dict()) if arguments.json else found)
     return 0
 
@@ -206,7 +209,7 @@ def simulate(arguments) -> int:
     ids = text_ids(arguments, model)
     changes = [change(text) for text in arguments.what_if]
     with workers(arguments.jobs, arguments.dask) as executor:
-        rest = (arguments.window, arguments.rounding, arguments.integer, arguments.dtype, executor, arguments.resume)
+        rest = (_reading(arguments, executor), arguments.rounding, arguments.integer)
         noise = predict(model, encodings, ids, *rest)
         outcomes = what_if(model, encodings, ids, changes, *rest)
     if arguments.json:
@@ -222,6 +225,13 @@ def change(text: str) -> tuple[str, int]:
     if not pattern or not bits.isdecimal():
         raise InputError(f"{text!r} is not a change such as '*.down_proj.weight=8'")
     return pattern, int(bits)
+
+
+def _reading(arguments, executor: Pool | None) -> Reading:
+    """How the options say that the text is read."""
+    from golden.cost.reading import Reading
+
+    return Reading(arguments.window, arguments.dtype, executor, arguments.resume)
 
 
 def _recipe(arguments) -> Any:
@@ -251,7 +261,7 @@ def _importance(arguments) -> Importance | None:
 
 def _expect_one_question(arguments, recipe: Any, several: bool) -> None:
     """Raises InputError unless the options of `quality` ask for one thing. `several`: formats side by side."""
-    from golden.cost.attribution import expect_svg
+    from golden.cost.picture import expect_svg
 
     if not (arguments.against or recipe or arguments.cache_dtype):
         raise InputError("there is nothing to compare with; give --against REF, or --format q4_0, or --format all")
@@ -270,7 +280,9 @@ def _expect_one_question(arguments, recipe: Any, several: bool) -> None:
 
 def _show_attribution(arguments, found: Attribution) -> int:
     """Draws and prints an attribution."""
+    from golden.cost.picture import write_svg
+
     if arguments.out:
-        found.write_svg(arguments.out)
+        write_svg(found, arguments.out)
     print(found.to_json() if arguments.json else f"{found.whole}\n\n{found.table(arguments.top)}")
     return 0

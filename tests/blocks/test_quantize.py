@@ -17,7 +17,7 @@ from conftest import write_checkpoint
 from safetensors.numpy import load_file, save_file
 
 import refimpl
-from golden.cost.quality import read_documents
+from golden.cost.reading import read_documents
 from refimpl import InputError, cli
 from refimpl.blocks import quantize as module
 from refimpl.blocks.importance import Importance, observe_importance, read_importance, write_importance

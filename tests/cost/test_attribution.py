@@ -9,7 +9,9 @@ from conftest import write_checkpoint
 
 import refimpl
 from golden.cost.attribution import attribute, differing
+from golden.cost.picture import write_svg
 from golden.cost.quality import quality
+from golden.cost.reading import Reading
 from refimpl import InputError
 from refimpl.cli import main
 from refimpl.sweep import workers
@@ -21,17 +23,17 @@ def test_shares_by_their_definition(tiny_model, family):
     """Each tensor by itself, in an otherwise unchanged model that is run from its beginning."""
     model = tiny_model(family)
     small = model.quantize("int4")
-    found = attribute(small, model, TEXT, dtype="float64")
+    found = attribute(small, model, TEXT, Reading(dtype="float64"))
     modules = 7 if family == "Qwen2-7B" else 5
     assert len(found.shares) == 2 * modules + 1 and found.shares[-1].name == "lm_head"
     for share in found.shares:
         name = f"{share.name}.weight"
         weights = model.weights.replace({name: small.weights[name]})
-        expected = quality(refimpl.Model(model.config, weights), model, TEXT, dtype="float64")
+        expected = quality(refimpl.Model(model.config, weights), model, TEXT, Reading(dtype="float64"))
         assert share.kl == pytest.approx(expected.kl_mean, rel=1e-9)
         assert share.kl_error == pytest.approx(expected.kl_error, rel=1e-6)
         assert share.same_top == expected.same_top
-    assert found.whole == quality(small, model, TEXT, dtype="float64")
+    assert found.whole == quality(small, model, TEXT, Reading(dtype="float64"))
     assert found.worst[0].kl == max(share.kl for share in found.shares)
     assert found.table(3).splitlines()[4] == f"and {len(found.shares) - 3} more of smaller KL"
 
@@ -46,10 +48,10 @@ def test_any_tensor_may_differ(tmp_path):
     ]  # fmt: skip
     mixed = refimpl.Model(first.config, first.weights.replace({name: second.weights[name] for name in odd}))
     assert differing(mixed, first) == odd
-    found = attribute(mixed, first, TEXT[:40], dtype="float64")
+    found = attribute(mixed, first, TEXT[:40], Reading(dtype="float64"))
     for name, share in zip(odd, found.shares, strict=True):
         weights = first.weights.replace({name: second.weights[name]})
-        expected = quality(refimpl.Model(first.config, weights), first, TEXT[:40], dtype="float64")
+        expected = quality(refimpl.Model(first.config, weights), first, TEXT[:40], Reading(dtype="float64"))
         assert share.kl == pytest.approx(expected.kl_mean, rel=1e-9) and share.kl > 0
 
 
@@ -58,16 +60,16 @@ def test_the_same_bits_elsewhere_and_resumed(tiny_folder, tmp_path):
     small = model.quantize("q4_0")
     here = attribute(small, model, TEXT)
     with workers(2) as executor:
-        assert attribute(small, model, TEXT, executor=executor, resume=tmp_path) == here
+        assert attribute(small, model, TEXT, Reading(executor=executor, resume=tmp_path)) == here
     kept = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
-    assert attribute(small, model, TEXT, resume=tmp_path) == here
+    assert attribute(small, model, TEXT, Reading(resume=tmp_path)) == here
     assert kept == {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
 
 
 def test_the_picture(tiny_model, tmp_path):
     model = tiny_model("Baichuan2-7B")
     found = attribute(model.quantize("int4", keep=["*.o_proj"]), model, TEXT[:50])
-    found.write_svg(tmp_path / "map.svg")
+    write_svg(found, tmp_path / "map.svg")
     root = ET.parse(tmp_path / "map.svg").getroot()
     space = "{http://www.w3.org/2000/svg}"
     said = [title.text for title in root.iter(f"{space}title")]

@@ -9,7 +9,9 @@ import pytest
 from conftest import write_checkpoint
 
 import refimpl
-from golden.cost.quality import compared, memory, quality, side_by_side, summary, table
+from golden.cost.quality import compared, quality, summary
+from golden.cost.reading import Reading
+from golden.cost.side_by_side import memory, side_by_side, table
 from refimpl import InputError
 from refimpl.cli import main
 from refimpl.loss import perplexity
@@ -46,7 +48,7 @@ def test_every_figure_by_its_definition(tiny_model):
     """All logits at once and one token after another, as nobody would do it at full size."""
     model = tiny_model("Baichuan2-7B")
     small = model.quantize("int4")
-    found = quality(small, model, TEXT, dtype="float64")
+    found = quality(small, model, TEXT, Reading(dtype="float64"))
     kl, losses, top, dp = [], [], [], []
     for start in range(0, len(TEXT) - 1, 64):  # the context
         ids = TEXT[start : start + 64]
@@ -90,7 +92,7 @@ def test_the_same_in_pytorch(tiny_model):
 
 def test_windows_do_not_change_what_is_counted(tiny_model):
     model = tiny_model("Baichuan2-7B")
-    found = quality(model, model, IDS, window=10)
+    found = quality(model, model, IDS, Reading(window=10))
     assert found.tokens == 9 * 3 + 6
     assert found.perplexity == pytest.approx(perplexity(model, IDS, window=10), rel=1e-6)
 

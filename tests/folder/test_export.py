@@ -20,7 +20,7 @@ import refimpl
 from export import emit, verify
 from export.folder.manifest import read_scores
 from export.graphs.data import Parameter
-from export.graphs.plan import split
+from export.graphs.part import parts_of
 from export.search.bisection import JOURNAL
 from golden.compare import compare
 from golden.tolerance import largest_scores, tolerances
@@ -84,7 +84,7 @@ def test_names_order_and_types_are_those_of_ai_hub(tiny_model):
 
 @pytest.mark.parametrize("layers, parts", [(1, 2), (2, 1), (4, 5), (5, 3), (32, 5), (40, 12)])
 def test_split_covers_every_layer_once_and_evenly(layers, parts):
-    stretches = split(layers, parts)
+    stretches = parts_of(layers, parts)
     assert [i for part in stretches for i in part.layers] == list(range(layers)) and len(stretches) == parts
     sizes = [len(part.layers) for part in stretches[1:]] or [layers]
     assert max(sizes) - min(sizes) <= 1

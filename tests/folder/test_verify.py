@@ -12,7 +12,7 @@ from onnx import numpy_helper
 from export import emit, verify
 from export.folder.manifest import read_scores
 from export.graphs.ops import OnnxOps
-from export.graphs.plan import Part
+from export.graphs.part import Part
 from refimpl.checkpoint.weights import Weight
 from refimpl.errors import InputError
 

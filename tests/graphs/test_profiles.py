@@ -178,7 +178,7 @@ def test_a_graph_on_grids_agrees_by_the_command_too(saved, tmp_path, capsys):
 
 def test_what_the_prompt_alone_calibrates_is_said(capsys, tmp_path):
     assert main(["export", "--profile", "aihub", "--tokens", "8", "--context", "24", "--out", str(tmp_path / "x")]) == 0
-    assert "tokens, too few for a device" in capsys.readouterr().out
+    assert "tokens of the prompt, too few for a device" in capsys.readouterr().out
 
 
 def test_a_split_that_does_not_divide():

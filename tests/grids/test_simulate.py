@@ -14,11 +14,12 @@ from conftest import write_checkpoint
 import refimpl
 from export import emit
 from export.files.encodings import as_json
-from export.folder.goldens import goldens
+from export.folder.goldens import Goldens
 from export.graphs.grids import graph_encodings
 from export.graphs.runs import simulate_graph
 from golden.cost.predict import decibel, outcome_table, predict, what_if
 from golden.cost.quality import quality
+from golden.cost.reading import Reading
 from refimpl import InputError, names
 from refimpl.checkpoint.weights import Weight
 from refimpl.grids.calibrate import calibrate
@@ -344,7 +345,7 @@ def graph_of(model, encodings, number: int, tmp_path):
 
     parts = emit(model, tokens=(8, 1), context=32, parts=2, prompt=IDS[:6], forms=["unpack"])
     parts.save(tmp_path / "parts")
-    specs = [(spec, case["input"]) for spec, case in goldens(model, parts.plan, parts.prompt)]
+    specs = [(spec, case["input"]) for spec, case in Goldens(model, parts.plan, parts.prompt)]
     spec, inputs = specs[number]
     proto = onnx.load(tmp_path / "parts" / spec.name / "model.onnx")
     return proto, spec, inputs, graph_encodings(encodings, spec, parts.graphs[spec.name])
@@ -461,7 +462,7 @@ def test_onnxruntime_computes_the_same_codes(name, number, encoded, tmp_path):
         (lambda m, e: m.simulate(e).with_backend("numba"), "is computed by 'numpy'"),
         (lambda m, e: e.raised("*.nothing", 8, m.weights), "no encoding is called"),
         (lambda m, e: e.raised("*", 32, m.weights), "bits is 32, expected 2 to 16"),
-        (lambda m, e: predict(m, e, IDS, window=-1), "window is -1"),
+        (lambda m, e: predict(m, e, IDS, Reading(-1)), "window is -1"),
         (lambda m, e: Recipe(lpbq=True), "give a block_size"),
         (lambda m, e: Recipe(kv_bits=40), "kv_bits is 40"),
         (lambda m, e: calibrate(m, TEXT, Recipe(block_size=48)), "row length 64 is not a multiple of block_size 48"),
