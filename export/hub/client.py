@@ -19,7 +19,7 @@ from refimpl.errors import InputError
 
 PUBLIC = "https://workbench.aihub.qualcomm.com"
 
-# What AI Hub says of jobs that fail, and what is likely the matter.
+# What AI Hub says when a job fails (a pattern), and the likely cause.
 CAUSES = [
     (r"exit code 14|conversion to context binary failed", "an operation or a Reshape at the graph's ends that the "
      "device's compiler cannot place; compile fewer layers a part to find it"),
@@ -46,7 +46,7 @@ CAUSES = [
 
 
 def transient(error: BaseException) -> bool:
-    """Whether the same request may do better later: the network, the server's own trouble, or too many requests."""
+    """Whether the same request may succeed later: the network or the server failed, or there were too many requests."""
     import requests
     from qai_hub.client import InternalError, RateLimitedError
     from qai_hub.public_rest_api import APIException
@@ -65,7 +65,7 @@ def advice(reason: str, url: str) -> str:
     if re.search(r"too large", reason, re.I):
         return f"{reason[:200]}; export more parts"
     if re.search(r"parsing message|DecodeError|wire", reason, re.I):
-        return "its answer is no message of its own; is a proxy in between, or is --api-url not AI Hub?"
+        return "it did not answer as AI Hub does; is there a proxy in between, or is --api-url wrong?"
     cause = likely(reason)
     return f"{reason[:300]}" + (f"; likely {cause}" if cause else "")
 
@@ -89,7 +89,7 @@ def config_path() -> str:
 
 
 def configured() -> dict[str, str]:
-    """What client.ini says, as far as it can be read. Nothing of it is checked."""
+    """What client.ini says, unchecked; nothing where it cannot be read."""
     import configparser
 
     try:
@@ -101,9 +101,9 @@ def configured() -> dict[str, str]:
 
 
 def connect(url: str) -> Any:
-    """A client for a server, with the token of client.ini; a server on this machine needs none, and gets none.
+    """A client for a server, with the token of client.ini. A server on this machine needs no token, and gets none.
 
-    Raises InputError without a token, or if it would travel unencrypted.
+    Raises InputError if there is no token, or if it would be sent unencrypted.
     """
     from qai_hub import Client
     from qai_hub.api_utils import load_default_api_config
@@ -111,14 +111,14 @@ def connect(url: str) -> Any:
 
     split = urlsplit(url)
     if split.scheme not in ("http", "https") or not split.hostname:
-        raise InputError(f"{url!r} is no address such as {PUBLIC}")
+        raise InputError(f"{url!r} is not an address such as {PUBLIC}")
     here = is_here(split.hostname)
     config = None
     try:
         config = load_default_api_config()
     except FileNotFoundError:
         reason = "is not there"
-    except Exception:  # it has a reader of its own for each kind of damage
+    except Exception:  # its own reader raises many kinds
         reason = "cannot be read, or lacks api_token, api_url or web_url"
     if not here and (config is None or not config.api_token.strip()):
         raise InputError(
@@ -135,9 +135,9 @@ def connect(url: str) -> Any:
 
 
 def expect_answer(url: str, patience: float) -> None:
-    """Raises InputError if nothing answers at an address for so many seconds; the client itself would try for minutes.
+    """Raises InputError if an address gives no answer for `patience` seconds; the client would try for minutes.
 
-    Any answer is one: what is there shows when the client asks. No token is sent.
+    Any answer will do: whether it is AI Hub shows when the client asks. No token is sent.
     """
     import requests
 
@@ -175,7 +175,7 @@ def version() -> str:
 
 @contextlib.contextmanager
 def scratch() -> Iterator[Path]:
-    """A place for what the client writes and leaves behind, such as the zips of its uploads; gone afterwards."""
+    """A folder, removed at the end, for what the client leaves behind, such as the zips of its uploads."""
     before = tempfile.tempdir
     folder = tempfile.mkdtemp(prefix="refimpl-hub-")
     tempfile.tempdir = folder

@@ -2,12 +2,13 @@
 
     compile    each graph to a DLC, by its encodings where it has any
     link       the graphs of each part into one context binary, in which they share their weights
-    infer      the golden inputs through each graph: isolated, each from its golden; chained, each from what the one
-               before gave. The outputs come to outputs/{device}/{isolated or chained}/{graph}.h5
-    profile    what each graph takes of time and memory: outputs/{device}/profile/{graph}.json
-    fetch      what has been sent by now and is finished, without sending anything; binaries, what was linked
+    infer      golden inputs through each graph: isolated, each graph from its golden; chained, each from what the graph
+               before it gave. The outputs come to outputs/{device}/{isolated or chained}/{graph}.h5
+    profile    how much time and memory each graph takes: outputs/{device}/profile/{graph}.json
+    fetch      the outputs of all jobs that are finished; nothing is sent
+    binaries   the linked binaries
 
-Each does what it needs of those before it. What was done is in the ledger (`export.run.ledger`), and is not done again.
+A verb first does the verbs above it that it needs. What is in the ledger (`export.run.ledger`) is not done again.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ import numpy as np
 from export.folder.arrays import read_arrays
 from export.folder.manifest import read_manifest
 from export.graphs.plan import Arrays, GraphSpec, Way, carry
-from export.hub.jobs import SAMPLE, Source
 from export.hub.session import JOBS, Session, expect_export, failures
+from export.phone.source import SAMPLE, Source
 from export.preflight.check import check
 from export.run.ledger import Entry, Ledger
 from refimpl.errors import InputError
@@ -36,7 +37,7 @@ VERBS = ("compile", "link", "infer", "profile", "fetch", "binaries")
 
 @dataclass
 class Outcome:
-    """What became of what a verb sent: a row for each thing, a line for each that failed, what was sent now."""
+    """What a verb did: a row for each thing that it needs, a line for each job that failed, how much was sent now."""
 
     rows: list[dict[str, Any]]
     failures: list[str] = field(default_factory=list)
@@ -54,9 +55,9 @@ class Outcome:
 
 
 class Loop:
-    """An export at AI Hub. Raises InputError for a folder that is none, or not whole.
+    """An export at AI Hub. Raises InputError for a folder that is not an export, or not whole.
 
-    `checked`: nothing is uploaded of which `export.preflight.check` knows that AI Hub refuses it.
+    `checked`: nothing is uploaded if `export.preflight.check` finds an error in it.
     """
 
     def __init__(self, session: Session, checked: bool = True):
@@ -75,7 +76,7 @@ class Loop:
         self.fetched: set[Path] = set()
 
     def do(self, verb: str) -> Outcome:
-        """Does one of VERBS; what became of it. Raises InputError for what cannot go on."""
+        """Does one of VERBS, and returns what came of it. Raises InputError when it cannot go on."""
         flow: Callable[[], object] = getattr(self, verb)
 
         def from_the_start() -> None:
@@ -99,7 +100,7 @@ class Loop:
         session.wait(keys, "compiling")
 
     def _preflight(self) -> None:
-        """Raises InputError if an upload would be in vain."""
+        """Raises InputError if preflight knows that AI Hub will refuse a graph."""
         errors = [finding for finding in check(self.session.folder).findings if finding.severity == "error"]
         if errors:
             first = errors[0]
@@ -109,7 +110,7 @@ class Loop:
             )
 
     def link(self) -> dict[str, str]:
-        """The key of each part's link job, of the parts whose graphs were all compiled and linked."""
+        """part -> the key of its link job, for each part that was linked."""
         session = self.session
         self.compile()
         keys = {
@@ -135,7 +136,7 @@ class Loop:
                 self.session.fetch_profile(key, self.session.outputs / "profile" / f"{name}.json")
 
     def infer(self) -> None:
-        """All isolated runs are sent first, the chain is followed meanwhile."""
+        """All isolated runs are sent first; they run while the chain is followed."""
         session, binaries = self.session, self.link()
         isolated = {
             spec.name: session.infer(binaries[part_of(spec)], self.sources[spec.name], f"{spec.name}/isolated",
@@ -179,7 +180,7 @@ class Loop:
         self._known()
 
     def binaries(self) -> None:
-        """The linked binaries, which a phone takes, to outputs/{device}/binaries."""
+        """Downloads the linked binaries, which a phone runs, to outputs/{device}/binaries."""
         for part, sources in self.parts.items():
             key = self.session.link_key(sources)
             self.keys.append(key)
@@ -188,15 +189,15 @@ class Loop:
         self._known()
 
     def _known(self) -> None:
-        """Raises InputError if nothing of what was asked for was ever sent."""
+        """Raises InputError if nothing of this was ever sent."""
         if not any(self.session.ledger.get(key) for key in self.keys):
             raise InputError(
                 f"nothing was sent to {self.session.url} for {self.session.device} with these options; "
-                "give those with which it was sent, which refimpl hub status shows"
+                "give the options with which it was sent; refimpl hub status shows them"
             )
 
     def _sweep(self) -> None:
-        """Removes outputs that are of an earlier export: nobody shall judge this one by them."""
+        """Removes the outputs of an earlier export, so that nobody judges this one by them."""
         for way in WAYS:
             for spec in self.specs:
                 path = self.session.outputs / way / f"{spec.name}.h5"
@@ -204,7 +205,7 @@ class Loop:
                     path.unlink(missing_ok=True)
 
     def _chain(self, run: Callable[[GraphSpec, Arrays], str | None]) -> None:
-        """Runs each graph on what those before it gave, as far as they gave anything."""
+        """Runs each graph on what the graphs before it gave, until one gives nothing."""
         after_prompt = Arrays()
         for specs in self.plan.runs if self.plan.chained else ():
             flow = Arrays(after_prompt)
@@ -234,10 +235,10 @@ class Loop:
         return read_arrays(self.session.folder, spec, "input", spec.inputs)
 
     def planned(self, verb: str) -> list[dict[str, Any]]:
-        """What a verb would send at most: kind, label, bytes as they are and about as they travel, options, and whether
-        the ledger has it. Chained inputs may turn out to be the golden ones, and are not sent again then.
+        """What a verb would send at most: kind, label, bytes before and after zipping, options, whether it was sent.
 
-        Nothing is sent, no token is needed.
+        Chained inputs are known only when the graph before has run; where they equal the golden ones, they are not sent
+        again. Nothing is sent here, and no token is needed.
         """
         session, rows = self.session, list[dict[str, Any]]()
 
@@ -265,8 +266,8 @@ class Loop:
                 and any(v.source for v in spec.inputs)
                 and (spec.past or any(v.tap for v in spec.inputs))
             )
-            for way in WAYS if fed else WAYS[:1]:  # what takes nothing from before is the same both ways
-                if way == "chained":  # what its inputs are is known when it is their turn: its label finds it
+            for way in WAYS if fed else WAYS[:1]:  # a graph that takes nothing from another is the same both ways
+                if way == "chained":  # its inputs are not known yet: its label finds it
                     sent = {
                         str(entry["kind"]): known
                         for known, entry in session.ledger.entries.items()
@@ -279,19 +280,19 @@ class Loop:
 
 
 def part_of(spec: GraphSpec) -> str:
-    """What the graphs of all sizes are linked as: their part, or the module that they are."""
+    """Under which name graphs of all lengths are linked: their part, or their module."""
     return spec.module or f"part_{spec.part.number}_of_{spec.part.total}"
 
 
 def deflated(array: np.ndarray) -> int:
-    """About how many bytes of an array travel: what its beginning compresses to."""
+    """About how many bytes an array has once zipped, judged by its beginning."""
     data = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
     piece = data[:SAMPLE].tobytes()
     return int(len(zlib.compress(piece, 1)) * data.size / max(len(piece), 1))
 
 
 def row(entry: Entry) -> dict[str, Any]:
-    """An entry of the ledger, as a person reads it."""
+    """An entry of the ledger for a person to read."""
     state = entry.get("state") or ("sent" if entry.get("id") else "lost" if entry.get("name") else "to be sent")
     if entry.get("kind") in ("model", "dataset"):
         state = "uploaded" if entry.get("id") else "not uploaded"
@@ -300,9 +301,9 @@ def row(entry: Entry) -> dict[str, Any]:
 
 
 def status(folder: Path, session: Session | None = None) -> Outcome:
-    """All that the ledger knows; with a session, after another look at the jobs that had not ended.
+    """All that the ledger knows. With a session, the server is asked first about the jobs that had not ended.
 
-    Raises InputError for a folder that is no export.
+    Raises InputError for a folder that is not an export.
     """
     expect_export(folder)
     if session:

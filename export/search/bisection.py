@@ -32,12 +32,12 @@ from export.causes.evidence import Evidence
 from export.causes.likely import explained
 from export.folder.manifest import read_manifest
 from export.graphs.plan import Arrays
-from export.hub.jobs import arrays_digest, digest
 from export.measure.device import Answer
 from export.measure.figures import Figures, Thresholds, measure
 from export.measure.kinds import ENDS, FLOAT, KINDS, Kind
 from export.measure.places import Dataflow, Known, Place
 from export.measure.references import References
+from export.phone.source import arrays_digest, digest
 from export.run.engines import Engine
 from export.run.executor import Executor, ends
 from export.run.ledger import Ledger, lock

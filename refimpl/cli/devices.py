@@ -151,9 +151,9 @@ def bisect(arguments) -> int:
     """Find the operation that goes wrong, in the fewest runs of an engine or a device."""
     from contextlib import ExitStack
 
-    from export.hub.jobs import Options
     from export.hub.session import Session
     from export.measure.figures import Thresholds
+    from export.phone.options import Options
     from export.run.engines import Engine
     from export.run.executor import Executor
     from export.search.bisection import bisect

@@ -93,8 +93,8 @@ def hub_status(arguments) -> int:
 
 
 def _session(arguments, locked: bool = True) -> Session:
-    from export.hub.jobs import Options
     from export.hub.session import Session
+    from export.phone.options import Options
 
     options = Options(arguments.qairt, arguments.compile_options, arguments.link_options, arguments.run_options)
     return Session(arguments.folder, arguments.device, arguments.api_url, options,

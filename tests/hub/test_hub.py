@@ -22,12 +22,14 @@ from export import emit
 from export.folder.arrays import read_arrays
 from export.folder.manifest import read_manifest
 from export.graphs.plan import unpadded
-from export.hub import session
+from export.hub import connection, session
 from export.hub.client import likely
-from export.hub.jobs import Options, Source, named_outputs
 from export.hub.loop import Loop, status
+from export.hub.outputs import named_outputs
 from export.hub.session import Session
 from export.measure.device import read_device
+from export.phone.options import Options
+from export.phone.source import Source
 from export.run.engines import Engine
 from export.run.ledger import FILE, Ledger
 from refimpl import load
@@ -45,7 +47,7 @@ def quick(monkeypatch, tmp_path):
     import qai_hub.util.session
 
     monkeypatch.setattr(session, "POLL", 0.0)
-    monkeypatch.setattr(session, "PATIENCE", 0.0)
+    monkeypatch.setattr(connection, "PATIENCE", 0.0)
     monkeypatch.setattr(qai_hub.util.session, "BACKOFF_FACTOR", 0.0)
     monkeypatch.setattr(backoff._sync.time, "sleep", lambda _: None)
     monkeypatch.setenv("QAIHUB_CLIENT_INI", str(tmp_path / "client.ini"))
@@ -413,8 +415,8 @@ def test_passing_faults_pass(exports, tmp_path, fault):
 def test_a_long_outage_is_waited_for(exports, tmp_path, monkeypatch, capsys):
     """Longer than the client's own patience; no job is sent twice when only the answer was lost."""
     folder = shutil.copytree(exports["one"], tmp_path / "x")
-    monkeypatch.setattr(session, "PATIENCE", 60.0)
-    monkeypatch.setattr(session.time, "sleep", lambda _: None)
+    monkeypatch.setattr(connection, "PATIENCE", 60.0)
+    monkeypatch.setattr(connection.time, "sleep", lambda _: None)
     with LoopbackHub(fault=at("POST /jobs/", Fault("status", 429), 20)) as hub:
         assert act(hub, "infer", folder) == 0
         assert hub.kinds() == {"compile": 1, "link": 1, "inference": 1}
@@ -434,7 +436,7 @@ def test_no_server_is_told_within_seconds(export, monkeypatch, capsys, accepts):
 
     ask = requests.head
     monkeypatch.setattr(requests, "head", head)
-    monkeypatch.setattr(session, "FIRST", 2.5)
+    monkeypatch.setattr(connection, "FIRST", 2.5)
     with socket.create_server(("127.0.0.1", 0)) as nobody:
         url = f"http://127.0.0.1:{nobody.getsockname()[1]}"
         if not accepts:
@@ -451,8 +453,8 @@ def test_no_server_is_told_within_seconds(export, monkeypatch, capsys, accepts):
 def test_a_lost_answer_is_looked_for(exports, tmp_path, monkeypatch):
     """The job was made, its answer lost, and then the network: when that is back, the job is found, not sent again."""
     folder = shutil.copytree(exports["one"], tmp_path / "x")
-    monkeypatch.setattr(session, "PATIENCE", 60.0)
-    monkeypatch.setattr(session.time, "sleep", lambda _: None)
+    monkeypatch.setattr(connection, "PATIENCE", 60.0)
+    monkeypatch.setattr(connection.time, "sleep", lambda _: None)
     lost, down = at("POST /jobs/", Fault("drop_after")), at("POST /jobs/", Fault("drop"), 6)
     with LoopbackHub(fault=lambda *request: lost(*request) or down(*request)) as hub:
         assert act(hub, "infer", folder) == 0
@@ -464,8 +466,8 @@ def test_a_lost_answer_is_looked_for(exports, tmp_path, monkeypatch):
     [
         ("", Fault("drop"), "no connection to http://127"),
         ("", Fault("status", 503), "no connection to http://127"),
-        ("GET /devices/", Fault("garbage"), "its answer is no message of its own; is a proxy in between"),
-        ("GET /jobs/ID/", Fault("garbage"), "its answer is no message of its own"),
+        ("GET /devices/", Fault("garbage"), "it did not answer as AI Hub does; is there a proxy in between"),
+        ("GET /jobs/ID/", Fault("garbage"), "it did not answer as AI Hub does"),
         ("POST /models/", Fault("status", 413, "Too Large"), "export more parts"),
         ("PUT /upload/models", Fault("status", 413, "Too Large"), "export more parts"),
         ("POST /jobs/", Fault("status", 400, '{"detail": "Options are wrong."}'), "Options are wrong."),
@@ -572,8 +574,8 @@ def test_expired_and_deleted_things_are_sent_again(exports, tmp_path):
 def test_a_strangers_404_forgets_nothing(exports, tmp_path, monkeypatch, route, fault, status):
     """Only AI Hub's own word, asked for twice, is that something is gone: else a job would be sent a second time."""
     folder = shutil.copytree(exports["one"], tmp_path / "x")
-    monkeypatch.setattr(session, "PATIENCE", 60.0)
-    monkeypatch.setattr(session.time, "sleep", lambda _: None)
+    monkeypatch.setattr(connection, "PATIENCE", 60.0)
+    monkeypatch.setattr(connection.time, "sleep", lambda _: None)
     with LoopbackHub(polls=0) as hub:
         assert act(hub, "compile" if status else "link", folder) == 0
         path, jobs = folder / FILE, hub.kinds()
@@ -753,7 +755,7 @@ def test_other_weights_than_were_exported_are_not_uploaded(export, capsys):
     path.write_bytes(data)
     with LoopbackHub() as hub:
         assert act(hub, "compile", export, "--unchecked") == 2
-        assert "token_ar1_cl12_2_of_3 is not as it was exported; export again" in capsys.readouterr().err
+        assert "token_ar1_cl12_2_of_3 was changed after its export; export again" in capsys.readouterr().err
 
 
 # Access

@@ -21,7 +21,7 @@ from export.causes.table import CAUSES
 from export.causes.whatif import Stretch, WhatIf
 from export.files.entries import of_mapping
 from export.graphs.plan import carry
-from export.hub import session
+from export.hub import connection, session
 from export.measure.device import fit
 from export.measure.figures import Figures, Thresholds
 from export.measure.kinds import FLOAT, KINDS, SIMULATION
@@ -787,7 +787,7 @@ def test_the_loop_and_the_verdict(tiny_model, tmp_path, monkeypatch):
     pytest.importorskip("onnxruntime")
     monkeypatch.setenv("QAIHUB_CLIENT_INI", str(tmp_path / "none.ini"))
     monkeypatch.setattr(session, "POLL", 0.0)
-    monkeypatch.setattr(session, "PATIENCE", 0.0)
+    monkeypatch.setattr(connection, "PATIENCE", 0.0)
     model, name = tiny_model("Baichuan2-7B"), "prompt_ar4_cl12_2_of_2"
     encodings = calibrate(model, np.arange(48) % 90)
     folder = emit(model, tokens=(4,), context=12, parts=2, profile="aihub", encodings=encodings).save(tmp_path / "x")
