@@ -14,7 +14,7 @@ from export.folder.save import Parts
 from export.graphs.cut import HIDES, matching_modules
 from export.graphs.ops import INT4_OPSET
 from export.graphs.plan import Plan
-from export.graphs.profiles import checked_forms, profile_named
+from export.graphs.profiles import NORM_OPSET, checked_forms, expect_groups, on_grids, profile_named
 from export.graphs.runs import build
 from refimpl.blocks.quantize import QuantizedWeight
 from refimpl.errors import InputError
@@ -68,7 +68,8 @@ def emit(
         if blocks or name != "qdq":
             raise InputError(f"the encodings say which grids weights are on, and so do the 4-bit blocks of {name}; "
                              "give the model as it is with the profile qdq, or no encodings")  # fmt: skip
-        row = replace(row, weights="float32", forms=row.forms | {"unpack"}, on_grids=True)
+        newest = NORM_OPSET if ("ai.onnx", NORM_OPSET) in helper.OP_SET_ID_VERSION_MAP else row.opset
+        row = replace(row, weights="float32", opset=newest, on_grids=True)
     if border not in ("floats", "codes"):
         raise InputError(f"border is {border!a:.40}, expected floats or codes")
     if border == "codes":
@@ -84,8 +85,11 @@ def emit(
     lowest = helper.OP_SET_ID_VERSION_MAP.get(("ai.onnx", row.opset), 0)
     if row.opset < 17 or not lowest:
         raise InputError(f"opset is {row.opset}, expected 17 to {onnx.defs.onnx_opset_version()}")
-    row = replace(row, ir_version=max(row.ir_version, lowest) if ir_version is None else ir_version,
-                  forms=checked_forms(row.forms if forms is None else forms, row.opset))  # fmt: skip
+    chosen = checked_forms(row.forms if forms is None else forms, row.opset)
+    expect_groups(chosen, model.config.num_attention_heads, model.config.num_key_value_heads)
+    if row.on_grids:
+        chosen = on_grids(chosen, row.opset)
+    row = replace(row, ir_version=max(row.ir_version, lowest) if ir_version is None else ir_version, forms=chosen)
     if not lowest <= row.ir_version <= onnx.IR_VERSION:
         raise InputError(
             f"ir_version is {row.ir_version}, expected {lowest} to {onnx.IR_VERSION} with opset {row.opset}"

@@ -156,7 +156,9 @@ def substituting(inputs: Mapping[str, Tensor], then: Tap) -> Tap:
             return then(name, x)
         fed = inputs[name]
         if isinstance(x, Stack):
-            return Stack(tuple(fed.cut(x.axis, head) for head in range(len(x.pieces))), x.axis, x.group)
+            many = x.pieces[0].shape[x.axis]
+            pieces = (fed.cut(x.axis, i * many, (i + 1) * many) for i in range(len(x.pieces)))
+            return Stack(tuple(pieces), x.axis, x.group)
         return sliceable(fed) if x.features else fed
 
     return tap

@@ -1,4 +1,4 @@
-"""RMSNorm, RoPE and attention as one node each, where the opset has them (from 23 on).
+"""RMSNorm, RoPE and attention as one node each, where the opset has them (from 23 on); or RMSNorm alone.
 
 The decoder writes these three in small operations. It also shows what comes of each at a tap, and goes on with what
 the tap returns: so a tap that returns the one node instead leaves the small ones without a reader, and they are not
@@ -17,12 +17,17 @@ NORMS = ("input_layernorm", "post_attention_layernorm", "norm")
 
 
 def fusing(graph: Graph, then: Tap) -> Tap:
-    """The tap that puts one node in the place of many, and passes it on to `then`."""
+    """The tap that puts one node in the place of many, and passes it on to `then`.
+
+    The graph's forms say of which: "norm" of RMSNorm, "fused" of RoPE and attention, too.
+    """
 
     def tap(name: str, x: Any) -> Any:
         kind = name.rpartition(".")[2]
         if kind in NORMS:
             x = rms_norm(graph, x)
+        elif "fused" not in graph.forms:
+            pass
         elif kind in ("query", "key") and x.node.op == "Concat":
             x = rope(graph, x)
         elif kind == "context":
@@ -34,12 +39,13 @@ def fusing(graph: Graph, then: Tap) -> Tap:
 
 def rms_norm(graph: Graph, x: Tensor) -> Tensor:
     """gain * (x * 1/sqrt(mean(x * x) + epsilon))"""
-    gain, normed = step(x, "Mul")
-    source, inverse = step(normed, "Mul")
+    gain, normed = step(x, "Mul", "Reshape")
+    source, inverse = step(normed, "Mul", "Reshape")
     (root,) = step(inverse, "Reciprocal")
     (shifted,) = step(root, "Sqrt")
     _, epsilon = step(shifted, "Add")
-    return graph.add("RMSNormalization", (source, gain), x.shape, axis=-1, epsilon=graph.number(epsilon))
+    out = graph.add("RMSNormalization", (source, gain), source.shape, axis=-1, epsilon=graph.number(epsilon))
+    return out.reshape(*x.shape)  # of rank 4, where norms are at that
 
 
 def rope(graph: Graph, x: Tensor) -> Tensor:

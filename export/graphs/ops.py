@@ -161,7 +161,7 @@ class OnnxOps:
             heads = [self.split(piece, sizes) for piece in x.pieces]
             return [Stack(pieces, x.axis, x.group) for pieces in zip(*heads, strict=True)]
         starts = [sum(sizes[:i]) for i in range(len(sizes))]
-        if x.features and self.graph.forms & {"unpack", "heads"}:
+        if x.features and ("unpack" in self.graph.forms or self.graph.heads_together):
             return [x.features(starts[i], starts[i] + size, str(i)) for i, size in enumerate(sizes)]
         shapes = [(*x.shape[:-1], size) for size in sizes]
         if self.opset < 18 and len(set(sizes)) == 1:  # equal parts need not be counted

@@ -10,18 +10,24 @@ AI Hub's defaults are those with which Qualcomm's model zoo exports its language
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 from refimpl.errors import InputError, at_most
 from refimpl.positions import LOWEST
 
+_GROUPS = re.compile(r"heads=([1-9]\d{0,3})")
+NORM_OPSET = 23  # the first with RMSNormalization
+
 FORMS = {
     "conv": "a linear is a 1x1 Conv over (1, C, 1, T), but for gate and up",
     "unpack": "W_pack is three linears, for queries, keys and values",
     "heads": "attention is single heads: a projection and two products each",
+    "heads=N": "attention is groups of N heads: a projection and two products each, which an NPU's memory holds",
     "scale-on-key": "keys, not scores, are divided by the root of D, so that float16 does not overflow",
     "rank4": "RMSNorm is computed on (1, 1, T, C)",
+    "norm": "RMSNorm is one node, RMSNormalization (opset 23)",
     "fused": "RMSNormalization, RotaryEmbedding and Attention, each one node (opset 23)",
 }
 
@@ -68,10 +74,38 @@ def profile_named(name: str) -> Profile:
 def checked_forms(forms: Iterable[str], opset: int) -> frozenset[str]:
     """The forms, if there are such, and the opset has the operators. Raises InputError otherwise."""
     chosen = frozenset(forms)
-    if unknown := sorted(chosen - set(FORMS)):
+    if unknown := sorted(f for f in chosen if f == "heads=N" or (f not in FORMS and not _GROUPS.fullmatch(f))):
         raise InputError(f"{at_most(unknown)} is no form of a graph; expected some of {', '.join(FORMS)}")
-    if "fused" in chosen and opset < 23:
-        raise InputError(f"opset is {opset}, but the form fused needs 23, the first with RMSNormalization")
-    if "fused" in chosen and (apart := sorted(chosen & {"heads", "rank4", "scale-on-key"})):
+    if (one_node := sorted(chosen & {"fused", "norm"})) and opset < NORM_OPSET:
+        raise InputError(f"opset is {opset}, but the form {one_node[0]} needs 23, the first with RMSNormalization")
+    if len(apart := sorted(form for form in chosen if form.startswith("heads"))) > 1:
+        raise InputError(f"the forms {at_most(apart)} take heads apart in different ways; choose one of them")
+    if "fused" in chosen and (apart := sorted({*apart, *chosen & {"rank4", "scale-on-key"}})):
         raise InputError(f"the form fused has in one node what {at_most(apart)} takes apart; choose one of the two")
     return chosen
+
+
+def heads_together(forms: frozenset[str]) -> int:
+    """How many heads are one piece of attention: 1 with the form heads, N with heads=N; 0 if all are in one."""
+    return next((int(found[1]) for form in forms if (found := _GROUPS.fullmatch(form))), int("heads" in forms))
+
+
+def expect_groups(forms: frozenset[str], heads: int, key_heads: int) -> None:
+    """Raises InputError unless heads of a model fall into the groups of the form heads=N."""
+    many = heads_together(forms)
+    if many > 1 and heads != key_heads:
+        raise InputError(f"{heads} heads share {key_heads} key heads, but in the form heads={many} each has its own; "
+                         "use heads, or none of the two")  # fmt: skip
+    if many and heads % many:
+        raise InputError(f"{heads} heads are no groups of {many}; choose a number that divides {heads}")
+
+
+def on_grids(forms: frozenset[str], opset: int) -> frozenset[str]:
+    """The forms of a graph that rounds by itself: each part of W_pack has its own grid, and a norm none inside.
+
+    A norm in small operations is computed in float16 by an NPU, and its squares of what is beyond 256 are lost there.
+    Raises InputError for the form fused, whose nodes have inside what stands on grids.
+    """
+    if "fused" in forms:
+        raise InputError("the form fused has scores and probabilities inside of a node, where no grid can be; use norm")
+    return forms | {"unpack"} | ({"norm"} if opset >= NORM_OPSET else set())

@@ -6,11 +6,17 @@ rounds half a step to even, where AIMET rounds it up: `model.simulate(encodings,
     value       x -> QuantizeLinear -> codes -> DequantizeLinear -> under x's own name
     parameter   codes, in as many bits as they have, -> DequantizeLinear, a step for each tensor, row or block
     table       what a Gather takes: it gathers codes, and those rows alone become floats
+    8 bits      what a linear gives (values) goes through 16: an NPU has no product of 16 by 4 bits that gives 8
+
+A NPU's provider computes all of such a graph, with two things that ONNX leaves open: INT4 codes state their zero point,
+for without one it reads them as other numbers, and the two roundings of values come to the same as one: 257 fine steps
+are a coarse one, so what lies between two coarse ones is never half a fine one from where it belongs.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -24,6 +30,8 @@ from refimpl_kernels.affine import Encoding, integers, quantize
 from refimpl_kernels.formats import int4
 
 UNSIGNED = {4: TensorProto.UINT4, 8: TensorProto.UINT8, 16: TensorProto.UINT16}
+LINEARS = ("Gemm", "Conv", "MatMul")
+WIDE = 257  # (2^16 - 1) / (2^8 - 1)
 SIGNED = {4: TensorProto.INT4, 8: TensorProto.INT8, 16: TensorProto.INT16}
 
 
@@ -58,7 +66,10 @@ def quantized(built: Built, own: Encodings) -> Built:
         inputs = [f"{name}.codes", f"{name}.scales"]
         external.append(TensorProto(name=inputs[1], data_type=TensorProto.FLOAT, dims=scales.shape))
         tiles[inputs[1]] = lambda: iter([np.atleast_1d(scales)])
-        return inputs if signed else [*inputs, constant(f"{name}.zero_point", -grid.offset.astype(int), dtype)]
+        if signed and (dtype != TensorProto.INT4 or grid.block_size):
+            return inputs
+        zero = np.zeros(scales.shape, int) if signed else -grid.offset.astype(int)
+        return [*inputs, constant(f"{name}.zero_point", zero, dtype)]
 
     def node(op: str, inputs: Sequence[str], output: str, **attributes: Any) -> None:
         graph.node.append(helper.make_node(op, inputs, [output], name=output, **attributes))
@@ -69,15 +80,16 @@ def quantized(built: Built, own: Encodings) -> Built:
     def shown(name: str, like: str, dtype: int = TensorProto.FLOAT) -> None:
         graph.value_info.append(helper.make_tensor_value_info(name, dtype, shapes[like]))
 
-    def pair(name: str, source: str, result: str, grid: Grid) -> None:
+    def pair(name: str, source: str, result: str, grid: Grid, like: str = "") -> None:
+        like = like or name
         if not isinstance(grid, Encoding):
             node("Cast", [source], f"{name}.float16", to=TensorProto.FLOAT16)
-            shown(f"{name}.float16", name, TensorProto.FLOAT16)
+            shown(f"{name}.float16", like, TensorProto.FLOAT16)
             return node("Cast", [f"{name}.float16"], result, to=TensorProto.FLOAT)
         scale = constant(f"{name}.scale", grid.scale.astype(np.float32), TensorProto.FLOAT)
         step = [scale, constant(f"{name}.zero_point", -grid.offset.astype(int), storage(name, grid, False))]
         node("QuantizeLinear", [source, *step], f"{name}.codes")
-        shown(f"{name}.codes", name, storage(name, grid, False))
+        shown(f"{name}.codes", like, storage(name, grid, False))
         node("DequantizeLinear", [f"{name}.codes", *step], result)
 
     gathered: dict[str, list[str]] = {}
@@ -116,13 +128,24 @@ def quantized(built: Built, own: Encodings) -> Built:
         graph.node.append(new)
         for name in raw:
             shown(f"{name}.raw", name)
-            pair(name, f"{name}.raw", name, own.activations[name])
+            grid, source = own.activations[name], f"{name}.raw"
+            linear = each.op_type in LINEARS and each.input[1] in own.parameters
+            if linear and isinstance(grid, Encoding) and grid.bits == 8:
+                source = f"{name}.wide"
+                pair(source, f"{name}.raw", source, widened(grid), like=name)
+                shown(source, name)
+            pair(name, source, name, grid)
     for initializer in external:
         del initializer.external_data[:]
     layout = assign_offsets(external)
     graph.initializer.extend(external)
     graph.value_info.extend(old.value_info)
     return Built(proto, layout, tiles, built.shown, {})
+
+
+def widened(grid: Encoding) -> Encoding:
+    """The 16-bit grid with 257 steps for each of an 8-bit one: the same range, and each of its values."""
+    return replace(grid, bits=16, scale=grid.scale / WIDE, offset=grid.offset * WIDE)
 
 
 def codes(parameter: Parameter, grid: Encoding, signed: bool) -> Iterator[np.ndarray]:

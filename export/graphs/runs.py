@@ -41,7 +41,7 @@ def build(model: Model, spec: GraphSpec, profile: Profile, encodings: Encodings 
     inputs = [symbols[v.name] for v in spec.inputs]
     weights = {name: Parameter.whole(name, weight) for name, weight in model.weights.items()}
     tap = substituting(symbols, then=graph.tap)
-    tap = fusing(graph, then=tap) if "fused" in profile.forms else tap
+    tap = fusing(graph, then=tap) if profile.forms & {"fused", "norm"} else tap
     outputs = {name: joined(x) for name, x in spec.computed(weights, ops, symbols, tap).items()}
     for name, tensor in outputs.items():
         tensor.name = name

@@ -23,6 +23,7 @@ import numpy as np
 from onnx import TensorProto, ValueInfoProto, helper, numpy_helper
 
 from export.graphs.data import Built, Parameter, assign_offsets
+from export.graphs.profiles import heads_together
 
 
 @dataclass(eq=False)
@@ -62,14 +63,15 @@ class Tensor:
         return self.graph.elementwise("Mul", self, other)
 
     def reshape(self, *shape: int) -> Any:
-        """The same values in another shape; or a `Stack` of the heads of a linear, where they are to be single."""
+        """The same values in another shape; or a `Stack` of the heads of a linear, where they are to be apart."""
         if math.prod(shape) != math.prod(self.shape):
             raise ValueError(f"cannot reshape {self.shape} to {shape}")
-        per_head = len(shape) == 4 and shape[:2] == self.shape[:2] and shape[2] > 1
-        if per_head and self.features and "heads" in self.graph.forms:
-            size, features = shape[3], self.features
-            heads = (features(head * size, (head + 1) * size, str(head)) for head in range(shape[2]))
-            return Stack(tuple(head.reshape(*shape[:2], 1, size) for head in heads), axis=2)
+        many = self.graph.heads_together
+        per_head = many and len(shape) == 4 and shape[:2] == self.shape[:2] and shape[2] > many
+        if per_head and self.features:
+            size, features, count = shape[3], self.features, shape[2] // many
+            pieces = (features(i * many * size, (i + 1) * many * size, str(i)) for i in range(count))
+            return Stack(tuple(piece.reshape(*shape[:2], many, size) for piece in pieces), axis=2)
         source = self.behind("Reshape")
         if source.shape == shape:
             return source
@@ -80,9 +82,11 @@ class Tensor:
         source = self.behind("Transpose")
         if source is not self and self.node:
             axes = tuple(self.node.attributes["perm"][axis] for axis in axes)
-        if axes == tuple(range(len(axes))):
+        order = [axis for axis in axes if source.shape[axis] > 1]
+        shape = tuple(source.shape[axis] for axis in axes)
+        if order == sorted(order) and shape == source.shape:  # nothing moves
             return source
-        return self.graph.add("Transpose", (source,), tuple(source.shape[axis] for axis in axes), perm=axes)
+        return self.graph.add("Transpose", (source,), shape, perm=axes)
 
     def cut(self, axis: int, start: int, stop: int | None = None) -> Tensor:
         """What lies from one place of an axis to another, or at one place; the axis stays."""
@@ -104,6 +108,7 @@ class Graph:
 
     def __init__(self, forms: Iterable[str] = ()) -> None:
         self.forms = frozenset(forms)
+        self.heads_together = heads_together(self.forms)
         self.nodes: dict[tuple, Node] = {}
         self.shown: dict[str, str] = {}
         self.sources: dict[str, Parameter] = {}
@@ -221,7 +226,7 @@ class Graph:
 
 @dataclass(frozen=True)
 class Stack:
-    """A tensor in pieces of size 1 along `axis`, one for each head: batched attention as a graph of single heads.
+    """A tensor in pieces along `axis`, of one head each or of some: batched attention as a graph of single heads.
 
     Qualcomm's converter wants attention head by head: one projection and two products for each. The decoder writes it
     once for all heads, on (1, H, T, D). In a graph of the form "heads" such a tensor is a `Stack` of H tensors
@@ -230,6 +235,9 @@ class Stack:
 
     The decoder computes the H / K query heads that share a key head as rows of one product. Here they stay single
     heads, each with its key head: `group` of them count as the rows of one head.
+
+    In the form "heads=16" a piece has 16 heads, (1, 16, T, D): fewer nodes, and products of a size that an NPU's
+    memory holds. There, each has a key head of its own.
     """
 
     pieces: tuple[Tensor, ...]
@@ -239,7 +247,8 @@ class Stack:
     @property
     def shape(self) -> tuple[int, ...]:
         shape = list(self.pieces[0].shape)
-        shape[self.axis] = len(self.pieces) // self.group
+        shape[self.axis] *= len(self.pieces)
+        shape[self.axis] //= self.group
         shape[self.axis + 1] *= self.group
         return tuple(shape)
 
@@ -265,11 +274,12 @@ class Stack:
 
         Raises ValueError for another shape: the decoder asks for no other.
         """
-        heads = len(self.pieces)
+        many = self.pieces[0].shape[self.axis]
+        heads = len(self.pieces) * many
         if len(shape) == 4 and heads % shape[self.axis] == 0 and self.axis == 1:
             return Stack(self.pieces, 1, heads // shape[1])
         if len(shape) == 3 and self.axis == 2:
-            return self.graph.concat(self.pieces, 3).reshape(*shape)
+            return self.graph.concat(self.pieces, 3 if many == 1 else 2).reshape(*shape)
         raise ValueError(f"cannot reshape heads {self.shape} to {shape}")
 
 
@@ -289,10 +299,10 @@ def apply(function: Callable[..., Tensor], *operands: Any) -> Stack:
 
 
 def piece(operand: Any, stack: Stack, head: int) -> Any:
-    """What a head of `stack` needs of another operand: its piece, its slice, or all of what all heads share."""
+    """What a piece of `stack` needs of another operand: its piece, its slice, or all of what all heads share."""
     if isinstance(operand, Stack):
         return operand.pieces[head * len(operand.pieces) // len(stack.pieces)]
-    rank = len(stack.pieces[0].shape)
+    rank, many = len(stack.pieces[0].shape), stack.pieces[0].shape[stack.axis]
     shape: Sequence[int] = getattr(operand, "shape", ())
     axis = stack.axis - rank + len(shape)
-    return operand if axis < 0 or shape[axis] == 1 else operand.cut(axis, head)
+    return operand if axis < 0 or shape[axis] == 1 else operand.cut(axis, head * many, (head + 1) * many)

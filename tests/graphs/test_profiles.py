@@ -39,8 +39,12 @@ def saved(tiny_model, tmp_path):
     return save
 
 
-@pytest.mark.parametrize("forms", [["conv"], ["unpack"], ["heads"], ["scale-on-key"], ["rank4"], HEXAGON], ids=str)
+@pytest.mark.parametrize(
+    "forms", [[f] for f in ("conv", "unpack", "heads", "heads=2", "scale-on-key", "rank4")] + [HEXAGON], ids=str
+)
 def test_a_form_changes_the_graph_and_not_the_numbers(forms, family, saved):
+    if forms == ["heads=2"] and "Qwen" in family:
+        return  # whose heads share keys
     plain, _ = saved(family)
     parts, folder = saved(family, forms=forms)
     name = "prompt_ar8_cl24_2_of_3"
@@ -64,7 +68,28 @@ def test_fused_operators(family, saved):
 
 
 def test_every_form_is_tested():
-    assert {*HEXAGON} == set(FORMS) - {"fused"}
+    assert {*HEXAGON} == set(FORMS) - {"fused", "norm", "heads=N"}
+
+
+def test_heads_in_groups(saved):
+    """Two heads to a projection and to a product: half as many of each."""
+    parts, _ = saved("Baichuan2-7B", forms=["heads=2"])
+    graph = parts.graphs["prompt_ar8_cl24_2_of_3"].proto.graph
+    ops = [node.op_type for node in graph.node]
+    assert parts.model.config.num_attention_heads == 4
+    assert ops.count("Softmax") == 2 and ops.count("MatMul") == 4 and ops.count("Gemm") == 3 * 2 + 4
+    shapes = {v.name: [d.dim_value for d in v.type.tensor_type.shape.dim] for v in graph.value_info}
+    assert [shapes[f"model.layers.0.self_attn.scores.{i}"] for i in range(2)] == [[1, 2, 8, 24]] * 2
+
+
+def test_a_norm_is_one_node(family, saved):
+    """Of any profile whose opset has it; attention stays in small operations."""
+    for forms in (["norm"], ["norm", "rank4"]):
+        parts, folder = saved(family, profile="plain", opset=23, forms=forms)
+        ops = [node.op_type for node in parts.graphs["prompt_ar8_cl24_2_of_3"].proto.graph.node]
+        assert (ops.count("RMSNormalization"), ops.count("Sqrt"), ops.count("Softmax")) == (2, 0, 1)
+        for engine in ENGINES:
+            assert (report := verify(folder, engine)), report
 
 
 def test_heads_are_single(saved):
@@ -194,3 +219,13 @@ def test_unknown_words(saved):
         saved("Qwen2-7B", forms=["convolution"])
     with pytest.raises(InputError, match="fused needs 23"):
         saved("Qwen2-7B", forms=["fused"])
+    with pytest.raises(InputError, match="norm needs 23"):
+        saved("Qwen2-7B", forms=["norm"])
+    with pytest.raises(InputError, match="heads=N is no form"):
+        saved("Qwen2-7B", forms=["heads=N"])
+    with pytest.raises(InputError, match="4 heads share 2 key heads, but in the form heads=2 each has its own"):
+        saved("Qwen2-7B", forms=["heads=2"])
+    with pytest.raises(InputError, match="4 heads are no groups of 3"):
+        saved("Baichuan2-7B", forms=["heads=3"])
+    with pytest.raises(InputError, match="heads, heads=2 take heads apart in different ways"):
+        saved("Baichuan2-7B", forms=["heads", "heads=2"])
