@@ -15,7 +15,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from export.run import htp
-from export.run.executor import Engine
+from export.run.engines import Engine
 from export.run.htp import Htp, Taps, reason, tensors, up_to
 from refimpl.errors import InputError, Remark
 
