@@ -48,11 +48,11 @@ class Pool(Protocol):
 def sweep(
     function: Callable[..., Result],
     pieces: Sequence[tuple],
-    what: str,
+    what: str | None,
     executor: Pool | None = None,
     resume: str | Path | None = None,
 ) -> Iterator[Result]:
-    """`function(*piece)` of each piece, in order. `what` is shown beside the progress.
+    """`function(*piece)` of each piece, in order. `what` is shown beside the progress, which None leaves out.
 
     `executor`: None computes here. `resume`: a folder that keeps what is finished; who sweeps again with the same
     models, files and options takes it up from there. Raises InputError if a worker dies.
@@ -60,7 +60,7 @@ def sweep(
     from threadpoolctl import threadpool_limits
 
     store = None if resume is None else _Store(Path(resume))
-    progress = tqdm(total=len(pieces), desc=what, unit="piece", disable=None, leave=False)
+    progress = tqdm(total=len(pieces), desc=what, unit="piece", disable=True if what is None else None, leave=False)
     with progress, threadpool_limits(1, "blas"):
         for result in _results(function, pieces, executor, store):
             progress.update()

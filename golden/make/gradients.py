@@ -11,10 +11,10 @@ product before it is divided by the root of the head dimension; in a fused atten
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -25,6 +25,7 @@ from golden.bundle import Case
 from golden.make import pytorch
 from golden.make.pytorch import Watch, observing, run
 from refimpl.config import read_config
+from refimpl.gradients.optimizer import AdamW
 from refimpl.loss import IGNORE
 from refimpl.names import taps
 from refimpl.trace import Trace, prompt_of
@@ -43,7 +44,7 @@ class Training:
         stored, self.files = pytorch._checkpoint(folder)
         # Training mode: the official NormHead divides at each step there, and elsewhere once and for all.
         with environment(dtype):
-            self.model: Any = pytorch._build(self.source, self.config, stored, dtype).train()
+            self.model = cast(Any, pytorch._build(self.source, self.config, stored, dtype)).train()
         self.model.get_input_embeddings().padding_idx = self.config.pad_token_id
         known = {name: x for name, x in stored.items() if not name.endswith(".rotary_emb.inv_freq")}
         if self.config.tie_word_embeddings:
@@ -79,6 +80,30 @@ class Training:
         trace.update((name, found[name][0]) for name in order)
         trace.update((name, pytorch._numpy(leaf.grad)) for name, leaf in self.leaves.items() if leaf.grad is not None)
         return loss.detach().item(), trace
+
+    def optimizer(self, adamw: AdamW) -> torch.optim.Optimizer:
+        """PyTorch's AdamW over the leaves, of which matrices decay."""
+        groups = [
+            {"params": [x for x in self.leaves.values() if (x.ndim == 2) == matrices],
+             "weight_decay": adamw.weight_decay if matrices else 0.0}
+            for matrices in (True, False)
+        ]  # fmt: skip
+        return torch.optim.AdamW(groups, adamw.learning_rate, (adamw.beta1, adamw.beta2), adamw.epsilon)
+
+    def step(
+        self, batches: Sequence[tuple[Case, np.ndarray]], optimizer: torch.optim.Optimizer, adamw: AdamW,
+        z_loss_weight: float = 0.0,
+    ) -> tuple[float, float]:  # fmt: skip
+        """One step on the mean of the losses of some batches, as `Trainer` does it; gives the loss and the norm."""
+        optimizer.zero_grad()
+        total = 0.0
+        for case, labels in batches:
+            loss = self.loss(case, labels, z_loss_weight) / len(batches)
+            loss.backward()
+            total += loss.detach().item()
+        norm = torch.nn.utils.clip_grad_norm_(self.leaves.values(), adamw.max_grad_norm)
+        optimizer.step()
+        return total, norm.item()
 
     def _run(self, case: Case) -> torch.Tensor:
         parameters = self.source.convert(self.config, self.leaves)

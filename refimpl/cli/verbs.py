@@ -26,6 +26,7 @@ GROUPS = {
     "phone": "graphs and devices",
     "hub": "graphs and devices",
     "serving": "serving",
+    "training": "training",
 }
 # first word of a verb of two words -> the help of that word alone
 FAMILIES = {

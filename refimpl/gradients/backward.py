@@ -70,7 +70,7 @@ def backward(
     wanted = wrt if callable(wrt) else lambda name: fnmatch.fnmatchcase(name, wrt)
     weights = model.weights if weights is None else weights
     names = [*taps(model.config), *weights]
-    if not any(map(wanted, names)):
+    if isinstance(wrt, str) and not any(map(wanted, names)):
         raise InputError(f"no tensor is called {wrt!r}; names are such as {at_most(names, 3)}")
     config, about = model.config, {"engine": "refimpl", "kind": "gradients", "dtype": dtype}
     found = Trace(meta={**about, "family": config.family, "config": asdict(config), "ids": prompt_of(ids)})

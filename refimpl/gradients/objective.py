@@ -23,17 +23,23 @@ Objective = Callable[[np.ndarray], tuple[float, np.ndarray]]  # logits (B, T, V)
 class NextToken:
     """The training loss: `labels` (B, T) are the ids themselves, of which each position predicts the next one's.
 
-    Source: `BaichuanForCausalLM.forward` in the official modeling_baichuan.py.
+    `real` (B, T), if given: 0 for padding, which the z-loss then leaves out. `counts`: over how many labels and how
+    many positions the means are, if these rows are a part of a batch: the parts then add up to the batch's loss.
+
+    Source: `BaichuanForCausalLM.forward` in the official modeling_baichuan.py, which knows no `real`.
     """
 
     labels: np.ndarray
     z_loss_weight: float = 0.0
+    real: np.ndarray | None = None
+    counts: tuple[int, int] | None = None
 
     def __call__(self, logits: np.ndarray) -> tuple[float, np.ndarray]:
         """The loss, and its gradient (B, T, V), which is 0 where there is no next token."""
         x, labels = logits[:, :-1], self.labels[:, 1:]  # (B, T-1, V), (B, T-1)
         counted = labels != IGNORE
-        count = counted.sum()
+        seen = np.ones_like(counted) if self.real is None else self.real[:, 1:] > 0
+        count, positions = self.counts or (int(counted.sum()), int(seen.sum()))
         loss = float(cross_entropy(x, labels).sum(dtype=np.float64) / count)
         gradient = np.zeros_like(logits)
         g = gradient[:, :-1]
@@ -43,9 +49,9 @@ class NextToken:
         g *= counted[..., None] / np.asarray(count, x.dtype)
         if self.z_loss_weight:
             top = x.argmax(-1)[..., None]
-            largest = np.take_along_axis(x, top, -1)
-            loss += self.z_loss_weight * float(np.mean(largest**2, dtype=np.float64))
-            more = largest * (2 * self.z_loss_weight / largest.size)
+            largest = np.take_along_axis(x, top, -1) * seen[..., None]
+            loss += self.z_loss_weight * float((largest**2).sum(dtype=np.float64)) / positions
+            more = largest * (2 * self.z_loss_weight / positions)
             np.put_along_axis(g, top, np.take_along_axis(g, top, -1) + more, -1)
         return loss, gradient
 

@@ -21,12 +21,14 @@ array([[5., 7.]])
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
 
 import numpy as np
 
 from refimpl.checkpoint.weights import NormHead
+from refimpl.gradients.adapters import Adapted
 from refimpl.gradients.products import matmul, product, transposed_product
 from refimpl_kernels.ops import TILE_BYTES, NumPyOps
 
@@ -98,6 +100,17 @@ class Leaf:
     add = Tensor.add
 
 
+@dataclass(frozen=True)
+class AdaptedLeaf:
+    """The leaves of a weight with a correction of low rank."""
+
+    shape: tuple[int, ...]
+    base: Leaf
+    a: Leaf
+    b: Leaf
+    scale: float
+
+
 class Leaves(Mapping[str, Any]):
     """The parameters of a model as leaves, by their names; `wanted` says of which the gradient is asked for.
 
@@ -108,11 +121,17 @@ class Leaves(Mapping[str, Any]):
         self.weights, self.wanted, self.tied = weights, wanted, tied
         self.leaves: dict[str, Leaf] = {}
 
-    def __getitem__(self, name: str) -> Leaf:
+    def __getitem__(self, name: str) -> Any:
+        weight = self.weights[name]
+        if isinstance(weight, Adapted):
+            module = name.removesuffix(".weight")
+            a, b = (self._leaf(f"{module}.lora_{part}.weight", getattr(weight, part.lower())) for part in "AB")
+            return AdaptedLeaf(weight.shape, self._leaf(name, weight.base), a, b, weight.scale)
+        return self._leaf("model.embed_tokens.weight" if self.tied and name == "lm_head.weight" else name, weight)
+
+    def _leaf(self, name: str, weight: Any) -> Leaf:
         if name not in self.leaves:
-            weight = self.weights[name]
-            owner = "model.embed_tokens.weight" if self.tied and name == "lm_head.weight" else name
-            self.leaves[name] = Leaf(owner, weight, self.wanted(owner))
+            self.leaves[name] = Leaf(name, weight, self.wanted(name))
         return self.leaves[name]
 
     def __iter__(self) -> Iterator[str]:
@@ -187,7 +206,10 @@ class Tape:
 
         return self.write(self.ops.take(weight.weight, ids), (weight, scatter))
 
-    def linear(self, x: Tensor, weight: Leaf, bias: Leaf | None = None) -> Tensor:
+    def linear(self, x: Tensor, weight: Leaf | AdaptedLeaf, bias: Leaf | None = None) -> Tensor:
+        if isinstance(weight, AdaptedLeaf):
+            correction = self.linear(self.linear(x, weight.a), weight.b) * weight.scale
+            return self.linear(x, weight.base, bias) + correction
         y = self.ops.linear(x.array, weight.weight, None if bias is None else bias.weight)
         return self.write(
             y, (x, lambda g: self.times_weight(g, weight.weight)), (weight, lambda g: of_weight(g, x.array, weight)),

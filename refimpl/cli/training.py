@@ -1,0 +1,67 @@
+"""Training: a model, or adapters over it, fine-tuned on conversations."""
+
+from __future__ import annotations
+
+import json
+
+from refimpl.cli.options import JSON, MODEL, load_model
+from refimpl.cli.verbs import option, verb
+
+
+@verb(
+    "refimpl finetune weights/Baichuan2-7B-Base --data conversations.json --lora --qlora --out b2-7b.lora",
+    MODEL,
+    option("--data", required=True, metavar="FILE",
+           help="conversations of human and gpt: a JSON list, or one in each line"),
+    option("--out", required=True, metavar="DIR", help="a new folder: a checkpoint, or an adapter as peft has it"),
+    option("--lora", action="store_true", help="train corrections of low rank (default: every parameter)"),
+    option("--qlora", action="store_true", help="with --lora: over a base in NF4, which stays as it is"),
+    option("--rank", type=int, default=1, metavar="N", help="of the corrections (default: 1)"),
+    option("--alpha", type=float, default=32, metavar="X", help="they count alpha / rank times (default: 32)"),
+    option("--targets", default="W_pack", metavar="NAMES", help="linears that have one, such as W_pack,o_proj"),
+    option("--max-length", type=int, default=512, metavar="N", help="tokens of a conversation (default: 512)"),
+    option("--epochs", type=int, default=4, metavar="N", help="times that the data is read (default: 4)"),
+    option("--steps", type=int, metavar="N", help="stop after so many"),
+    option("--batch-size", type=int, default=16, metavar="N", help="conversations of a batch (default: 16)"),
+    option("--accumulation", type=int, default=1, metavar="N", help="batches that a step averages (default: 1)"),
+    option("--learning-rate", type=float, default=2e-5, metavar="X", help="constant (default: 2e-5)"),
+    option("--beta1", type=float, default=0.9, metavar="X", help="of AdamW (default: 0.9)"),
+    option("--beta2", type=float, default=0.98, metavar="X", help="of AdamW (default: 0.98)"),
+    option("--epsilon", type=float, default=1e-8, metavar="X", help="of AdamW (default: 1e-8)"),
+    option("--weight-decay", type=float, default=1e-4, metavar="X", help="of matrices (default: 1e-4)"),
+    option("--max-grad-norm", type=float, default=1.0, metavar="X", help="clip gradients to it (default: 1.0)"),
+    option("--seed", type=int, default=42, metavar="N", help="of the order of the data (default: 42)"),
+    option("--jobs", type=int, default=1, metavar="N", help="processes that share each batch (default: 1)"),
+    option("--dask", metavar="ADDRESS", help="share each batch on the Dask cluster at this address (extra: dask)"),
+    JSON,
+)  # fmt: skip
+def finetune(arguments) -> int:
+    """Fine-tune a model on conversations, as the official script does; a killed run goes on."""
+    from refimpl.errors import InputError
+    from refimpl.gradients.adapters import Lora
+    from refimpl.gradients.data import read_examples
+    from refimpl.gradients.finetune import Options, finetune
+    from refimpl.gradients.optimizer import AdamW
+    from refimpl.sweep import workers
+
+    a = arguments
+    if a.qlora and not a.lora:
+        raise InputError("a base in NF4 stays as it is, so only adapters can learn; give --lora, too")
+    if a.max_length < 2:
+        raise InputError(f"the maximum length is {a.max_length}, expected at least 2 tokens")
+    model = load_model(a)
+    model = model.quantize("nf4") if a.qlora else model
+    length = min(a.max_length, model.config.max_position_embeddings)
+    examples = read_examples(a.data, model.tokenizer, length)
+    optimizer = AdamW(a.learning_rate, a.beta1, a.beta2, a.epsilon, a.weight_decay, a.max_grad_norm)
+    lora = Lora(a.rank, a.alpha, tuple(a.targets.split(","))) if a.lora else None
+    options = Options(optimizer, lora, a.epochs, a.batch_size, a.accumulation, a.steps, a.seed)
+    with workers(a.jobs, a.dask) as executor:
+        done = finetune(model, examples, a.out, options, executor)
+    if a.json:
+        print(json.dumps({"out": a.out, "examples": len(examples), "losses": done.losses}))
+        return 0
+    what = "the adapter" if lora else "the checkpoint"
+    print(f"{len(done.losses)} steps on {len(examples)} conversations: the loss went from {done.losses[0]:.4f} to "
+          f"{done.losses[-1]:.4f}; {a.out} holds {what}, losses.json and loss.svg")  # fmt: skip
+    return 0

@@ -1,0 +1,84 @@
+"""AdamW: each parameter moves against the mean of its gradients, by about the same step whatever their size.
+
+    clip    g     = g * min(1, max_norm / (|g| + 1e-6))               |g|: of all gradients as one vector
+    decay   w     = w (1 - lr * weight_decay)                         matrices alone: no norms, no biases
+    mean    m     = beta1 m + (1 - beta1) g
+    square  v     = beta2 v + (1 - beta2) g²
+    step    w     = w - lr * (m / (1 - beta1^t)) / (sqrt(v / (1 - beta2^t)) + eps)
+
+Deviation: under the transformers of its day, the official script let RMSNorm's gains decay, too, since it knew only
+LayerNorm by its class. Today's Trainer leaves them out, by their names, and so does this.
+
+Source: Loshchilov and Hutter, "Decoupled Weight Decay Regularization" (2019); torch.optim.AdamW; the arguments of
+fine-tune.py in the README of baichuan-inc/Baichuan2.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+
+import numpy as np
+
+from refimpl.errors import InputError
+
+
+@dataclass(frozen=True)
+class AdamW:
+    """The numbers of the official script. The learning rate is constant."""
+
+    learning_rate: float = 2e-5
+    beta1: float = 0.9
+    beta2: float = 0.98
+    epsilon: float = 1e-8
+    weight_decay: float = 1e-4
+    max_grad_norm: float = 1.0
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            low, high = (0, 1) if field.name.startswith("beta") else (0, math.inf)
+            if type(value) not in (int, float) or not low <= value < high:
+                raise InputError(f"{field.name} is {value!r:.40}, expected a number from {low} to below {high}")
+
+    @staticmethod
+    def decays(name: str, parameter: np.ndarray) -> bool:
+        """Whether weight decay holds for a parameter."""
+        return parameter.ndim == 2
+
+    def clipped(self, gradients: Mapping[str, np.ndarray]) -> tuple[dict[str, np.ndarray], float]:
+        """The gradients, scaled down where their common norm is above `max_grad_norm` (0: never), and that norm."""
+        norm = global_norm(gradients)
+        scale = min(1.0, self.max_grad_norm / (norm + 1e-6)) if self.max_grad_norm else 1.0
+        return {name: g if scale == 1.0 else g * np.asarray(scale, g.dtype) for name, g in gradients.items()}, norm
+
+    def step(self, parameters: Mapping[str, np.ndarray], gradients: Mapping[str, np.ndarray], moments: Moments) -> None:
+        """Moves the parameters, in place, by gradients that are clipped already."""
+        moments.count += 1
+        first, second = 1 - self.beta1**moments.count, 1 - self.beta2**moments.count
+        for name, g in gradients.items():
+            w = parameters[name]
+            m = moments.mean.setdefault(name, np.zeros_like(w))
+            v = moments.square.setdefault(name, np.zeros_like(w))
+            if self.weight_decay and self.decays(name, w):
+                w *= 1 - self.learning_rate * self.weight_decay
+            m += (g - m) * (1 - self.beta1)
+            v *= self.beta2
+            v += (1 - self.beta2) * g * g
+            w -= (self.learning_rate / first) * m / (np.sqrt(v) / math.sqrt(second) + self.epsilon)
+
+
+class Moments:
+    """What AdamW remembers: how many steps it took, and of each parameter the `mean` and the `square`."""
+
+    def __init__(self, count: int = 0, mean: dict | None = None, square: dict | None = None):
+        self.count = count
+        self.mean: dict[str, np.ndarray] = mean or {}
+        self.square: dict[str, np.ndarray] = square or {}
+
+
+def global_norm(gradients: Mapping[str, np.ndarray]) -> float:
+    """The length of all gradients as one vector; squares are summed in float64."""
+    squares = (np.einsum("i,i->", g.reshape(-1), g.reshape(-1), dtype=np.float64) for g in gradients.values())
+    return math.sqrt(math.fsum(map(float, squares)))  # whatever their order
