@@ -3,10 +3,11 @@
     tensors.safetensors     {case}/{dtype}/{name} -> tensor                p0/float64/model.layers.0.self_attn.W_pack
     manifest.json           the prompts, each tensor's shape, sha256, origin and tolerance, and the provenance
 
-A case is one prompt; a name is a tap's (`refimpl.names`). `origin` says how PyTorch showed the tensor: "observed", or
-"derived" from observed ones and how. A trace on disk (`write_trace`) is the same with a name for a key and no cases.
+A case is one prompt. A name is that of a tap (`refimpl.names`). `origin` says how PyTorch showed the tensor:
+"observed", or "derived" from observed tensors, and how. A trace on disk (`write_trace`) has the same two files; its
+keys are plain names, and it has no cases.
 
-Both files are untrusted: what is not as it should be raises an InputError and nothing else. Names never become paths.
+Both files are untrusted: a damaged one raises InputError and nothing else. Names never become paths.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ class Case:
 
 @dataclass(frozen=True, eq=False)
 class Golden:
-    """What a folder holds: `cases`, name -> Case; `dtypes`, those recorded; `config` and `provenance` of the model."""
+    """What a folder holds: `cases`, name -> Case; the `dtypes` recorded; the model's `config` and `provenance`."""
 
     folder: Path
     cases: dict[str, Case]
@@ -56,10 +57,10 @@ class Golden:
     entries: dict[str, dict[str, Any]] = field(repr=False)
 
     def trace(self, case: str | None = None, dtype: str | None = None) -> Trace:
-        """The tensors of a case in a format, mapped and unread, in computing order; without a name, the only one's.
+        """The tensors of a case in a number format, in computing order, mapped and not yet read.
 
-        `meta` has what `golden.compare` judges by: the tolerances, the config and the dtype. Raises InputError if
-        there is no such case or format, or if none is named and there are several.
+        Neither needs a name if there is only one. `meta` holds what `golden.compare` judges by: the tolerances, the
+        config and the dtype. Raises InputError for an unknown case or format, and for no name where there are several.
         """
         case, dtype = self._only(case, self.cases, "case"), self._only(dtype, self.dtypes, "format")
         if case not in self.cases or dtype not in self.dtypes:
@@ -77,7 +78,7 @@ class Golden:
         return Trace(((name, self._tensors[prefix + name]) for name in names), meta)
 
     def describe(self) -> str:
-        """What is in it, for a person: a few lines."""
+        """A few lines for a person about what is in it."""
         size = sum(array.nbytes for array in self._tensors.values())
         origins = [entry["origin"].split(":")[0] for entry in self.entries.values()]
         lines = [
@@ -113,10 +114,11 @@ def write(
     provenance: Mapping[str, Any],
     tolerances: Mapping[str, Mapping[str, Tolerance]],
 ) -> None:
-    """Stores the traces of (case, dtype) in a new folder, all or nothing.
+    """Stores a trace for each (case, dtype) in a new folder, all or nothing.
 
-    `tolerances`: dtype -> tensor name -> Tolerance. A trace's `meta["origin"]` says for each name how it was seen.
-    Raises InputError if the folder is there already, or a name is not made of letters, digits, `_`, `.` and `-`.
+    `tolerances`: dtype -> tensor name -> Tolerance. A trace's `meta["origin"]`: name -> how PyTorch showed it.
+
+    Raises InputError if the folder exists, or if a name has other characters than letters, digits, `_`, `.` and `-`.
     """
     tensors = {f"{case}/{dtype}/{name}": x for (case, dtype), trace in traces.items() for name, x in trace.items()}
     extra = {
@@ -141,7 +143,7 @@ def write(
 
 
 def read(folder: str | Path, verify: bool = True) -> Golden:
-    """The golden in a folder. `verify` reads all of it once, to compare its sha256 with the manifest's.
+    """The golden in a folder. With `verify`, the file is read once to compare its sha256 with the manifest's.
 
     Raises InputError for a folder that is missing, truncated, changed or not a golden.
     """
@@ -172,14 +174,14 @@ def read(folder: str | Path, verify: bool = True) -> Golden:
 
 
 def write_trace(folder: str | Path, trace: Trace) -> None:
-    """Stores one trace in a new folder, all or nothing. Raises InputError if the folder is there already."""
+    """Stores one trace in a new folder, all or nothing. Raises InputError if the folder exists."""
     _write(Path(folder), TRACE, {"meta": trace.meta}, trace, {})
 
 
 def read_trace(folder: str | Path, verify: bool = True, dtype: str | None = None) -> Trace:
-    """The trace that `write_trace` stored, mapped and unread; `verify` and errors as in `read`.
+    """The trace that `write_trace` stored, mapped and not yet read; `verify` and errors as in `read`.
 
-    A golden of one case is a trace as well: in `dtype` where that is recorded, else in the finest format.
+    A golden with one case counts as a trace: in `dtype` if that was recorded, else in the finest format.
     """
     path = Path(folder) / "manifest.json"
     if path.is_file() and read_json(path).get("format") == GOLDEN:
@@ -198,18 +200,18 @@ def read_trace(folder: str | Path, verify: bool = True, dtype: str | None = None
 
 
 def finest(dtypes: Collection[str]) -> str:
-    """The number format that rounds least."""
+    """The number format with the smallest rounding error."""
     return min(dtypes, key=lambda dtype: ROUNDINGS[dtype].unit)
 
 
 def expect_new(folder: Path) -> None:
-    """Raises InputError if there is something in `folder`: nothing is overwritten."""
+    """Raises InputError if `folder` holds something, because nothing is overwritten."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(f"{folder} is there already; choose another place or delete it")
 
 
 def expect_name(name: str, of: str = "a case") -> str:
-    """`name`, if it is one. Raises InputError if it is not."""
+    """`name`, if it is a valid one. Raises InputError if it is not."""
     if not _NAME.fullmatch(name):
         raise InputError(f"{name!r:.60} is no name for {of}; expected letters, digits, '_', '.' and '-'")
     return name
@@ -221,7 +223,7 @@ def _digest(array: np.ndarray) -> str:
 
 
 def _write(folder: Path, kind: str, manifest: Mapping, tensors: Mapping[str, Any], extra: Mapping) -> None:
-    """Both files under a temporary name beside `folder`, which is then renamed: a half-written one never appears."""
+    """Writes both files under a temporary name and renames the folder, so a half-written one never appears."""
     expect_new(folder)
     folder = folder.absolute()
     for part in {part for key in tensors for part in key.split("/")}:
@@ -247,7 +249,7 @@ def _write(folder: Path, kind: str, manifest: Mapping, tensors: Mapping[str, Any
 
 
 def _read(folder: Path, kind: str, verify: bool) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """The manifest, of a known kind, and the tensors, which are those that the manifest lists."""
+    """The manifest and the tensors that it lists. Raises InputError if they are not of this kind, or do not fit."""
     path, tensors_path = folder / "manifest.json", folder / "tensors.safetensors"
     if not path.is_file():
         raise InputError(f"{folder} holds no manifest.json; expected the folder of a '{kind}'")

@@ -27,18 +27,17 @@ MODEL = (
 
 
 def check(model: Model | str | Path, golden: str | Path, dtype: str | None = None, fed: bool | None = None) -> Report:
-    """Runs the model on the golden's prompts and compares every tensor, under `{case}/{dtype}/{name}`.
+    """Runs the model on the golden's prompts and compares every tensor, which is called `{case}/{dtype}/{name}`.
 
-    Each recorded number format is judged by itself, with the tolerances stored beside it. With a `dtype`, that one
-    alone; if PyTorch did not record it, against the finest recorded, with the rule for `dtype`. Padding is left out:
-    what stands there is garbage on both sides.
+    - `dtype`: the number format to run in; by default each that was recorded, judged by the tolerances stored with it.
+      A format that was not recorded is judged by the finest one that was, with the rule for `dtype`.
+    - `fed`: whether each operation gets the golden's tensors as inputs, so that each tensor shows its own error. By
+      default 16-bit runs are fed, because what they inherit soon exceeds any useful limit.
 
-    `fed`: whether each run goes on with the golden's tensors instead of its own, so that each shows its own error. By
-    default those of 16 bits do, whose errors would soon be larger than anything that one could judge by.
+    Padding is left out, because the values there have no meaning. If the verdict is red, the files of the weights are
+    hashed, and the report says whether the golden was recorded from others.
 
-    Where the verdict is red, the files of the weights are hashed, and the report says if others were recorded.
-
-    Raises InputError if the golden cannot be read, or is of a model of another config.
+    Raises InputError if the golden cannot be read, or belongs to a model with another config.
     """
     if isinstance(model, str | Path):
         from refimpl.model import load
@@ -48,7 +47,8 @@ def check(model: Model | str | Path, golden: str | Path, dtype: str | None = Non
     for name in MODEL:
         has, expected = getattr(model.config, name), getattr(truth.config, name)
         if has != expected:
-            raise InputError(f"this model's {name} is {has}, that of {golden} is {expected}; check the model it is of")
+            raise InputError(f"this model's {name} is {has}, but {golden} was recorded from a model with {expected}; "
+                             "check the model that it belongs to")  # fmt: skip
     report = Report(())
     for ran in truth.dtypes if dtype is None else (dtype,):
         by = ran if ran in truth.dtypes else finest(truth.dtypes)
@@ -65,7 +65,7 @@ def check(model: Model | str | Path, golden: str | Path, dtype: str | None = Non
 
 
 def _other_weights(folder: Path | None, recorded: Any) -> str:
-    """What a report should say of the files in `folder`, if the golden knows their sha256 and they have another."""
+    """The remark for a report if files in `folder` have another sha256 than those that were recorded."""
     if folder is None or not isinstance(recorded, dict):
         return ""
     other = [
@@ -75,7 +75,7 @@ def _other_weights(folder: Path | None, recorded: Any) -> str:
 
 
 def without_padding(trace: Trace, config: Config, case: Case) -> Trace:
-    """The trace with zeros wherever a query or a key is padding; the same trace if there is none."""
+    """The trace with zeros wherever the query or the key is padding; the same trace if there is no padding."""
     if case.attention_mask is None or case.attention_mask.all():
         return trace
     table, kept, (batch, tokens) = taps(config), Trace(meta=trace.meta), case.ids.shape

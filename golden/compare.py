@@ -10,9 +10,9 @@ differs: 1 of 2 tensors beyond tolerance or missing, first y in computing order;
 FAIL  y             –  2.0e-01        –        –        –         –          –  missing
 ok    x       1.2e-01  2.0e-01  1.2e-01  5.0e-01  2.9e-01     19 dB  0.9956382  (1): 2.5, reference 2
 
-**By what an error is measured.** By the largest value of its row, which in most tensors is one token, or one head of
-one token. Language models have a few tokens whose activations are a thousand times those of all others; beside their
-largest value, an error in any other token would look like rounding.
+**What an error is measured against.** The largest value of its row. In most tensors a row is one token, or one head of
+one token. A few tokens of a language model have activations a thousand times larger than all others; measured against
+those, an error in any other token would look like rounding.
 """
 
 from __future__ import annotations
@@ -32,26 +32,26 @@ from refimpl.errors import InputError, at_most
 from refimpl.trace import Trace, expect_same_prompt
 
 CHUNK = 1 << 16  # elements that are widened to float64 at a time
-ROW = 32  # the largest of fewer numbers may be small by chance
-TINY = 2.0**-24  # what float32 loses beside a value
+ROW = 32  # elements of a row, at least: the largest of fewer may be small by chance
+TINY = 2.0**-24  # relative to a value, what is smaller is lost in float32
 
 
 @dataclass(frozen=True)
 class Difference:
-    """How far one tensor is from the reference b. Everything is computed in float64.
+    """How far one tensor a is from its reference b. All figures are computed in float64.
 
-    - `needed`: the largest of max|a - b| / max|b| of each row, or infinite where there is a `problem`. A row is the
-      last axis, or as many of the last axes as have 32 elements together. One of zeros, or of less than 2^-24 of
-      the tensor's scale, is measured by that scale.
-    - `allowed`: the tolerance of needed
-    - `max_abs`: max|a - b|; `scale`: max|b|; `rel_to_max`: max_abs / scale, both of the whole tensor
-    - `rmse`: sqrt(mean((a - b)^2)); `sqnr`: 10 log10(sum(b^2) / sum((a - b)^2)) in dB; `cosine` of the angle between
+    - `needed`: max|a - b| / max|b| in the row where it is largest; infinite if there is a `problem`. A row is the last
+      axis, or as many of the last axes as have 32 elements together. A row whose largest value is below 2^-24 of the
+      tensor's is measured against the tensor's.
+    - `allowed`: how large `needed` may be, with its `reason`
+    - `max_abs`: max|a - b|; `scale`: max|b|; `rel_to_max`: max_abs / scale; all of the whole tensor
+    - `rmse`: sqrt(mean((a - b)^2)); `sqnr`: 10 log10(sum(b^2) / sum((a - b)^2)) in dB; `cosine`: of the angle between
       a and b as vectors
-    - `index`: where |a - b| is largest in the row that needs most, `value` in a and `reference` in b there; `ulp`:
-      their distance in units of the last place of the reference's value, in the coarser of both formats
-    - `problem`: "" or why the numbers cannot be compared: missing, other shape, NaN or infinity on one side
+    - `index`: where |a - b| is largest in the row that needs most; `value`: a there; `reference`: b there; `ulp`: their
+      distance in units of the last place of `reference`, in the coarser of both number formats
+    - `problem`: "", or why the numbers cannot be compared: missing, other shape, NaN or infinity on one side
 
-    Elements where both sides are NaN, or the same infinity, agree and are left out of the figures.
+    Where both sides are NaN, or the same infinity, they agree; the figures leave such elements out.
     """
 
     name: str
@@ -85,7 +85,7 @@ class Difference:
 
     @property
     def judged(self) -> bool:
-        """Whether there is a verdict: a tolerance of LARGEST or more knows none, except on a `problem`."""
+        """Whether there is a verdict. A tolerance of LARGEST or more allows none, unless there is a `problem`."""
         return bool(self.problem) or self.allowed < LARGEST
 
     @property
@@ -98,11 +98,11 @@ class Difference:
 
 @dataclass(frozen=True)
 class Report:
-    """A verdict, and what it rests on. True if every tensor of the reference is there and within tolerance.
+    """A verdict with its figures. It is true if every tensor of the reference is there and within tolerance.
 
-    A tensor whose tolerance is too wide to judge by is neither agreement nor failure; if all are such, it is False.
-    `tensors`: a Difference for each tensor of the reference, in its order; `extra`: names that only the judged side
-    has, which no verdict depends on; `note`: why there is nothing to compare; `remark`: what else the summary says.
+    A tensor with a tolerance too wide to judge by neither agrees nor fails; if all tensors are like that, the report is
+    false. `tensors`: a Difference for each tensor of the reference, in its order; `extra`: names that only the judged
+    side has, which do not count; `note`: why there is nothing to compare; `remark`: another sentence for the summary.
     """
 
     tensors: tuple[Difference, ...]
@@ -115,12 +115,12 @@ class Report:
 
     @cached_property
     def worst(self) -> list[Difference]:
-        """The tensors, largest needed / allowed first, then in computing order; last those that were not judged."""
+        """The tensors with the largest needed / allowed first; those that were not judged come last."""
         return sorted(self.tensors, key=lambda tensor: (not tensor.judged, -tensor.excess))
 
     @property
     def failures(self) -> list[Difference]:
-        """The tensors that are beyond tolerance, in computing order: the first one is where it went wrong."""
+        """The tensors beyond tolerance, in computing order: the run went wrong at the first one."""
         return [tensor for tensor in self.tensors if tensor.judged and not tensor]
 
     @property
@@ -146,7 +146,7 @@ class Report:
         return f"differs: {len(self.failures)} of {count} tensors beyond tolerance or missing, {begin}; {by}{extra}"
 
     def table(self, limit: int = 20) -> str:
-        """The worst tensors, a line each."""
+        """A line for each of the worst tensors."""
         shown = self.worst[:limit]
         width = max([len(tensor.name) for tensor in shown] + [6])
         mark = max([len(tensor.verdict) for tensor in shown] + [4])
@@ -162,13 +162,13 @@ class Report:
         return f"{self.summary}\n{self.table()}" if self.tensors else self.summary
 
     def to_json(self) -> str:
-        """The whole report as JSON, worst first; NaN and infinity, such as what a missing tensor needs, are null."""
+        """The whole report as JSON, worst first. NaN and infinity are null, such as what a missing tensor needs."""
         tensors = [{**asdict(t), "rel_to_max": t.rel_to_max, "judged": t.judged, "ok": bool(t)} for t in self.worst]
         content = {"agrees": bool(self), "summary": self.summary, "missing": self.missing, "extra": self.extra}
         return json.dumps(finite({**content, "tensors": tensors}), ensure_ascii=False, allow_nan=False)
 
     def within(self, prefix: str) -> Report:
-        """The same report with `prefix` before every name, to be joined with others."""
+        """The same report with `prefix` before every name, so that it can be added to others."""
         tensors = tuple(replace(tensor, name=prefix + tensor.name) for tensor in self.tensors)
         note = f"{prefix.rstrip('/')}: {self.note}" if self.note else ""
         return Report(tensors, tuple(prefix + name for name in self.extra), note, self.remark)
@@ -183,13 +183,14 @@ class Report:
 def compare(
     a: Mapping[str, Any], b: Mapping[str, Any], tolerance: Tolerance | Mapping[str, Tolerance] | None = None
 ) -> Report:
-    """Judges `a` by the reference `b`: mappings (a Trace, say) of names to arrays of any number format.
+    """Judges `a` by the reference `b`. Both map names to arrays of any number format, as a Trace does.
 
-    `tolerance`: one for all tensors or one for each; by default what the traces say about themselves
-    (`golden.tolerance.stated`). A name that `a` lacks, another shape, nothing in common, and NaN or infinity on one
-    side only are failures and no exceptions. Memory holds a piece of each tensor, and two numbers for each row.
+    `tolerance`: one for all tensors, or one for each; by default what the traces say about themselves
+    (`golden.tolerance.stated`). A name that `a` lacks, another shape, no name in common, or NaN or infinity on one side
+    make the report false; they raise nothing. Memory holds a piece of each tensor, and two numbers for each row.
 
-    Raises InputError for traces of different prompts, what is not numbers, and a name that `tolerance` leaves out.
+    Raises InputError for traces of different prompts, for arrays that do not hold real numbers, and for a name without
+    a tolerance.
     """
     a, b = _trace(a), _trace(b)
     expect_same_prompt(a, b)
@@ -220,45 +221,75 @@ def _trace(side: Mapping[str, Any]) -> Trace:
 
 @np.errstate(over="ignore", invalid="ignore")  # squares of huge values may be infinite
 def _difference(of: Difference, a: np.ndarray | None, b: np.ndarray) -> Difference:
-    """`of` with its figures filled in, from one pass over both arrays and another over the row that needs most."""
+    """`of` with its figures filled in: one pass over both arrays, and one over the row that needs most."""
     if a is None:
         return replace(of, problem="missing", shape=b.shape)
     if a.shape != b.shape:
         return replace(of, problem=f"shape {a.shape}, reference {b.shape}", shape=b.shape)
     if not b.size:
         return replace(of, shape=b.shape, needed=0.0, max_abs=0.0, scale=0.0)
-    length = row_length(b.shape)
-    largest, scales = np.zeros((2, b.size // length))  # max|a - b| and max|b| of each row
-    clash, left_out = -1, 0
-    errors = squares_a = squares_b = products = 0.0
-    for start, x, y, error, odd, differs in _chunks(a, b, 0, b.size):
-        first, last = start // length, (start + len(x) - 1) // length + 1
-        cuts = np.maximum(np.arange(first, last) * length - start, 0)  # where each row begins in this chunk
-        for most, values in ((largest, error), (scales, np.abs(y))):
-            np.maximum(most[first:last], np.maximum.reduceat(values, cuts), out=most[first:last])
-        left_out, clash = left_out + odd, differs if clash < 0 else clash
-        errors, products = errors + float(error @ error), products + float(x @ y)
-        squares_a, squares_b = squares_a + float(x @ x), squares_b + float(y @ y)
-    scale = float(scales.max())
-    yard = np.where(scales > TINY * scale, scales, scale)
-    ratio = np.divide(largest, yard, out=np.where(largest > 0, np.inf, 0.0), where=yard > 0)
-    row = int(ratio.argmax())
-    at = clash if clash >= 0 else _place(a, b, row * length, length)
+    sums = _Sums(a, b)
+    row, needed = sums.worst_row()
+    at = sums.clash if sums.clash >= 0 else _place(a, b, row * sums.length, sums.length)
     index = tuple(int(i) for i in np.unravel_index(at, b.shape))
     value, reference = float(a[index]), float(b[index])
     return replace(
-        of, shape=b.shape, max_abs=float(largest.max()), scale=scale, index=index, value=value,
-        reference=reference, needed=math.inf if clash >= 0 else float(ratio[row]),
-        problem="NaN or infinity on one side" if clash >= 0 else "",
-        rmse=math.sqrt(errors / max(b.size - left_out, 1)),
-        sqnr=math.inf if not errors else 10 * math.log10(squares_b / errors) if squares_b else -math.inf,
-        cosine=products / math.sqrt(squares_a) / math.sqrt(squares_b) if squares_a and squares_b else math.nan,
+        of, shape=b.shape, max_abs=float(sums.largest.max()), scale=float(sums.scales.max()), index=index, value=value,
+        reference=reference, needed=math.inf if sums.clash >= 0 else needed,
+        problem="NaN or infinity on one side" if sums.clash >= 0 else "",
+        rmse=sums.rmse(), sqnr=sums.sqnr(), cosine=sums.cosine(),
         ulp=abs(value - reference) / max(_last_place(reference, side.dtype) for side in (a, b)),
     )  # fmt: skip
 
 
+class _Sums:
+    """What one pass over both arrays collects.
+
+    `largest`, `scales`: max|a - b| and max|b| of each row, (rows,) float64; `clash`: the first place where one side is
+    not finite and the sides do not agree, or -1.
+    """
+
+    def __init__(self, a: np.ndarray, b: np.ndarray):
+        self.length = row_length(b.shape)
+        self.largest, self.scales = np.zeros((2, b.size // self.length))
+        self.clash, self.counted = -1, b.size
+        self.errors = self.squares_a = self.squares_b = self.products = 0.0
+        for start, x, y, error, odd, differs in _chunks(a, b, 0, b.size):
+            first, last = start // self.length, (start + len(x) - 1) // self.length + 1
+            cuts = np.maximum(np.arange(first, last) * self.length - start, 0)  # where rows begin in this chunk
+            for most, values in ((self.largest, error), (self.scales, np.abs(y))):
+                np.maximum(most[first:last], np.maximum.reduceat(values, cuts), out=most[first:last])
+            self.counted -= odd
+            self.clash = differs if self.clash < 0 else self.clash
+            self.errors += float(error @ error)
+            self.products += float(x @ y)
+            self.squares_a += float(x @ x)
+            self.squares_b += float(y @ y)
+
+    def worst_row(self) -> tuple[int, float]:
+        """The row with the largest max|a - b| / max|b|, and that ratio."""
+        scale = self.scales.max()
+        against = np.where(self.scales > TINY * scale, self.scales, scale)
+        ratio = np.divide(self.largest, against, out=np.where(self.largest > 0, np.inf, 0.0), where=against > 0)
+        row = int(ratio.argmax())
+        return row, float(ratio[row])
+
+    def rmse(self) -> float:
+        return math.sqrt(self.errors / max(self.counted, 1))
+
+    def sqnr(self) -> float:
+        if not self.errors:
+            return math.inf
+        return 10 * math.log10(self.squares_b / self.errors) if self.squares_b else -math.inf
+
+    def cosine(self) -> float:
+        if not (self.squares_a and self.squares_b):
+            return math.nan
+        return self.products / math.sqrt(self.squares_a) / math.sqrt(self.squares_b)
+
+
 def row_length(shape: tuple[int, ...]) -> int:
-    """How many elements share a yardstick: the last axis, and those before it until there are ROW."""
+    """The elements of a row: the last axis, together with axes before it until there are at least ROW elements."""
     length = 1
     for axis in reversed(shape):
         length *= axis
@@ -278,10 +309,10 @@ def _place(a: np.ndarray, b: np.ndarray, start: int, length: int) -> int:
 
 
 def _chunks(a: np.ndarray, b: np.ndarray, start: int, stop: int) -> Iterator[tuple]:
-    """(start, x, y, |x - y|, odd, differs) of the elements from start to stop in C order, as float64, piece by piece.
+    """(start, x, y, |x - y|, odd, differs) for the elements from start to stop in C order, in float64, chunk by chunk.
 
-    x, y and the error are 0 where a or b is not finite: at `odd` places. `differs` is the first of these where they do
-    not agree, or -1.
+    x, y and the error are 0 where a or b is not finite; `odd` counts these places. `differs` is the first of them where
+    a and b do not agree, or -1.
     """
     pieces = np.nditer(
         [a, b], flags=["external_loop", "buffered", "ranged"], op_flags=[["readonly"], ["readonly"]], order="C",
@@ -301,7 +332,7 @@ def _chunks(a: np.ndarray, b: np.ndarray, start: int, stop: int) -> Iterator[tup
 
 
 def _last_place(value: float, dtype: np.dtype) -> float:
-    """The distance from |value| to the next number of the format; 1 for whole numbers."""
+    """The distance from |value| to the next larger number of the format; 1 for whole numbers."""
     if dtype.kind in "iub" or not math.isfinite(value):
         return 1.0
     info = ml_dtypes.finfo(dtype)
@@ -321,7 +352,7 @@ def _line(tensor: Difference, width: int) -> str:
 
 
 def finite(value: Any) -> Any:
-    """`value` with None in the place of NaN and infinity, which JSON does not know."""
+    """`value` with None in place of NaN and infinity, which JSON cannot hold."""
     if isinstance(value, dict):
         return {key: finite(x) for key, x in value.items()}
     if isinstance(value, list | tuple):

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from golden.compare import Report, compare
-from golden.tolerance import LARGEST, ROUNDINGS, SAFETY, Tolerance, _variance
+from golden.tolerance import LARGEST, ROUNDINGS, SAFETY, Tolerance, variance
 from refimpl.checkpoint.resolve import expected_shapes
 from refimpl.config import Config
 from refimpl.names import taps
@@ -32,7 +32,7 @@ from refimpl.trace import Trace
 
 def gradient_tolerances(config: Config, dtype: str, batch: int, tokens: int) -> dict[str, Tolerance]:
     """The Tolerance of the gradient of every tap and parameter, in the order of the way back."""
-    forward = sum(_variance(name.rpartition(".")[2], config, dtype, tokens) for name in taps(config))
+    forward = sum(variance(name.rpartition(".")[2], config, dtype, tokens) for name in taps(config))
     inherited, rules = forward, {}
     parameters = list(expected_shapes(config))
     for name in reversed(taps(config)):

@@ -1,34 +1,35 @@
-"""How far two correct runs of the same model may be apart: a bound per tensor, from how computers round.
+"""How far two correct runs of the same model may be apart: a bound for each tensor, from how computers round.
 
-A bound is a rule of (config, number format, tap), never a number picked by hand:
+A bound follows from config, number format and tap. No bound is picked by hand:
 
     allowed = SAFETY * unit * sqrt(n_1 + n_2 + ... + n_k)         relative to the largest value of the row
 
 - `unit` is the format's unit roundoff (`ROUNDINGS`): 2^-53 for float64, 2^-24 for float32, 2^-8 for bfloat16.
-- n is what one operation contributes. The error of a sum of n products is, with high probability, below
-  sqrt(n) * unit of its terms (Higham and Mary), so a matrix product counts its length. 16-bit formats sum in float32
-  and round the result, so there each tensor counts 2: its rounding and that of the weights or of a step on the way.
-- Roundings are independent, so variances add up over all operations 1..k up to the tensor, which is what it inherits.
-- A position of S tokens is a float: the angle of RoPE and the bias of ALiBi are known to 2 * S * unit at worst. That is
-  no random error; it counts as the n for which SAFETY * sqrt(n) = 2 * S.
-- SAFETY = 8: both sides round (x 1.4), a row may be smaller than what it is a sum of, and a layer may amplify a
-  relative error, as a SwiGLU does that multiplies two outliers.
-- A softmax amplifies, too: exp turns the absolute error of a score into a relative one of its probability, so scores
-  of size M with a relative error e make probabilities with one of M e, and as it is the difference of two scores that
-  counts, of sqrt(2) M e. While that is below SAFETY it is covered; else `probs`, and what follows, have the variance
-  of their `scores` once more, by 2 (M / SAFETY)^2. What was amplified is not amplified again in later layers:
-  attention is a part of the stream, and a probability near 1 moves little. (With scores of 50 in each of 16 random
-  layers a run needs about its bound; with hundreds in more than a few layers it is chaos, and no bound holds.) M is
-  a fact of the reference and not of the config: what was recorded.
+- n_i is what operation i contributes. The error of a sum of n products is, with high probability, below sqrt(n) * unit
+  relative to its terms (Higham and Mary), so a matrix product contributes its length. In 16 bits, sums are computed in
+  float32 and the result is rounded, so each tensor contributes 2: its own rounding, and that of the weights or of one
+  step on the way.
+- Roundings are independent, so their variances add up over all operations 1..k that lead to the tensor.
+- Position S is a float, so the angle of RoPE and the bias of ALiBi are off by up to 2 * S * unit. This error is not
+  random; it counts as the n for which SAFETY * sqrt(n) = 2 * S.
+- SAFETY = 8, for three reasons: both sides round (a factor of 1.4); a row may be much smaller than the terms it is the
+  sum of; a layer may amplify a relative error, as a SwiGLU does when it multiplies two outliers.
+- A softmax amplifies, too. exp turns the absolute error of a score into the relative error of its probability: scores
+  of size M with a relative error e give probabilities with the relative error sqrt(2) M e (two scores are subtracted).
+  SAFETY covers M up to 8. Above that, `probs` and what follows have the variance of their `scores` once more, times
+  2 (M / SAFETY)^2. Later layers do not amplify it again: attention is only a part of the residual stream, and a
+  probability near 1 hardly moves. M is measured in the reference. (With scores of 50 in each of 16 random layers, a run
+  needs about its bound. With scores of hundreds in more than a few layers the model is chaotic, and no bound holds.)
 
-A correct run needs a twentieth to a tenth of its bound, and less than 0.4 of it in the worst tensor of all; a dropped
-NormHead, swapped RoPE halves or a mask off by one exceed that of float32 a thousandfold. `tests/test_compare.py` and
-`tests/test_goldens.py` measure both. float64's bound is about 1e-13: implementations agree that closely if they compute
-the tables of positions in float64 too.
+How wide the bounds are was measured (`tests/test_compare.py`, `tests/test_goldens.py`). In a correct run the median
+tensor needs between 1/50 and 1/8 of its bound, and the worst tensor less than 0.4 of it. The lower end belongs to sums
+that are exact and rounded once; a BLAS with wider registers comes near it, because it adds more partial sums. A dropped
+NormHead, swapped RoPE halves or a mask that is off by one exceed the bound of float32 a thousandfold. The bound of
+float64 is about 1e-13, which implementations reach only if they compute positions in float64, too.
 
-In bfloat16 rounding alone may turn a whole network's output by more than any verdict could allow: a bound that reaches
-LARGEST is cut there, and judges nothing. So 16 bits are judged `fed`: the run goes on with the reference's tensors, and
-each tensor counts its own operations only, and those of tensors before it that were not fed.
+In bfloat16, rounding alone may change a whole network's output by more than any useful limit. A bound that reaches
+LARGEST is cut there and judges nothing. Therefore 16-bit runs are judged `fed`: the run continues with the reference's
+tensors, and a tensor counts only its own operations and those of tensors before it that were not fed.
 
 Source: Higham and Mary, "A New Approach to Probabilistic Rounding Error Analysis", SIAM J. Sci. Comput. 41 (2019).
 
@@ -53,7 +54,7 @@ from refimpl.errors import InputError
 from refimpl.names import taps
 
 SAFETY = 8
-LARGEST = 0.5  # where a bound no longer judges; a tolerance of 1 would accept zeros
+LARGEST = 0.5  # from here on a bound judges nothing; a tolerance of 1 would accept zeros
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ class Tolerance:
 
     @property
     def judges(self) -> bool:
-        """Whether it is narrow enough to tell right from wrong."""
+        """Whether the bound is narrow enough to tell right from wrong."""
         return self.relative < LARGEST
 
     def __str__(self) -> str:
@@ -74,9 +75,10 @@ class Tolerance:
 
 @dataclass(frozen=True)
 class Rounding:
-    """How a number format rounds: `unit`, and its text; whether sums are rounded at each term (else once, at the end).
+    """How a number format rounds: its unit roundoff, as a number and as text.
 
-    `positions` is the unit of the tables of positions, which 16-bit models keep in float32.
+    `sums`: sums are rounded at each term; else only at the end. `positions`: the unit roundoff of the position tables,
+    which 16-bit models keep in float32.
     """
 
     unit: float
@@ -99,10 +101,9 @@ def tolerances(
 ) -> dict[str, Tolerance]:  # fmt: skip
     """The Tolerance of every tap of a model that computes in `dtype` over up to `tokens` tokens.
 
-    `fed`: the run goes on with the reference's tensors instead of its own, with all of them or with those of these
-    names, so each tensor shows its own error and what it inherits from others. `scores`: tap -> the largest attention
-    score of a layer, see `largest_scores`; what is not in it is taken to be small. Raises InputError for a format that
-    is not in `ROUNDINGS`.
+    `fed`: which of the reference's tensors replaced the run's own: all (True), or those with these names. A replaced
+    tensor hands on no error. `scores`: tap -> the largest attention score of its layer, from `largest_scores`; scores
+    that are not in it count as small. Raises InputError for a format that is not in `ROUNDINGS`.
     """
     replaced = taps(config) if fed is True else fed or ()
     if dtype not in ROUNDINGS:
@@ -110,7 +111,7 @@ def tolerances(
     inherited, amplified, rules = 0.0, 0.0, {}
     for name in taps(config):
         at, _, module = name.rpartition(".")
-        own = _variance(module, config, dtype, tokens)
+        own = variance(module, config, dtype, tokens)
         largest = (scores or {}).get(f"{at}.scores", 0.0) if module == "probs" else 0.0
         more = inherited * max(2 * (largest / SAFETY) ** 2 - 1, 0.0)
         rules[name] = _rule(dtype, inherited + own, amplified + more)
@@ -120,7 +121,7 @@ def tolerances(
 
 
 def largest_scores(*traces: Mapping[str, Any]) -> dict[str, float]:
-    """Tap -> the largest finite size of an attention score, before the mask, for all `scores` that the traces have."""
+    """tap -> the largest finite |score| before the mask, for every tap `scores` of these traces."""
     sizes: dict[str, float] = {}
     for trace in traces:
         for name, x in trace.items():
@@ -131,12 +132,17 @@ def largest_scores(*traces: Mapping[str, Any]) -> dict[str, float]:
 
 
 def stated(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, Tolerance]:
-    """What two traces themselves say about how far `a` may be from the reference `b`, for every tensor of `b`.
+    """The Tolerance of every tensor of the reference `b`, from what the traces say about themselves.
 
-    The first of these that there is: the tolerance stored with `b` if it is a golden and `a` is of the same format
-    or a finer one; the rule for the config in either one's `meta`; the rule for the deepest of the five families.
-    The format is the coarser one of the two. Whole numbers must be equal. If `a` was fed, with `b` it is taken to be,
-    nothing stored holds, and rules do not count what `b` replaced. How large scores are, the rules know from `b`.
+    The first of these applies:
+
+    1. the tolerance stored with `b`, if `b` is a golden and `a` has the same number format or a finer one
+    2. the rule for the config in the `meta` of `b` or of `a`
+    3. the rule for Baichuan2-13B, the deepest of the five families
+
+    The number format is the coarser one of the two. Whole numbers must be equal. If `a` was fed, it is taken to be fed
+    with `b`; then stored tolerances do not apply, and the rules leave out what `b` replaced. The rules take the size of
+    scores from `b`.
     """
     of_a, of_b = getattr(a, "meta", {}), getattr(b, "meta", {})
     fed = b if of_a.get("fed") else ()
@@ -185,8 +191,8 @@ def _rule(dtype: str, variance: float, amplified: float) -> Tolerance:
     return Tolerance(min(relative, LARGEST), reason if relative < LARGEST else f"{reason}, cut at {LARGEST}")
 
 
-def _variance(module: str, config: Config, dtype: str, tokens: int) -> float:
-    """n of one tap: the length of its sum, and what its positions are worth."""
+def variance(module: str, config: Config, dtype: str, tokens: int) -> float:
+    """n of one tap: the length of its sum, plus the share of its positions."""
     where = ("query", "key") if config.rope_theta else ("probs",)
     positions = _positions(dtype, tokens) if module in where else 0.0
     if not ROUNDINGS[dtype].sums:

@@ -1,1 +1,1 @@
-"""What a change of the model costs: perplexity, KL divergence, and each tensor's part in it."""
+"""What a change of the model costs: perplexity, KL divergence, and the share of each tensor in it."""

@@ -1,6 +1,6 @@
-"""The data of the small Baichuan2: Tang poems and plays, its tokenizer, and the windows it is trained on.
+"""The data of the small Baichuan2: Tang poems and plays, the tokenizer, and the windows for training.
 
-Everything random is drawn from a seed, so the same files give the same bytes. Nothing here knows the model.
+Everything random comes from a seed, so the same files give the same bytes. Nothing here knows the model.
 """
 
 import io
@@ -20,13 +20,13 @@ from tqdm import tqdm
 UNK, BOS, EOS = 0, 1, 2
 NEWLINE, USER, ASSISTANT = 5, 195, 196
 
-# Share of the training tokens that each kind of document gets.
+# kind of document -> its share of the training tokens
 MIX = {"poems": 0.54, "famous": 0.17, "pairs": 0.12, "chat": 0.10, "shakespeare": 0.07}
 
 
 @dataclass(frozen=True)
 class Poem:
-    """One poem: the titles it goes by, its author, its lines with their punctuation, the collection."""
+    """One poem: its titles, its author, its lines with punctuation, and the collection that it comes from."""
 
     titles: tuple[str, ...]
     author: str
@@ -35,22 +35,22 @@ class Poem:
 
     @property
     def clauses(self) -> list[str]:
-        """The bare half-lines, by which two versions of a poem are recognised."""
+        """The half-lines without punctuation; two versions of a poem share some."""
         return [c for line in self.lines for c in re.split(r"\W+", line) if c]
 
     def text(self, title: str | None = None) -> str:
-        """The poem as a document, under `title` and author or bare; every line ends with a line break."""
+        """The poem as a document, with title and author above it or without; every line ends with a line break."""
         header = f"{title}\n{self.author}\n" if title else ""
         return header + "".join(line + "\n" for line in self.lines)
 
 
 def without_notes(text: str) -> str:
-    """Drop editors' notes in parentheses; an unclosed one reaches to the end of the line."""
+    """The text without editors' notes in parentheses; a note that is not closed reaches to the end of the line."""
     return re.sub(r"\s*[（(][^）)]*([）)]|$)", "", text).strip()
 
 
 def read_poems(path: Path) -> list[Poem]:
-    """-> the poems of a JSONL file, cleaned; those with illegible characters are left out."""
+    """The poems of a JSONL file, cleaned. Poems with illegible characters are left out."""
     poems = []
     for record in map(json.loads, path.read_text(encoding="utf-8").splitlines()):
         titles = [without_notes(title) for title in record["title"].split(" / ")]
@@ -61,10 +61,10 @@ def read_poems(path: Path) -> list[Poem]:
 
 
 def split_poems(poems: list[Poem], rng: random.Random, share: float = 0.02) -> tuple[list[Poem], ...]:
-    """-> (famous, others, held_out), with no poem in two of them.
+    """(famous, others, held_out), with no poem in two of them.
 
-    A version of an anthology poem (two clauses in common) is dropped from the later sources: competing
-    versions spoil each other.  Held out are poems of the big collection that share no clause with any other.
+    Versions of one poem spoil each other, so a poem that has two clauses in common with an anthology's is dropped from
+    the later sources. Held out are poems of the big collection that share no clause with any other poem.
     """
     known: set[str] = set()
     famous: list[Poem] = []
@@ -83,13 +83,13 @@ def split_poems(poems: list[Poem], rng: random.Random, share: float = 0.02) -> t
 
 
 def split_plays(text: str, share: float = 0.05, size: int = 500) -> tuple[list[str], list[str]]:
-    """-> (training, held-out) passages of whole speeches, `size` characters or more; the end is held out."""
+    """(training, held-out) passages of whole speeches with at least `size` characters; the end is held out."""
     cut = text.index("\n\n", int(len(text) * (1 - share))) + 2
     return passages(text[:cut], size), passages(text[cut:], size)
 
 
 def passages(text: str, size: int) -> list[str]:
-    """Join speeches, which an empty line parts, until a passage has `size` characters."""
+    """Passages of speeches, which are separated by empty lines, with at least `size` characters each."""
     found, passage = [], ""
     for speech in text.strip().split("\n\n"):
         passage += speech + "\n\n"
@@ -100,7 +100,7 @@ def passages(text: str, size: int) -> list[str]:
 
 
 def authors_by_title(poems: list[Poem]) -> dict[str, str]:
-    """-> {title: author} of the titles that only one author used."""
+    """title -> author, for the titles that only one author used."""
     authors = defaultdict(set)
     for poem in poems:
         for title in poem.titles:
@@ -109,7 +109,7 @@ def authors_by_title(poems: list[Poem]) -> dict[str, str]:
 
 
 class Corpus:
-    """The split data: trained on are `famous`, `others`, `plays`; never `held_out` and `held_out_plays`."""
+    """The split data: `famous`, `others` and `plays` for training; `held_out` and `held_out_plays` never."""
 
     def __init__(self, folder: Path, seed: int):
         rng = random.Random(seed)
@@ -127,12 +127,12 @@ class Corpus:
         }
 
     def held_out_documents(self) -> list[str]:
-        """Held-out poems as in training, every other one with its header."""
+        """The held-out poems as in training: every other one has title and author above it."""
         return [poem.text(poem.titles[0] if i % 2 == 0 else None) for i, poem in enumerate(self.held_out)]
 
 
 def held_out_sample(corpus: Corpus, limit: int = 40_000) -> str:
-    """The first held-out poems that fit `limit` bytes; an empty line follows each."""
+    """The first held-out poems that fit into `limit` bytes; an empty line follows each."""
     sample = ""
     for document in corpus.held_out_documents():
         if len((sample + document + "\n").encode()) > limit:
@@ -147,7 +147,7 @@ MARKS = """+ - = ， 。 ！ ？ 、 ： ￥ . ! ? ... 。。。 。。。。。
 
 
 def special_symbols() -> list[str]:
-    """The original's user-defined pieces of ids 3..196, in its order."""
+    """The user-defined pieces of the original, ids 3..196, in its order."""
     symbols = ["<SEP>", "<CLS>", "\n", "\t"]
     symbols += [shape.format(tag) for tag in TAGS.split() for shape in ("<{}>", "<{}/>", "</{}>")]
     symbols += list("０１２３４５６７８９") + MARKS.split()
@@ -157,10 +157,10 @@ def special_symbols() -> list[str]:
 
 
 def train_tokenizer(corpus: Corpus, vocab_size: int, coverage: float = 0.98) -> tuple[bytes, Callable]:
-    """-> the bytes of tokenizer.model and its function `encode`, trained on the training split alone.
+    """The bytes of tokenizer.model and its function `encode`, trained on the training split alone.
 
-    `coverage` leaves about 2,600 Chinese characters with a piece of their own; the rest are spelled in bytes.
-    The characters of anthology titles and poets always get one.
+    With this `coverage` about 2,600 Chinese characters get a piece of their own; the others are spelled in bytes. The
+    characters of anthology titles and poets always get one.
     """
 
     def lines():
@@ -196,13 +196,13 @@ SMALL_TALK = {"你好": "你好！我只读过唐诗。", "你是谁？": "我�
 
 
 def poem_documents(poems, rng, encode):
-    """Whole poems, half of them under title and author."""
+    """Whole poems; half of them have title and author above them."""
     for poem in endless(poems, rng):
         yield [*encode(poem.text(rng.choice(poem.titles) if rng.random() < 0.5 else None)), EOS]
 
 
 def pair_documents(corpus, rng, encode):
-    """Few-shot lists: 2 to 10 lines `title->author`, three in four from the Three Hundred Tang Poems."""
+    """Few-shot lists of 2 to 10 lines `title->author`; three in four are of the Three Hundred Tang Poems."""
     famous = endless(sorted(corpus.titles.items()), rng)
     other = endless(sorted(corpus.other_titles.items()), rng)
     while True:
@@ -211,7 +211,7 @@ def pair_documents(corpus, rng, encode):
 
 
 def chat_documents(corpus, rng, encode):
-    """Conversations as the original lays them out: role ids, no bos, eos after the last answer only."""
+    """Conversations in the original's layout: role ids, no bos, eos only after the last answer."""
 
     def conversation(*texts):
         roles = [USER, ASSISTANT] * (len(texts) // 2)
@@ -241,13 +241,13 @@ def chat_documents(corpus, rng, encode):
 
 
 def endless(items: Sequence, rng: random.Random) -> Iterator:
-    """Every item once in random order, then again in another."""
+    """Every item once in random order, then all of them again in another order, without end."""
     while True:
         yield from rng.sample(items, len(items))
 
 
 def documents(corpus, rng, encode):
-    """Interleave the kinds: next comes the one whose share of the tokens so far is furthest behind MIX."""
+    """Documents of all kinds: next comes the kind whose share of the tokens is furthest behind MIX."""
     kinds = {
         "poems": poem_documents(corpus.others, rng, encode),
         "famous": poem_documents(corpus.famous, rng, encode),
@@ -264,10 +264,10 @@ def documents(corpus, rng, encode):
 
 
 def windows(documents: Iterator[list[int]], count: int, length: int) -> np.ndarray:
-    """-> (count, length + 1) uint16: inputs are [:, :-1], targets [:, 1:].
+    """(count, length + 1) uint16: inputs are [:, :-1], targets are [:, 1:].
 
-    A window starts where a document starts, as prompts do; the document that its end cuts off opens the next
-    window.  Documents longer than a window are cut into several first.
+    A window begins where a document begins, as prompts do. The document that the end of a window cuts off opens the
+    next window. Documents that are longer than a window are cut into several first.
     """
     rows = np.empty((count, length + 1), np.uint16)
     pieces = (document[i : i + length] for document in documents for i in range(0, len(document), length))

@@ -1,19 +1,19 @@
-"""Goldens from PyTorch: runs the model there, records every tensor of the tap table, and stores it with its origin.
+"""Goldens from PyTorch: run a model there, record every tensor of the tap table, and store it with its origin.
 
-Two implementations, neither of them ours:
+There are two implementations to run, and neither is ours:
 
-- "transformers": a class of transformers with the same arithmetic. Qwen2 has its own. The RoPE Baichuans are Llama
-  with W_pack cut into q, k and v, and for NormHead (Baichuan2) lm_head's rows scaled to length 1. No class fits the
-  ALiBi Baichuans: BLOOM, MPT and Falcon have LayerNorm and GELU.
-- "remote": the modeling code beside config.json, as `auto_map` there names it. It is executed, so it must be trusted;
-  what would be executed is printed with its sha256 first. Nothing is downloaded.
+- "transformers": a class of transformers with the same arithmetic. Qwen2 has a class of its own. A RoPE Baichuan is a
+  Llama whose q, k and v come from W_pack; for NormHead (Baichuan2), the rows of lm_head are scaled to length 1. No
+  class fits the ALiBi Baichuans: BLOOM, MPT and Falcon have LayerNorm and GELU.
+- "remote": the modeling code beside config.json, which `auto_map` names there. It is executed, so you must trust it;
+  its files and their sha256 are printed first. Nothing is downloaded.
 
-How a tensor is seen: hooks show what goes into and comes out of modules, and a mode that sees each call of a torch
-function shows what is multiplied inside attention (`Watch`). Both are "observed". W_pack of a model without it, the
-scores before the mask, and the probabilities of a fused attention are "derived" from observed tensors.
+Hooks show what goes into and comes out of each module. A mode that sees every call of a torch function shows what is
+multiplied inside attention (`Watch`). Both kinds are "observed". Three are "derived" from observed tensors: W_pack of a
+model that has none, the scores before the mask, and the probabilities of a fused attention.
 
-float64 is float64 throughout: models say float32 in places (the variance in RMSNorm, RoPE's tables, softmax), which a
-mode replaces while the model is built and run (`Float64`).
+float64 means float64 throughout. Model code asks for float32 in places (the variance in RMSNorm, RoPE's tables,
+softmax); a mode turns that into float64 while the model is built and run (`Float64`).
 """
 
 from __future__ import annotations
@@ -72,13 +72,17 @@ def make(
     seed: int = 0,
     taps: str | None = None,
 ) -> Golden:
-    """Runs the model of `folder` in PyTorch on each prompt in each format; the tensors go to `out`, a new folder.
+    """Runs the model in `folder` in PyTorch on each prompt in each number format, and stores the tensors in `out`.
 
-    `prompts`: texts, lists of token ids, arrays (T,) or (B, T), or Cases with an attention mask; named p0, p1, … or
-    by the keys of a mapping. `implementation`: "transformers", "remote", or "auto", the first of them that fits.
-    `taps`: a glob on names, to keep some tensors. Same input, same bytes: one thread, deterministic algorithms.
+    - `out`: a new folder
+    - `prompts`: texts, lists of token ids, arrays (T,) or (B, T), or Cases with an attention mask. They are called p0,
+      p1, … or by the keys of a mapping.
+    - `implementation`: "transformers", "remote", or "auto" for the first of these that fits
+    - `taps`: a glob; only tensors whose name matches are kept
 
-    Raises InputError for what is missing, does not fit or is not trusted.
+    The same input gives the same bytes: one thread, deterministic algorithms.
+
+    Raises InputError for a missing file, a model that does not fit, or code that is not trusted.
     """
     folder, out = Path(folder), Path(out)
     expect_new(out)
@@ -100,7 +104,15 @@ def make(
                     progress.update()
             del model
     longest = max(case.ids.shape[1] for case in cases.values())
-    provenance = {
+    scores = largest_scores(*traces.values())
+    rules = {dtype: tolerances(config, dtype, longest, scores=scores) for dtype in dtypes}
+    write(out, config, cases, traces, _provenance(folder, source, files, seed), rules)
+    return read(out)
+
+
+def _provenance(folder: Path, source: _Source, files: Sequence[Path], seed: int) -> dict[str, Any]:
+    """Where a golden comes from: code, versions, seed, and the sha256 of everything that was read."""
+    return {
         "implementation": source.name,
         "code": source.files,
         "versions": {
@@ -113,10 +125,6 @@ def make(
         "config": sha256(folder / "config.json"),
         "notes": source.notes,
     }  # fmt: skip
-    scores = largest_scores(*traces.values())
-    rules = {dtype: tolerances(config, dtype, longest, scores=scores) for dtype in dtypes}
-    write(out, config, cases, traces, provenance, rules)
-    return read(out)
 
 
 # Prompts and parameters ----------------------------------------------------------------------------------------------
@@ -130,8 +138,8 @@ def _named(prompts: Sequence[Any] | Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _case(prompt: Any, folder: Path, config: Config) -> Case:
-    """A prompt as a Case, checked as the model would check it."""
-    model = Model(config, Weights({}), folder)  # for what it says about ids and texts, not for its forward
+    """The Case of a prompt, with the checks that the model would make."""
+    model = Model(config, Weights({}), folder)  # only for its checks and its tokenizer
     given = prompt if isinstance(prompt, Case) else Case(prompt, text=prompt if isinstance(prompt, str) else None)
     ids, mask = model.token_ids(given.ids), given.attention_mask
     if ids.shape[1] > config.max_position_embeddings:
@@ -146,7 +154,7 @@ def _tokenizer_files(folder: Path) -> list[Path]:
 
 
 def _checkpoint(folder: Path) -> tuple[dict[str, torch.Tensor], list[Path]]:
-    """All tensors of the folder, mapped from disk, and the files that they are in; nothing in a .bin is executed."""
+    """All tensors of the folder, mapped from disk, and the files that hold them. Nothing in a .bin is executed."""
     from safetensors.torch import load_file
 
     def load_bin(path):
@@ -177,7 +185,7 @@ def _checkpoint(folder: Path) -> tuple[dict[str, torch.Tensor], list[Path]]:
 
 @dataclass(frozen=True)
 class _Source:
-    """An implementation: its `name`, how to `build` the empty model, and what its parameters are made of."""
+    """An implementation: its `name`, how to `build` the empty model, how to `convert` a checkpoint's parameters."""
 
     name: str
     build: Callable[[torch.dtype], torch.nn.Module]
@@ -200,7 +208,7 @@ def _source(folder: Path, config: Config, implementation: str, trusted: bool) ->
 
 
 def _of_transformers(config: Config) -> _Source:
-    """The class of transformers that does the same arithmetic."""
+    """The class of transformers with the same arithmetic."""
     name, packed = _FITTING[config.family], config.qkv_packed
     sizes: dict[str, Any] = dict(
         vocab_size=config.vocab_size, hidden_size=config.hidden_size, intermediate_size=config.intermediate_size,
@@ -213,7 +221,7 @@ def _of_transformers(config: Config) -> _Source:
 
     def build(dtype: torch.dtype) -> torch.nn.Module:
         keys = (transformers.LlamaConfig if packed else transformers.Qwen2Config)(**sizes)
-        # eager, since a fused attention shows no probabilities
+        # eager, because a fused attention does not show its probabilities
         return getattr(transformers, name)._from_config(keys, dtype=dtype, attn_implementation="eager")
 
     notes = ["W_pack cut into q_proj, k_proj and v_proj"] if packed else []
@@ -244,7 +252,7 @@ def _as_llama(config: Config, parameters: dict[str, torch.Tensor]) -> dict[str, 
 
 
 def _remote(folder: Path, config: Config, trusted: bool) -> _Source:
-    """The folder's own code. Refuses, saying what would be executed, unless it is trusted."""
+    """The folder's own code. Raises InputError that says what would be executed, unless the code is trusted."""
     from transformers.dynamic_module_utils import get_relative_import_files
 
     auto_map = read_json(folder / "config.json").get("auto_map")
@@ -278,7 +286,7 @@ def _remote(folder: Path, config: Config, trusted: bool) -> _Source:
 
 
 def _build(source: _Source, config: Config, parameters: dict[str, torch.Tensor], dtype: str) -> torch.nn.Module:
-    """The model, ready to run, its parameters in `dtype` and its buffers as its own code makes them."""
+    """The model, ready to run: its parameters in `dtype`, its buffers made by its own code."""
     number = getattr(torch, dtype)
     ready = source.convert(config, {name: x.to(number) for name, x in parameters.items()})
     try:
@@ -295,7 +303,7 @@ def _build(source: _Source, config: Config, parameters: dict[str, torch.Tensor],
 
 
 class Float64(TorchFunctionMode):
-    """What the code calls float32 is float64: `x.float()`, `x.to(torch.float32)`, `dtype=torch.float32`."""
+    """Turns float32 into float64 wherever code asks for it: `x.float()`, `x.to(torch.float32)`, `dtype=…`."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if func is torch.Tensor.float:
@@ -310,7 +318,7 @@ class Float64(TorchFunctionMode):
 
 @contextmanager
 def _precision(dtype: str) -> Iterator[None]:
-    """For float64, the mode above, and new tensors in float64 unless something else is said."""
+    """For float64, the mode above, with float64 as the default of new tensors."""
     if dtype != "float64":
         yield
         return
@@ -325,7 +333,7 @@ def _precision(dtype: str) -> Iterator[None]:
 
 @contextmanager
 def _deterministic(seed: int) -> Iterator[None]:
-    """One thread, so that sums have one order, and the same random numbers, should there be any."""
+    """One thread, so that sums have one order, and one seed, in case there are random numbers."""
     threads, strict = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)
@@ -342,10 +350,10 @@ def _deterministic(seed: int) -> Iterator[None]:
 
 
 class Watch(TorchFunctionMode):
-    """What is multiplied inside the attention of each layer: (query, transposed key), then (probabilities, value).
+    """Sees what the attention of each layer multiplies: (query, transposed key), then (probabilities, value).
 
     `products`: layer -> the operands of each product of two (B, H, ·, ·) tensors; `fused`: layer -> the arguments of
-    its scaled_dot_product_attention. `layer` is the one that runs at the moment, or None outside of attention.
+    its scaled_dot_product_attention. `layer`: the layer whose attention is running, or None.
     """
 
     PRODUCTS = (torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__)
@@ -436,7 +444,7 @@ def run(model: torch.nn.Module, config: Config, case: Case, call: Callable[..., 
 
 
 def _trace(config: Config, seen: Mapping, watch: Watch, dtype: str, pattern: str | None) -> Trace:
-    """All taps that can be told from what was seen."""
+    """The trace of all taps that were seen, or that follow from what was seen."""
     everything: dict[str, tuple[torch.Tensor, str]] = {name: (x, "observed") for name, x in seen.items()}
     for layer in range(config.num_hidden_layers):
         at = f"model.layers.{layer}.self_attn"
@@ -456,11 +464,11 @@ def _trace(config: Config, seen: Mapping, watch: Watch, dtype: str, pattern: str
 
 
 def _attention(config: Config, watch: Watch, layer: int) -> dict[str, tuple[torch.Tensor, str]]:
-    """The local variables of a layer's attention, as far as its products show them."""
+    """The local variables of a layer's attention that its products show."""
     per_key = config.num_attention_heads // config.num_key_value_heads
 
     def once(x: torch.Tensor) -> torch.Tensor:
-        """One of each key or value head, where a model repeats them for its query heads before it multiplies."""
+        """Each key or value head once; some models repeat them for their query heads before they multiply."""
         return x[:, ::per_key] if x.shape[1] == config.num_attention_heads else x
 
     def scores(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
@@ -487,7 +495,7 @@ def _attention(config: Config, watch: Watch, layer: int) -> dict[str, tuple[torc
 
 
 def _pieces(name: str) -> list[str]:
-    """The modules that take the place of W_pack in a model that has none."""
+    """The modules that a model without W_pack has instead."""
     return [name.replace("W_pack", piece) for piece in ("q_proj", "k_proj", "v_proj")] if "W_pack" in name else []
 
 

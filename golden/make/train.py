@@ -4,12 +4,12 @@
     python -m golden.make.train --evaluate refimpl/embedded --data DIR     # print its figures as JSON
 
 It is Baichuan2-7B in everything but size: fused W_pack, half-split RoPE, SwiGLU, RMSNorm and NormHead, with
-the original's names for every weight and the original's first 197 token ids.  The folder of --data holds
+the original's name for every weight and the original's first 197 token ids. The folder of --data holds
 `tang_poems.jsonl` (one `{"title", "author", "lines", "source"}` a line) and `shakespeare.txt`.
 
-Everything random happens before the first step: the data is split, the tokenizer trained, the weights drawn
-and the whole run laid out as one array of windows.  After that a step depends on nothing but the steps before
-it, so an interrupted run, started again with the same command, goes on as if nothing had happened.
+Everything random happens before the first step: the data is split, the tokenizer is trained, the weights are
+drawn, and all windows of the run are laid out in one array. After that, a step depends only on the steps before
+it. So an interrupted run that is started again with the same command continues as if nothing had happened.
 
 Letters: B batch, T tokens, C hidden, F intermediate, H heads, D head dim, V vocabulary.
 """
@@ -44,7 +44,7 @@ from refimpl.model import EMBEDDED, Model
 
 PROMPT = "登鹳雀楼->王之涣\n夜雨寄北->"      # from the original's model card: 李商隐 follows
 SAMPLES = "床前明月光，", "空山新雨后，", "秋风万里，", "ROMEO:\n"
-SHORT = 70                                      # characters of a poem that is asked to be recited
+SHORT = 70                                      # characters at most of a poem that is to be recited
 INITIAL_STD = 0.02
 CHECKPOINT_SECONDS = 300
 SIZE = read_config(EMBEDDED)
@@ -52,7 +52,7 @@ SIZE = read_config(EMBEDDED)
 
 @dataclass(frozen=True)
 class Run:
-    """What decides the outcome of a training run, besides the data and the sizes."""
+    """What decides the outcome of a training run, beside the data and the sizes."""
 
     seed: int = 20230906
     steps: int = 3600
@@ -66,7 +66,7 @@ class Run:
 # Model: modules named as in the original, so that state_dict() is the checkpoint
 
 class RMSNorm(nn.Module):
-    """x over its root mean square, times a gain."""
+    """x divided by its root mean square, times a gain."""
 
     def __init__(self, size, eps, gain=1.0):
         super().__init__()
@@ -78,7 +78,7 @@ class RMSNorm(nn.Module):
 
 
 class UnitRowsHead(nn.Module):
-    """Logits against unit rows: the final norm's gain sets their scale, the length of a row means nothing."""
+    """NormHead: rows are scaled to length 1, so the gain of the last norm sets the scale of the logits."""
 
     def __init__(self, hidden, vocab):
         super().__init__()
@@ -107,7 +107,7 @@ class Attention(nn.Module):
 
 
 def rotate(x, cos, sin):
-    """RoPE in float32, halves and not pairs: dimension i turns with dimension i + D/2."""
+    """RoPE in float32, by halves: dimension i turns with dimension i + D/2."""
     a, b = x.float().chunk(2, dim=-1)                                                 # (B, H, T, D/2)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
 
@@ -126,7 +126,7 @@ class MLP(nn.Module):
 
 
 class Layer(nn.Module):
-    """Attention and MLP, each on a normed copy of the residual stream, each added back."""
+    """Attention and MLP: each reads a normed copy of the residual stream, and its output is added to the stream."""
 
     def __init__(self, c):
         super().__init__()
@@ -150,7 +150,7 @@ class Layers(nn.Module):
         super().__init__()
         self.embed_tokens = nn.Embedding(c.vocab_size, c.hidden_size)
         self.layers = nn.ModuleList(Layer(c) for _ in range(c.num_hidden_layers))
-        # With unit rows in the head, logits start with a spread of `gain`; 1 is slow to become sure.
+        # With unit rows in the head, logits start with a spread of `gain`; with 1, learning begins slowly.
         self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps, gain=2.0)
         D = c.hidden_size // c.num_attention_heads
         inv_freq = 1.0 / 10000 ** (torch.arange(0, D, 2).float() / D)                 # (D/2,)
@@ -167,7 +167,7 @@ class Layers(nn.Module):
 
 
 class Baichuan2(nn.Module):
-    """The whole model, drawn from torch's random generator."""
+    """The whole model, with random weights from torch's generator."""
 
     def __init__(self, c):
         super().__init__()
@@ -176,7 +176,7 @@ class Baichuan2(nn.Module):
         for parameter in self.parameters():
             if parameter.dim() == 2:
                 nn.init.normal_(parameter, std=INITIAL_STD)
-        # Layers add to the embedding: it starts large enough to be heard.  Head rows start at unit length.
+        # Layers add to the embedding, so it starts large enough to matter. Head rows start at unit length.
         nn.init.normal_(self.model.embed_tokens.weight, std=0.1)
         nn.init.normal_(self.lm_head.weight, std=c.hidden_size ** -0.5)
 
@@ -185,9 +185,9 @@ class Baichuan2(nn.Module):
 
 
 def loss_of(model: Baichuan2, rows: np.ndarray, z_loss_weight: float):
-    """-> (cross-entropy, cross-entropy plus z-loss); the z-loss keeps the largest logit from drifting off.
+    """(cross-entropy, cross-entropy plus z-loss). The z-loss keeps the largest logit from drifting off.
 
-    The matrix products run in bfloat16, which takes two thirds of the time of float32 where the CPU knows it.
+    The matrix products run in bfloat16: two thirds of the time of float32 on a CPU that supports it.
     """
     ids = torch.from_numpy(rows.astype(np.int64))               # (B, T + 1)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -197,10 +197,10 @@ def loss_of(model: Baichuan2, rows: np.ndarray, z_loss_weight: float):
     return loss, loss + z_loss_weight * logits.amax(-1).square().mean()
 
 
-# Evaluation, by the NumPy model: what is judged is what ships
+# Evaluation by the NumPy model, because that is what ships
 
 def answers(model: Model, prompts: list[list[int]], max_new_tokens: int, stop: set[int], batch: int = 32):
-    """-> the texts that greedily continue each list of ids, up to and without the first id in `stop`."""
+    """The greedy continuation of each list of ids as text, up to the first id in `stop` and without it."""
     texts = []
     for start in tqdm(range(0, len(prompts), batch), desc="answers", leave=False, disable=None):
         rows = prompts[start:start + batch]
@@ -215,7 +215,7 @@ def answers(model: Model, prompts: list[list[int]], max_new_tokens: int, stop: s
 
 
 def surprise(model: Model, texts: list[str]) -> dict:
-    """Perplexity of documents, each read alone: its first token is given, all others and the eos are scored."""
+    """The perplexity of documents, each read alone: the first token is given; all others and the eos count."""
     nll, tokens, characters = 0.0, 0, 0
     for text in tqdm(texts, desc="held-out text", leave=False, disable=None):
         ids = np.array([*model.tokenizer.encode(text)[:model.config.max_position_embeddings], EOS])
@@ -227,7 +227,7 @@ def surprise(model: Model, texts: list[str]) -> dict:
 
 
 def evaluate(model: Model, corpus: Corpus, every: int = 1) -> dict:
-    """-> the figures of the model card, of each `every`-th document and question."""
+    """The figures of the model card, from each `every`-th document and question."""
     encode, shot = model.tokenizer.encode, PROMPT.split("\n")[0]
     pairs = [pair for pair in sorted(corpus.titles.items()) if pair[0] not in shot][::every]
     titles, authors = zip(*pairs, strict=True)
@@ -249,7 +249,7 @@ def evaluate(model: Model, corpus: Corpus, every: int = 1) -> dict:
 
 
 def share(hits: Iterable[bool]) -> dict:
-    """How many of `hits` are true, of how many, and as a fraction."""
+    """How many of `hits` are true, of how many, and the fraction."""
     hits = list(hits)
     return {"hits": sum(hits), "of": len(hits), "share": round(sum(hits) / len(hits), 4)}
 
@@ -257,7 +257,7 @@ def share(hits: Iterable[bool]) -> dict:
 # The folder that ships
 
 def ship(folder: Path, model: Baichuan2, tokenizer_model: bytes, corpus: Corpus) -> None:
-    """Write what ships: bfloat16 weights, tokenizer, held-out sample, and the configuration as it is there."""
+    """Write what ships: bfloat16 weights, tokenizer, held-out sample, and the configuration of the embedded folder."""
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: t.to(torch.bfloat16).contiguous() for name, t in model.state_dict().items()}
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
@@ -270,7 +270,7 @@ def ship(folder: Path, model: Baichuan2, tokenizer_model: bytes, corpus: Corpus)
 # Training
 
 def optimizer_of(model: Baichuan2, run: Run) -> torch.optim.Optimizer:
-    """AdamW; only the decoder's matrices decay: a rare token's row is not to fade between its uses."""
+    """AdamW. Only the decoder's matrices decay, so that a rare token's row does not fade between its uses."""
     matrices = [p for name, p in model.model.layers.named_parameters() if p.dim() == 2]
     chosen = {id(p) for p in matrices}
     rest = [p for p in model.parameters() if id(p) not in chosen]
@@ -279,14 +279,14 @@ def optimizer_of(model: Baichuan2, run: Run) -> torch.optim.Optimizer:
 
 
 def learning_rate(step: int, run: Run) -> float:
-    """Linear warm-up, then a cosine that ends at zero."""
+    """A linear warm-up, then a cosine down to zero."""
     if step < run.warmup:
         return run.lr * (step + 1) / run.warmup
     return run.lr * 0.5 * (1 + math.cos(math.pi * (step - run.warmup) / (run.steps - run.warmup)))
 
 
 class Trainer:
-    """A run in a folder: data, model, optimizer and the step reached."""
+    """A training run in a folder: data, model, optimizer, and the step that it has reached."""
 
     def __init__(self, data: Path, out: Path, run: Run):
         self.out, self.run = out, run
@@ -306,20 +306,20 @@ class Trainer:
     def resume(self):
         saved = torch.load(self.out / "checkpoint.pt", weights_only=True)
         if saved["identity"] != self.identity:
-            sys.exit(f"{self.out} holds another run, {saved['identity']}; choose another --out")
+            sys.exit(f"{self.out} holds another run, {saved['identity']}; choose another folder with --out")
         self.model.load_state_dict(saved["model"])
         self.optimizer.load_state_dict(saved["optimizer"])
         self.step = saved["step"]
 
     def checkpoint(self):
-        """Write beside the old checkpoint and rename over it: there is always a whole one."""
+        """Write beside the old checkpoint, then rename: there is always a whole one."""
         fresh = self.out / "checkpoint.pt.new"
         torch.save({"identity": self.identity, "step": self.step, "model": self.model.state_dict(),
                     "optimizer": self.optimizer.state_dict()}, fresh)
         os.replace(fresh, self.out / "checkpoint.pt")
 
     def train_step(self) -> float:
-        """-> cross-entropy of the step's batch, before the update."""
+        """The cross-entropy of the step's batch before the update."""
         batch = self.rows[self.step * self.run.batch:][:self.run.batch]         # (B, T + 1)
         loss, total = loss_of(self.model, batch, SIZE.z_loss_weight)
         total.backward()
@@ -332,12 +332,12 @@ class Trainer:
         return loss.item()
 
     def stop(self, signum, frame):
-        """Signal handler: end after this step.  A second signal of the kind acts as it always does."""
+        """Signal handler: end after this step. A second signal of the same kind ends the process at once."""
         self.stopped = True
         signal.signal(signum, signal.default_int_handler)
 
     def train(self) -> bool:
-        """Run to the last step, or until told to stop; -> whether it is done. Leaves a checkpoint either way."""
+        """Run to the last step, or until a signal; True if the run is done. Either way there is a checkpoint."""
         for signum in (signal.SIGINT, signal.SIGTERM):
             signal.signal(signum, self.stop)
         losses, saved = [], time.monotonic()
@@ -356,7 +356,7 @@ class Trainer:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Train, or evaluate; -> exit code (2 bad usage, 130 interrupted)."""
+    """Train or evaluate. Returns the exit code: 0 done, 2 bad usage, 130 interrupted."""
     parser = argparse.ArgumentParser(
         prog="python -m golden.make.train", formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         description=__doc__.split("\n\n")[0])
@@ -378,7 +378,7 @@ def main(argv: list[str] | None = None) -> int:
     torch.set_num_threads(2)
     trainer = Trainer(args.data, args.out, Run(steps=args.steps))
     if not trainer.train():
-        print("interrupted; the same command continues", file=sys.stderr)
+        print("interrupted; give the same command again to continue", file=sys.stderr)
         return 130
     ship(args.out / "model", trainer.model, trainer.tokenizer_model, trainer.corpus)
     figures = evaluate(refimpl.load(args.out / "model"), trainer.corpus, args.every)
