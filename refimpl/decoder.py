@@ -31,12 +31,12 @@ class Decoder:
     tap: Tap = silent
     cache: Any = no_cache
 
-    def __call__(self, ids, cos, sin, mask, logits_to_keep=0):
-        """Logits (B, T, V) of token ids (B, T), or of the last few only. `cos`, `sin`, `mask`: see `layer`."""
+    def __call__(self, ids, cos, sin, mask, logits_from=0):
+        """Logits (B, T, V) of token ids (B, T), or of those from a token on. `cos`, `sin`, `mask`: see `layer`."""
         x = self.embed(ids)                                                                  # (B, T, C)
         for i in range(self.config.num_hidden_layers):
             x = self.layer(i, x, cos, sin, mask)                                             # (B, T, C)
-        return self.head(x[:, -logits_to_keep:])                                             # (B, T, V)
+        return self.head(x[:, logits_from:])                                                 # (B, T, V)
 
     def embed(self, ids):
         return self.tap("model.embed_tokens", self.ops.take(self.weights["model.embed_tokens.weight"], ids))
@@ -58,13 +58,13 @@ class Decoder:
         return self.linear("lm_head", self.rms_norm("model.norm", x))                        # (B, T, V)
 
     def attention(self, i, x, cos, sin, mask):
-        """softmax(q kᵀ / √D + mask) v for each head: every token gathers the values of those it looks at."""
-        ops, config, at = self.ops, self.config, f"model.layers.{i}.self_attn"
+        """Every token gathers, in each head, the values of the tokens that it looks at."""
+        config, at = self.config, f"model.layers.{i}.self_attn"
         B, T, _ = x.shape
         H, K, D = config.num_attention_heads, config.num_key_value_heads, config.head_dim
 
         qkv = [self.linear(f"{at}.{module}", x) for module in config.qkv_modules]
-        q, k, v = ops.split(qkv[0], (H * D, K * D, K * D)) if config.qkv_packed else qkv
+        q, k, v = self.ops.split(qkv[0], (H * D, K * D, K * D)) if config.qkv_packed else qkv
         q = q.reshape(B, T, H, D).transpose(0, 2, 1, 3)                                      # (B, H, T, D)
         k = k.reshape(B, T, K, D).transpose(0, 2, 1, 3)                                      # (B, K, T, D)
         v = v.reshape(B, T, K, D).transpose(0, 2, 1, 3)                                      # (B, K, T, D)
@@ -72,19 +72,31 @@ class Decoder:
             q, k = self.rope(q, cos, sin), self.rope(k, cos, sin)
         q = self.tap(f"{at}.query", q)
         k, v = self.cache(i, self.tap(f"{at}.key", k), self.tap(f"{at}.value", v))           # (B, K, S, D)
-        S = k.shape[2]
+        scores = self.tap(f"{at}.scores", self.scores(q, k))                                 # (B, H, T, S)
+        probs = self.tap(f"{at}.probs", self.probs(scores, mask))                            # (B, H, T, S)
+        context = self.tap(f"{at}.context", self.context(probs, v))                          # (B, T, H*D)
+        return self.linear(f"{at}.o_proj", context)                                          # (B, T, C)
 
-        if config.fused_attention:  # scaled_dot_product_attention has scores and probs in float32 for 16-bit models
-            q, k = ops.upcast(q), ops.upcast(k)
-        # H/K query heads share one key head: they are so many more rows of the same product.
-        scores = ops.matmul(q.reshape(B, K, H // K * T, D), k.transpose(0, 1, 3, 2))         # (B, K, H/K*T, S)
-        scores = ops.type_as(ops.upcast(scores) * D**-0.5, q).reshape(B, H, T, S)
-        scores = self.tap(f"{at}.scores", scores)                                            # (B, H, T, S)
-        probs = ops.type_as(ops.softmax(ops.upcast(scores) + mask), q)
-        probs = self.tap(f"{at}.probs", probs)                                               # (B, H, T, S)
-        context = ops.weighted_sum(probs.reshape(B, K, H // K * T, S), v)                    # (B, K, H/K*T, D)
-        context = context.reshape(B, H, T, D).transpose(0, 2, 1, 3).reshape(B, T, H * D)     # (B, T, H*D)
-        return self.linear(f"{at}.o_proj", self.tap(f"{at}.context", context))               # (B, T, C)
+    def scores(self, q, k):
+        """q kᵀ / √D: how well each query fits each key. H/K query heads share a key head, as more rows of one product.
+
+        A 16-bit model whose attention is fused (scaled_dot_product_attention) has scores and probs in float32.
+        """
+        (B, H, T, D), (_, K, S, _) = q.shape, k.shape
+        if self.config.fused_attention:
+            q, k = self.ops.upcast(q), self.ops.upcast(k)
+        product = self.ops.matmul(q.reshape(B, K, H // K * T, D), k.transpose(0, 1, 3, 2))   # (B, K, H/K*T, S)
+        return self.ops.type_as(self.ops.upcast(product) * D**-0.5, q).reshape(B, H, T, S)
+
+    def probs(self, scores, mask):
+        """softmax(scores + mask), in float32 at least: the share of its attention that a token gives to each key."""
+        return self.ops.type_as(self.ops.softmax(self.ops.upcast(scores) + mask), scores)    # (B, H, T, S)
+
+    def context(self, probs, v):
+        """The values of all keys, weighted by probs and summed; then the heads stand side by side again."""
+        (B, H, T, S), (_, K, _, D) = probs.shape, v.shape
+        context = self.ops.weighted_sum(probs.reshape(B, K, H // K * T, S), v)               # (B, K, H/K*T, D)
+        return context.reshape(B, H, T, D).transpose(0, 2, 1, 3).reshape(B, T, H * D)        # (B, T, H*D)
 
     def rope(self, x, cos, sin):
         """Turns each pair (element i of the first half and i of the second, not neighbours) by its position's angle.

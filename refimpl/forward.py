@@ -112,7 +112,8 @@ class Forward:
 
         cos, sin = self.position_tables(token_positions(mask)[:, past:], ops.wide)
         bias = self.attention_bias(mask, tokens, ops.wide)
-        logits = self.decoder(ops, tap, cache)(ids, cos, sin, bias, logits_to_keep)
+        logits_from = max(0, tokens - logits_to_keep) if logits_to_keep else 0
+        logits = self.decoder(ops, tap, cache)(ids, cos, sin, bias, logits_from)
         if cache is not None:
             cache.advance(mask)
         return logits
