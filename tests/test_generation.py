@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from refimpl import InputError
-from refimpl.generation import keep_top_k, keep_top_p, penalize_repetition, process
+from refimpl.generation import Sampling, keep_top_k, keep_top_p, penalize_repetition
 from refimpl.loss import cross_entropy, loss, perplexity, predictions
 
 IDS = [5, 17, 9]
@@ -28,7 +28,7 @@ def test_top_p_drops_what_reaches_the_rest_exactly():
 def test_the_penalty_comes_before_the_temperature():
     """A penalty on scores that a temperature has divided would be the same; one below zero, after top-k, would not."""
     scores = np.array([[4.0, 3.0, -1.0]])
-    found = process(scores, np.array([[0]]), repetition_penalty=2.0, top_k=1)
+    found = Sampling(repetition_penalty=2.0, top_k=1).process(scores, np.array([[0]]))
     assert np.isinf(found).tolist() == [[True, False, True]]
 
 
@@ -41,8 +41,8 @@ def test_top_p_keeps_the_likeliest_that_reach_it():
 def test_the_order_of_processors_matters_and_is_transformers():
     """Temperature comes before top-p: a hot distribution keeps more tokens."""
     scores = np.array([[3.0, 2.0, 1.0, 0.0]])
-    assert np.isinf(process(scores, np.zeros((1, 0), int), temperature=10.0, top_p=0.8)).sum() == 0
-    assert np.isinf(process(scores, np.zeros((1, 0), int), top_p=0.8)).sum() == 2
+    assert np.isinf(Sampling(temperature=10.0, top_p=0.8).process(scores, np.zeros((1, 0), int))).sum() == 0
+    assert np.isinf(Sampling(top_p=0.8).process(scores, np.zeros((1, 0), int))).sum() == 2
 
 
 def test_greedy_is_the_likeliest_of_a_full_forward(family, tiny_model):

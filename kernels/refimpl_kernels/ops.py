@@ -41,6 +41,16 @@ class Readable(Protocol):
     def read(self, dtype: np.dtype, rows: slice | np.ndarray = slice(None)) -> np.ndarray: ...
 
 
+def softmax(x: np.ndarray) -> np.ndarray:
+    """exp(x) over its sum along the last axis, and exactly 0 where x is -inf.
+
+    The row's largest is subtracted first, so that exp cannot overflow.
+    """
+    e = np.exp(x - x.max(-1, keepdims=True))
+    e /= e.sum(-1, keepdims=True)
+    return e
+
+
 class NumPyOps:
     """The operations over arrays of `dtype`, whose sums and 16-bit steps are done in `wide` (float32 or float64)."""
 
@@ -114,8 +124,7 @@ class NumPyOps:
 
     def softmax(self, x: np.ndarray) -> np.ndarray:
         """Over the last axis."""
-        e = np.exp(x - x.max(-1, keepdims=True))
-        return e / e.sum(-1, keepdims=True)
+        return softmax(x)
 
     def split(self, x: np.ndarray, sizes: Sequence[int]) -> list[np.ndarray]:
         """The last axis cut into pieces of these sizes."""

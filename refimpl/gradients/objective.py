@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from refimpl.loss import IGNORE, cross_entropy
+from refimpl_kernels.ops import softmax
 
 Objective = Callable[[np.ndarray], tuple[float, np.ndarray]]  # logits (B, T, V) -> the loss, and its gradient by them
 
@@ -69,10 +70,3 @@ class Teacher:
         tiny = np.finfo(logits.dtype).tiny
         kl = (q * (np.log(np.maximum(q, tiny)) - np.log(np.maximum(p, tiny)))).sum(-1)
         return float(kl.mean(dtype=np.float64)), (p - q) / np.asarray(count, logits.dtype)
-
-
-def softmax(x: np.ndarray) -> np.ndarray:
-    """Probabilities along the last axis."""
-    e = np.exp(x - x.max(-1, keepdims=True))
-    e /= e.sum(-1, keepdims=True)
-    return e
