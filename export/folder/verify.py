@@ -15,7 +15,7 @@ from export.run.executor import Executor
 from golden.compare import Report, compare
 
 
-def verify(folder: str | Path, engine: str = "auto") -> Report:
+def verify(folder: str | Path, engine: str | Executor = "auto") -> Report:
     """Runs every graph of an export, and compares what is no padding with the golden outputs.
 
     Twice: `isolated`, each part from its golden inputs, so that it shows its own error alone; and `chained`, as a
@@ -23,21 +23,22 @@ def verify(folder: str | Path, engine: str = "auto") -> Report:
     of the report are called `{graph}/{isolated or chained}/{tap}`, and have the layout of the tap. Graphs that are
     modules alone go on from nobody, and are run isolated only.
 
-    `engine`: "onnxruntime"; "reference", ONNX's own evaluator; "auto", the first of them that is installed. Files are
-    first held against the manifest's sha256. Raises InputError for a folder that is not a whole export.
+    `engine`: "onnxruntime"; "reference", ONNX's own evaluator; "auto", the first of them that is installed; or any
+    other executor. Files are first held against the manifest's sha256. Raises InputError for a folder that is not a
+    whole export.
     """
     folder = Path(folder)
     plan, limits = read_manifest(folder)
     report = Report(())
-    for spec, way, outputs in run_graphs(folder, plan, engine):
+    for spec, way, outputs in run_graphs(folder, plan, Engine(engine) if isinstance(engine, str) else engine):
         reference = as_trace(spec, read_arrays(folder, spec, "output", spec.outputs))
         report += compare(as_trace(spec, outputs), reference, limits).within(f"{spec.name}/{way}/")
     return report
 
 
-def run_graphs(folder: Path, plan: Plan, engine: str) -> Iterator[tuple[GraphSpec, str, Arrays]]:
-    """What an engine computes of each graph of an export, isolated and chained."""
-    executor, after_prompt = Engine(engine), Arrays()
+def run_graphs(folder: Path, plan: Plan, executor: Executor) -> Iterator[tuple[GraphSpec, str, Arrays]]:
+    """What an executor computes of each graph of an export, isolated and chained."""
+    after_prompt = Arrays()
     ways = ("isolated", "chained") if plan.chained else ("isolated",)
     total = sum(map(len, plan.runs))
     with tqdm(desc="verifying", total=total, unit="graph", disable=None, leave=False) as progress:

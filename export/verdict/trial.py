@@ -28,6 +28,8 @@ from export.measure.device import Answer, fit_answers
 from export.measure.figures import Figures, Thresholds, measure
 from export.measure.kinds import ENDS, FLOAT, WEIGHTS, Kind
 from export.measure.references import References
+from export.run.engines import Engine
+from export.run.executor import Executor
 from export.verdict.verdict import DERIVED, Verdict
 from golden.tolerance import Tolerance, tolerances
 from refimpl.errors import InputError, at_most
@@ -94,18 +96,20 @@ def judge(
     return replace(verdict, causes=trial.causes(kind, verdict))
 
 
-def verify_on_grids(folder: str | Path, engine: str = "auto") -> Verdict:
+def verify_on_grids(folder: str | Path, engine: str | Executor = "auto", dtype: str | None = None) -> Verdict:
     """The verdict on an engine that runs an export whose graphs round by themselves (qdq with encodings).
 
-    What `folder.verify.verify` is for graphs in float32. Raises InputError for a folder that is not a whole export.
+    What `folder.verify.verify` is for graphs in float32. `engine` may be any executor, and `dtype` its floats, if
+    those are no float32. Raises InputError for a folder that is not a whole export.
     """
     folder = Path(folder)
     plan, _ = read_manifest(folder)
     with TemporaryDirectory() as answers:
-        for spec, way, outputs in run_graphs(folder, plan, engine):
+        here = engine if isinstance(engine, str) else "auto"
+        for spec, way, outputs in run_graphs(folder, plan, Engine(engine) if isinstance(engine, str) else engine):
             (Path(answers) / way).mkdir(exist_ok=True)
             np.savez(Path(answers) / way / f"{spec.name}.npz", **outputs)  # type: ignore[arg-type]
-        return judge(folder, answers, engine=engine)
+        return judge(folder, answers, engine=here, dtype=dtype)
 
 
 def shown_dtype(references: References, answers: Iterable[Answer]) -> str:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,6 +14,7 @@ from refimpl.cli.verbs import option, verb
 from refimpl.errors import InputError, at_most
 
 if TYPE_CHECKING:
+    from export.run.executor import Executor
     from export.verdict.verdict import Verdict
     from refimpl.grids.encodings import Encodings
     from refimpl.model import Model
@@ -23,6 +27,10 @@ FLOATS = option("--dtype", choices=("float32", "float16"),
 EXPORTED = option("--model", metavar="MODEL", nargs="?", const="",
                   help="what was exported (default: the embedded model): narrower limits and more causes")  # fmt: skip
 ENCODINGS = option("--encodings", metavar="FILE", help="the device's encodings, if the export has none")
+NPU = [
+    option("--soc", metavar="NAME", help="with htp: the Snapdragon, such as 8-gen-3 (default: 8-elite)"),
+    option("--strict", action="store_true", help="with htp: an operation that the NPU does not take is an error"),
+]
 MIN_SQNR = option("--min-sqnr", type=float, metavar="DB", help="require this of every tensor instead of derived limits")
 
 
@@ -46,7 +54,7 @@ MIN_SQNR = option("--min-sqnr", type=float, metavar="DB", help="require this of 
     option("--opset", type=int, metavar="N", help="of ONNX, from 17 on (default: the profile's)"),
     option("--ir-version", type=int, metavar="N", help="of ONNX's file format (default: the profile's)"),
     option("--forms", metavar="LIST",
-           help="some of conv,unpack,heads,scale-on-key,rank4,fused (default: the profile's)"),
+           help="some of conv,unpack,heads,heads=N,scale-on-key,rank4,norm,fused (default: the profile's)"),
     option("--encodings", metavar="FILE", help="of refimpl calibrate (default for aihub: ranges of the prompt alone)"),
     option("--border", choices=("floats", "codes"), default="floats",
            help="codes: inputs and outputs as Genie and Qualcomm's compiler take them (default: floats)"),
@@ -100,7 +108,9 @@ def export(arguments) -> int:
     "refimpl verify build/b2-7b outputs/ --model weights/Baichuan2-7B-Chat --html verdict.html",
     option("folder", metavar="DIR", help="an export; or a file of --save, to judge that run again"),
     option("outputs", metavar="OUTPUTS", nargs="?", help="what a device returned: a file or a folder"),
-    option("--engine", choices=("auto", "onnxruntime", "reference"), help="what runs graphs here (default: auto)"),
+    option("--engine", choices=("auto", "onnxruntime", "reference", "htp"),
+           help="what runs graphs here; htp is Qualcomm's NPU, emulated (default: auto)"),
+    *NPU,
     *(EXPORTED, ENCODINGS),
     option("--chained", action="store_true",
            help="each graph got the outputs of the one before (default: golden inputs)"),
@@ -137,8 +147,9 @@ def verify(arguments) -> int:
     option("outputs", metavar="OUTPUTS", nargs="?", help="what the device returned already: it saves a run"),
     *(EXPORTED, ENCODINGS),
     option("--graph", metavar="NAME", help="search in this graph (default: the first whose outputs are wrong)"),
-    option("--executor", choices=("auto", "onnxruntime", "reference", "hub"), default="auto",
-           help="what runs the graphs: an engine here, or a device of AI Hub (default: auto)"),
+    option("--executor", choices=("auto", "onnxruntime", "reference", "htp", "hub"), default="auto",
+           help="what runs the graphs: an engine here, Qualcomm's NPU (htp), or a device of AI Hub (default: auto)"),
+    *NPU,
     option("--device", metavar="NAME", help="with --executor hub: such as 'Samsung Galaxy S25'"),
     option("--api-url", metavar="URL", help="with --executor hub: another server than that of client.ini"),
     option("--compile-options", default="", metavar="TEXT", help="with --executor hub: added to those of compile jobs"),
@@ -154,8 +165,6 @@ def bisect(arguments) -> int:
     from export.hub.session import Session
     from export.measure.figures import Thresholds
     from export.phone.options import Options
-    from export.run.engines import Engine
-    from export.run.executor import Executor
     from export.search.bisection import bisect
 
     hub = arguments.executor == "hub"
@@ -164,13 +173,16 @@ def bisect(arguments) -> int:
     folder, options = Path(arguments.folder), Options(compile=arguments.compile_options)
     model, encodings = _exported(arguments, folder)
     with ExitStack() as stack:
-        device: Executor = Engine(arguments.executor)
+        device: Executor
+        label = None
         if hub:
             device = stack.enter_context(Session(folder, arguments.device, arguments.api_url, options))
+        else:
+            device, label = stack.enter_context(_engine(arguments, arguments.executor))
         return report(arguments, bisect(
             folder, device, model, arguments.graph, arguments.outputs, arguments.until,
             arguments.probes_per_run, arguments.dtype, Thresholds(arguments.min_sqnr),
-            label=None if hub else engine_version(arguments.executor), encodings=encodings,
+            label=label, encodings=encodings,
         ))  # fmt: skip
 
 
@@ -221,9 +233,33 @@ def _verify_here(arguments, folder: Path) -> int:
     from export.verdict.trial import verify_on_grids
     from refimpl.files import read_json
 
-    _expect_unasked(arguments, NEED_OUTPUTS - {"engine"} | NEED_FIGURES, "a device's outputs")
+    _expect_unasked(arguments, NEED_OUTPUTS - {"engine", "dtype"} | NEED_FIGURES, "a device's outputs")
     on_grids = read_json(folder / "manifest.json").get("onnx", {}).get("on_grids")
-    return report(arguments, (verify_on_grids if on_grids else verify)(folder, engine=arguments.engine or "auto"))
+    npu = arguments.engine == "htp"
+    if not npu:
+        _expect_unasked(arguments, {"dtype"}, "a device's outputs")
+    with _engine(arguments, arguments.engine or "auto") as (engine, label):
+        if not npu:
+            return report(arguments, (verify_on_grids if on_grids else verify)(folder, engine))
+        halves = None if on_grids else "float16"  # in which an NPU computes what has no grid
+        verdict = verify_on_grids(folder, engine, arguments.dtype or halves)
+    return report(arguments, replace(verdict, about={**verdict.about, "outputs": label}))
+
+
+@contextmanager
+def _engine(arguments, name: str) -> Iterator[tuple[Executor, str]]:
+    """What runs graphs here, and its name and version."""
+    from export.run.engines import Engine
+    from export.run.htp import Htp
+
+    if name != "htp":
+        if arguments.soc or arguments.strict:
+            raise InputError("--soc and --strict belong to Qualcomm's NPU; give verify --engine htp, or bisect "
+                             "--executor htp")  # fmt: skip
+        yield Engine(name), engine_version(name)
+        return
+    with Htp(arguments.soc or "8-elite", arguments.strict) as device:
+        yield device, device.about()
 
 
 def _verdict(arguments, path: Path) -> Verdict:
@@ -236,6 +272,8 @@ def _verdict(arguments, path: Path) -> Verdict:
     if arguments.outputs is None:
         _expect_unasked(arguments, NEED_OUTPUTS, "a device's outputs, of which a saved run has only the figures")
         return read_run(path).judged(limits)
+    if arguments.engine == "htp" or arguments.soc or arguments.strict:
+        raise InputError("the NPU runs an export here, and OUTPUTS are what a device returned; give one of the two")
     model, encodings = _exported(arguments, path)
     return judge(
         path, arguments.outputs, model, encodings, arguments.engine or "auto",
