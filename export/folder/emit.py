@@ -19,8 +19,9 @@ from export.graphs.runs import build
 from refimpl.blocks.quantize import QuantizedWeight
 from refimpl.errors import InputError
 from refimpl.grids.calibrate import calibrate
-from refimpl.grids.encodings import Encodings
+from refimpl.grids.encodings import MASK, Encodings
 from refimpl.model import Model
+from refimpl_kernels.affine import Encoding
 
 
 def emit(
@@ -108,5 +109,8 @@ def emit(
         encodings = calibrate(model, np.array([ids]), dtype="float64")  # whose ranges no BLAS rounds differently
     if encodings is not None:
         encodings.check(model.config, model.weights)
+        grid = encodings.activations.get(MASK)
+        if isinstance(grid, Encoding):
+            plan = replace(plan, lowest_mask=float(np.float32(grid.low)))
     built = {spec.name: build(model, spec, row, encodings) for run in plan.runs for spec in run}
     return Parts(model, plan, ids, built, row, encodings, encodings_version)

@@ -203,7 +203,8 @@ class Plan:
 
     `profile` says what the host writes, and the names. `modules`: these are the graphs, each alone, and not the parts.
     `probe`: taps that are shown by those graphs that compute them. `only`: one graph of that name, which goes on
-    `until` the probes or to its end. `hides`: see `GraphSpec`.
+    `until` the probes or to its end. `hides`: see `GraphSpec`. `lowest_mask`: what the host writes where nobody may
+    look, if not what the profile says: the end of the mask's grid.
 
     Raises InputError for numbers that do not fit the config, or each other.
     """
@@ -219,6 +220,7 @@ class Plan:
     only: str = ""
     until: bool = False
     hides: tuple[str, ...] = ()
+    lowest_mask: float | None = None
 
     def __post_init__(self) -> None:
         longest, sizes = self.config.max_position_embeddings, self.tokens
@@ -289,7 +291,8 @@ class Plan:
         runs: list[list[GraphSpec]] = []
         for tokens in self.tokens:
             real, past = (tokens, self.prompt) if runs else (self.prompt, 0)
-            numbers = (tokens, self.context, real, past, profile.lowest_mask)
+            lowest = profile.lowest_mask if self.lowest_mask is None else self.lowest_mask
+            numbers = (tokens, self.context, real, past, lowest)
             more = (self.probe, self.until, self.hides)
             runs.append([GraphSpec(self.config, part, *numbers, module, *more) for part, module in parts])
         chosen = [[spec for spec in run if self.only in ("", spec.name)] for run in runs]

@@ -23,12 +23,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from refimpl.config import Config
 from refimpl.errors import InputError
-from refimpl.grids.encodings import Encodings, Recipe
+from refimpl.grids.encodings import MASK, Encodings, Recipe
 from refimpl.names import taps
 from refimpl.sweep import Pool, Result, sweep
 from refimpl.trace import Tap, silent
@@ -171,6 +172,7 @@ def observe(
 ) -> dict[str, Seen]:
     """What every tap takes on over a text or its ids: name -> Seen, from one pass window by window.
 
+    `attention_mask` is there, too: how far the largest hidden score lies above the largest visible one of its row.
     Windows do not overlap and are no longer than the context. Memory holds a few tensors of one of them. `executor`,
     `resume`: who computes them, and where finished ones are kept (`refimpl.sweep`).
     Raises InputError for ids outside the vocabulary, and if NaN or infinity is computed.
@@ -180,14 +182,44 @@ def observe(
     for found in sweep(observe_window, pieces, "calibrating", executor, resume):
         for name, array in found.items():
             seen.setdefault(name, Seen()).merge(Seen.from_array(array))
-    return {name: seen[name] for name in taps(model.config)}
+    return {name: seen[name] for name in (*taps(model.config), MASK)}
 
 
 def observe_window(model: Forward, ids: np.ndarray, dtype: str, histogram: bool) -> Result:
     """What every tap takes on in one forward: name -> `Seen.to_array()`."""
     seen: dict[str, Seen] = {}
-    model.forward(ids, dtype, None, None, observing(seen, histogram))
+    model.forward(ids, dtype, None, None, observing(seen, histogram, then=comparing(seen, model.config)))
     return {name: one.to_array() for name, one in seen.items()}
+
+
+def comparing(seen: dict[str, Seen], config: Config) -> Tap:
+    """Takes note, under `attention_mask`, of what a mask has to overcome.
+
+    That is the largest score that a query must not see, above the largest that it sees. An unused slot of a device's
+    cache holds zeros, so it counts as a score of 0. ALiBi lowers what is seen, but for the query's own key.
+    """
+
+    def tap(name: str, x: Any) -> Any:
+        if name.endswith(".scores"):
+            own, hidden = np.arange(x.shape[-2]), np.triu(np.ones(x.shape[-2:], bool), 1)
+            shown = x[..., own, own] if config.alibi else np.where(hidden, -np.inf, x).max(-1)  # (1, H, T)
+            above = np.where(hidden, x, 0).max(-1) - shown
+            seen.setdefault(MASK, Seen()).add(above.max(keepdims=True), histogram=False)
+        return x
+
+    return tap
+
+
+def lowest_mask(above: float, keys: int) -> float:
+    """The number to add to scores that nobody may see, so that all `keys` of them together get no probability.
+
+    `above`: see `comparing`. They are to have less than half a step of 16 bits. No more than that: the sum of scores
+    and mask shares one grid, whose step grows with the mask. -50, with which Qualcomm's zoo exports, at the least.
+
+    >>> lowest_mask(4.0, 4096), lowest_mask(60.0, 4096)
+    (-50.0, -81.0)
+    """
+    return -max(50.0, float(math.ceil(above + math.log(keys) + 17 * math.log(2))))
 
 
 def encode(
@@ -203,6 +235,8 @@ def encode(
     """
     recipe, config = recipe or Recipe(), model.config
     _expect_method(method, percent)
+    if recipe.lowest_mask is None and MASK in seen:
+        recipe = replace(recipe, lowest_mask=lowest_mask(seen[MASK].high, config.max_position_embeddings))
     activations: dict[str, Encoding] = recipe.inputs(config)
     for name in taps(config):
         grid = recipe.activation(config, name)

@@ -7,7 +7,7 @@ The recipe is what Qualcomm's model zoo does with its language models, stated fo
     embedding, gains        uint16, one step: constants at the precision of activations
     keys and values         int8, symmetric. Past and new ones are the same tensor, so they share the grid
     probs, sigmoid          uint16 on [0, 1], whatever was seen
-    mask, cos, sin          uint16 on [-50, 0] and [-1, 1]: the host writes them, and knows
+    mask, cos, sin          uint16 on [-50, 0], lower where scores are so large, and [-1, 1]: the host writes them
     all other tensors       uint16 on the range that was seen
     none at all             what a Gather gives (its table has one), what only moves data, all inside an RMSNorm
 
@@ -112,7 +112,10 @@ class Encodings:
 
 @dataclass(frozen=True)
 class Recipe:
-    """The numbers of the recipe above. `block_size`: the steps of int4 weights are of blocks; `lpbq`: in two levels."""
+    """The numbers of the recipe above. `block_size`: the steps of int4 weights are of blocks; `lpbq`: in two levels.
+
+    `lowest_mask`: of what nobody may see; None is as low as the scores need that were seen, -50 at the least.
+    """
 
     weight_bits: int = 4
     head_bits: int = 8
@@ -120,7 +123,7 @@ class Recipe:
     kv_bits: int = 8
     block_size: int | None = None
     lpbq: bool = False
-    lowest_mask: float = -50.0
+    lowest_mask: float | None = None
 
     def __post_init__(self) -> None:
         for name in ("weight_bits", "head_bits", "activation_bits", "kv_bits"):
@@ -141,7 +144,7 @@ class Recipe:
 
     def inputs(self, config: Config) -> dict[str, Encoding]:
         """The grids of what the host computes."""
-        found = {MASK: from_range(self.lowest_mask, 0.0, self.activation_bits)}
+        found = {MASK: from_range(-50.0 if self.lowest_mask is None else self.lowest_mask, 0.0, self.activation_bits)}
         if config.rope_theta:
             found |= dict.fromkeys((COS, SIN), from_range(-1.0, 1.0, self.activation_bits))
         return found

@@ -57,7 +57,10 @@ def test_bisect_runs_on_the_npu_and_finds_a_broken_weight(folder, tmp_path, caps
     manifest = json.loads((broken / "manifest.json").read_text())
     manifest["files"][f"{name}/model.data"]["sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()
     (broken / "manifest.json").write_text(json.dumps(manifest))
-    assert main(["bisect", str(broken), "--model", "--executor", "htp", "--soc", "8-gen-3", "--min-sqnr", "20", "--json"]) == 1
+    assert (
+        main(["bisect", str(broken), "--model", "--executor", "htp", "--soc", "8-gen-3", "--min-sqnr", "20", "--json"])
+        == 1
+    )
     found = json.loads(capsys.readouterr().out)
     assert found["guilty"] == "model.layers.1.mlp.gate_proj"
 

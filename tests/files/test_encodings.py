@@ -16,7 +16,8 @@ from export import emit
 from export.files.encodings import VERSIONS, as_json, read_encodings, write_encodings
 from export.graphs.grids import graph_encodings
 from refimpl import InputError, cli
-from refimpl.grids.calibrate import BINS, METHODS, Seen, calibrate, encode, observe
+from refimpl.checkpoint.weights import Weight
+from refimpl.grids.calibrate import BINS, METHODS, Seen, calibrate, encode, lowest_mask, observe
 from refimpl.grids.encodings import Encodings, Float16, Recipe
 from refimpl.model import EMBEDDED
 from refimpl_kernels.affine import Encoding, from_range
@@ -44,6 +45,7 @@ def test_ranges_are_those_of_the_traces(model, dtype):
     seen = observe(model, TEXT, window=64, dtype=dtype)
     with threadpool_limits(1, "blas"):  # as in a sweep: the last bits depend on it
         traces = [model.trace(TEXT[s : s + 64], dtype) for s in range(0, len(TEXT), 64)]
+    assert seen.pop("attention_mask").count == len(traces) * model.config.num_hidden_layers
     assert list(seen) == list(traces[0])
     for name, tensor in seen.items():
         values = np.concatenate([trace[name].reshape(-1) for trace in traces]).astype(np.float64)
@@ -451,3 +453,19 @@ def test_equality_is_of_numbers():
     a = Encoding(8, np.float64(0.1), np.float64(-3))
     assert a == Encoding(8, np.float64(0.1), np.float64(-3), symmetric=True) and a != "a"
     assert a != Encoding(8, np.float64(0.1), np.float64(-4)) and a != Encoding(7, np.float64(0.1), np.float64(-3))
+
+
+def test_the_mask_is_as_low_as_the_scores_need(tiny_model):
+    """With projections thirty times as large, -50 leaves hidden keys a probability; what is chosen leaves none."""
+    model = tiny_model("Baichuan2-7B")
+    assert encode(model, observe(model, TEXT)).activations["attention_mask"].low == -50
+    loud = {
+        name: Weight(np.asarray(weight.read(np.float32)) * 30) if name.endswith("W_pack.weight") else weight
+        for name, weight in model.weights.items()
+    }
+    model = type(model)(model.config, loud, model.folder)
+    seen = observe(model, TEXT)
+    above, low = seen["attention_mask"].high, float(encode(model, seen).activations["attention_mask"].low)
+    assert above > 50 and low == pytest.approx(lowest_mask(above, model.config.max_position_embeddings))
+    assert low < -above - 17 * np.log(2)
+    assert encode(model, seen, Recipe(lowest_mask=-50.0)).activations["attention_mask"].low == -50
