@@ -119,6 +119,11 @@ FAMILIES: dict[str, dict[str, Any]] = {
         qkv_packed=False, qkv_bias=True, norm_head=False, rope_upcast=False, fused_attention=False),
 }  # fmt: skip
 
+# What transformers' Qwen2Config has where config.json says nothing.
+_QWEN2_DEFAULTS = {
+    "pad_token_id": None, "bos_token_id": None, "eos_token_id": None, "max_position_embeddings": 32768,
+}  # fmt: skip
+
 # Keys that say nothing about the arithmetic of inference. Any key that is neither here nor a field is refused.
 _NEUTRAL = {
     "architectures", "auto_map", "model_type", "tokenizer_class", "transformers_version", "dtype", "torch_dtype",
@@ -126,14 +131,24 @@ _NEUTRAL = {
     "max_window_layers", "user_token_id", "assistant_token_id", "name_or_path", "return_dict", "is_decoder",
     "output_attentions", "output_hidden_states", "chunk_size_feed_forward", "id2label", "label2id", "problem_type",
     "max_new_tokens", "do_sample", "temperature", "top_k", "top_p", "repetition_penalty", "max_length", "pad_token",
-    "unk_token_id", "finetuning_task", "is_encoder_decoder",
+    "unk_token_id", "finetuning_task", "is_encoder_decoder", "num_labels", "classifier_dropout",
+    # what transformers 4 writes into every config: of generation, of other kinds of models, of how to return things
+    "add_cross_attention", "bad_words_ids", "begin_suppress_tokens", "cross_attention_hidden_size",
+    "decoder_start_token_id", "diversity_penalty", "early_stopping", "encoder_no_repeat_ngram_size",
+    "exponential_decay_length_penalty", "forced_bos_token_id", "forced_eos_token_id", "length_penalty", "min_length",
+    "no_repeat_ngram_size", "num_beam_groups", "num_beams", "num_return_sequences", "output_scores", "prefix",
+    "remove_invalid_values", "return_dict_in_generate", "sep_token_id", "suppress_tokens", "task_specific_params",
+    "tf_legacy_loss", "tie_encoder_decoder", "torchscript", "typical_p", "use_bfloat16",
 }  # fmt: skip
 
 # Keys that would change the numbers: understood only with these values, `None` standing for "not there".
 _ONLY: dict[str, tuple] = {
     "hidden_act": ("silu", None),
-    "rope_scaling": (None,),
+    "rope_scaling": (None, {"type": "default"}, {"rope_type": "default"}),
     "use_sliding_window": (False, None),
+    "use_mrope": (False, None),
+    "pretraining_tp": (1, None),
+    "partial_rotary_factor": (1.0, None),
     "attention_bias": (False, None),
     "mlp_bias": (False, None),
     "pruned_heads": (None, {}),
@@ -165,9 +180,11 @@ def config_from_keys(keys: Mapping[str, Any]) -> Config:
     needed = ["hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size"]
     rope = keys.pop("rope_parameters", None)  # where transformers 5 keeps what used to be rope_theta
     if rope is not None:
-        if not isinstance(rope, dict) or set(rope) - {"rope_theta", "rope_type"} or rope.get("rope_type") != "default":
+        plain = isinstance(rope, dict) and rope.get("rope_type", "default") == "default"
+        if not plain or set(rope) - {"rope_theta", "rope_type", "partial_rotary_factor"}:
             raise InputError(f"rope_parameters is {rope!r:.60}, which is not understood; expected the type 'default'")
         keys["rope_theta"] = rope.get("rope_theta", keys.get("rope_theta"))
+        keys.setdefault("partial_rotary_factor", rope.get("partial_rotary_factor"))
     if family.startswith("Baichuan"):
         heads, kv = keys.get("num_attention_heads"), keys.get("num_key_value_heads")
         if kv not in (None, heads):  # such as Qualcomm's wrapper, which declares Qwen2's sizes for Baichuan2-7B
@@ -177,7 +194,13 @@ def config_from_keys(keys: Mapping[str, Any]) -> Config:
         keys.pop("rope_theta", None)  # hard-coded in the official code, whatever config.json says
     else:
         needed += ["num_key_value_heads", "rope_theta"]
-        keys.setdefault("pad_token_id", None)
+        for name, default in _QWEN2_DEFAULTS.items():
+            keys.setdefault(name, default)
+        keys.pop("attention_bias", None)  # Qwen2's code has biases whatever this says
+        if keys.get("max_window_layers", 0) == keys.get("num_hidden_layers"):
+            keys.pop("use_sliding_window", None)  # the layers that have a window come after these
+    if keys.get("head_dim") and _head_dim(keys) == keys["head_dim"]:
+        keys.pop("head_dim")
     for name in needed:
         if keys.get(name) is None:
             raise InputError(f"the key {name} is missing; a {family} cannot be built without it")
@@ -207,6 +230,12 @@ def config_from_keys(keys: Mapping[str, Any]) -> Config:
     return Config(family=family, **{**values, **facts})
 
 
+def _head_dim(keys: Mapping[str, Any]) -> int | None:
+    """The head dimension that follows from the other sizes."""
+    hidden, heads = keys.get("hidden_size"), keys.get("num_attention_heads")
+    return hidden // heads if type(hidden) is int and type(heads) is int and heads > 0 else None
+
+
 def _quantized(keys: Any) -> bool:
     """Whether the checkpoint is quantized, by its `quantization_config`: by bitsandbytes or by this package.
 
@@ -231,21 +260,63 @@ def _quantized(keys: Any) -> bool:
 def _family(keys: Mapping[str, Any]) -> str:
     """Which of the five it is. The official configs do not say, so this reads what they differ in.
 
-    13B (ALiBi) has no `max_position_embeddings`. Generation 2 is told by its vocabulary (125696 against 64000) and,
-    where a model is cut down to another vocabulary, by `tokenizer_class`, which only the second generation writes.
+    13B (ALiBi) has no `max_position_embeddings`. For the generation, see `generation`.
     """
     kind = keys.get("model_type")
     if kind == "qwen2":
         return "Qwen2-7B"
     if kind != "baichuan":
         raise InputError(f"model_type is {kind!r}, expected 'baichuan' or 'qwen2'")
-    vocabulary, hidden = keys.get("vocab_size"), keys.get("hidden_size")
-    second = vocabulary == 125696 or (vocabulary != 64000 and "tokenizer_class" in keys)
-    size = "7B" if "max_position_embeddings" in keys else "13B"
+    hidden, size = keys.get("hidden_size"), _size(keys)
     if (hidden, size) in ((4096, "13B"), (5120, "7B")):
         has = "no" if size == "13B" else "a"
         raise InputError(
             f"hidden_size is {hidden}, with {has} max_position_embeddings; expected 4096 with one (7B, RoPE) or 5120 "
             "without (13B, ALiBi); use the original config.json"
         )
-    return f"Baichuan{'2' if second else ''}-{size}"
+    number, _ = generation(keys)
+    return f"Baichuan{'2' if number == 2 else ''}-{size}"
+
+
+def _size(keys: Mapping[str, Any]) -> str:
+    return "7B" if "max_position_embeddings" in keys else "13B"
+
+
+def generation(keys: Mapping[str, Any]) -> tuple[int, str | None]:
+    """The generation of a Baichuan, 1 or 2, and, if its `config.json` does not prove it, why it is taken for that.
+
+    The generations differ in NormHead, which no key names. What tells them apart, the surest first: the vocabulary has
+    64000 words or 125696, unless some were added; only Baichuan2's code has a z-loss; and the class of Baichuan-7B is
+    spelled BaiChuan, with two capitals. A tokenizer's class proves nothing: transformers writes one into any config.
+
+    >>> generation({"vocab_size": 125699, "max_position_embeddings": 4096})
+    (2, 'its vocabulary of 125699 is no smaller than that of Baichuan2')
+    """
+    words = keys.get("vocab_size")
+    classes = [*(keys.get("architectures") or []), *(keys.get("auto_map") or {}).values()]
+    spelled = [str(name).rpartition(".")[2] for name in classes]
+    if words in (64000, 125696):
+        return (1 if words == 64000 else 2), None
+    if "z_loss_weight" in keys:
+        return 2, None
+    if any(name.startswith("BaiChuan") for name in spelled):
+        return 1, None
+    if _size(keys) == "7B" and any(name.startswith("Baichuan") for name in spelled):
+        return 2, None
+    if type(words) is int and words > 125696:
+        return 2, f"its vocabulary of {words} is no smaller than that of Baichuan2"
+    if keys.get("tokenizer_class") == "BaichuanTokenizer":
+        return 2, "its tokenizer_class is BaichuanTokenizer"
+    return 1, "nothing in it speaks of Baichuan2"
+
+
+def doubt(keys: Mapping[str, Any]) -> str | None:
+    """A remark on a Baichuan whose generation `config.json` does not prove; else None.
+
+    >>> doubt({"model_type": "baichuan", "vocab_size": 64000})
+    """
+    number, reason = generation(keys) if keys.get("model_type") == "baichuan" else (0, None)
+    if reason is None:
+        return None
+    other = 'add "z_loss_weight": 0 to it if it is one' if number == 1 else "its head is then normalised (NormHead)"
+    return f"config.json does not say which Baichuan this is; it is taken for generation {number}: {reason}; {other}"

@@ -6,7 +6,7 @@ import pytest
 from conftest import config_keys
 
 from refimpl import InputError
-from refimpl.config import Config, config_from_keys
+from refimpl.config import Config, config_from_keys, doubt
 
 BAICHUAN = {
     "bos_token_id": 1, "eos_token_id": 2, "hidden_act": "silu", "initializer_range": 0.02, "model_type": "baichuan",
@@ -111,3 +111,66 @@ def test_baichuan_s_theta_is_hard_coded():
 def test_a_family_is_one_of_five():
     with pytest.raises(InputError, match="the family is"):
         Config(family="\x1b[2J")
+
+
+WITHOUT_CLASS = {key: value for key, value in SECOND.items() if key != "tokenizer_class"}
+OF_THE_FIRST = {"architectures": ["BaiChuanForCausalLM"]}
+
+
+@pytest.mark.parametrize(
+    "keys, number, proven",
+    [
+        ({**WITHOUT_CLASS, "vocab_size": 125699, "z_loss_weight": 0, "max_position_embeddings": 4096}, 2, True),
+        ({**WITHOUT_CLASS, "vocab_size": 125760, "max_position_embeddings": 4096}, 2, True),  # its class says so
+        ({**WITHOUT_CLASS, "vocab_size": 125760, "model_max_length": 4096}, 2, False),
+        ({**OF_THE_FIRST, "vocab_size": 64003, "tokenizer_class": "Any", "max_position_embeddings": 4096}, 1, True),
+        ({"vocab_size": 64003, "tokenizer_class": "LlamaTokenizer", "model_max_length": 4096}, 1, False),
+        ({"vocab_size": 64000, "tokenizer_class": "BaichuanTokenizer", "model_max_length": 4096}, 1, True),
+        ({"vocab_size": 320, "tokenizer_class": "BaichuanTokenizer", "model_max_length": 256}, 2, False),
+    ],
+)  # fmt: skip
+def test_words_that_were_added_do_not_make_another_generation(keys, number, proven):
+    size = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_hidden_layers": 2}
+    keys = {**BAICHUAN, **size, **keys}
+    assert config_from_keys(keys).norm_head == (number == 2)
+    said = doubt(keys)
+    assert said is None if proven else f"taken for generation {number}: " in said
+
+
+def test_what_qwen2_s_config_leaves_out_is_what_transformers_has():
+    left_out = ("bos_token_id", "eos_token_id", "max_position_embeddings")
+    config = config_from_keys({key: value for key, value in QWEN2.items() if key not in left_out})
+    assert (config.bos_token_id, config.eos_token_id, config.max_position_embeddings) == (None, None, 32768)
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.Qwen2Config()
+    assert (theirs.bos_token_id, theirs.eos_token_id, theirs.max_position_embeddings) == (None, None, 32768)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"use_mrope": False}, {"head_dim": 128}, {"pretraining_tp": 1}, {"partial_rotary_factor": 1.0},
+        {"rope_scaling": {"type": "default"}}, {"rope_scaling": None}, {"attention_bias": True},
+        {"use_sliding_window": True, "max_window_layers": 28}, {"num_labels": 2, "classifier_dropout": None},
+        {"output_scores": False, "torchscript": False, "num_beams": 1, "tf_legacy_loss": False, "prefix": None},
+        {"rope_theta": None, "rope_parameters": {"rope_theta": 1000000.0}},
+        {"rope_theta": None,
+         "rope_parameters": {"rope_theta": 1000000, "rope_type": "default", "partial_rotary_factor": 1.0}},
+    ],
+)  # fmt: skip
+def test_keys_without_effect_change_nothing(changes):
+    assert config_from_keys({**QWEN2, **changes}) == config_from_keys(QWEN2)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"use_mrope": True}, {"head_dim": 64}, {"pretraining_tp": 2}, {"partial_rotary_factor": 0.5},
+        {"rope_scaling": {"type": "yarn", "factor": 4.0}}, {"use_sliding_window": True, "max_window_layers": 21},
+        {"rope_parameters": {"rope_theta": 1e6, "rope_type": "default", "partial_rotary_factor": 0.5}},
+        {"rope_parameters": {"rope_theta": 1e6, "rope_type": "yarn"}},
+    ],
+)  # fmt: skip
+def test_the_same_keys_with_an_effect_are_refused(changes):
+    with pytest.raises(InputError, match=f"{next(iter(changes))}|partial_rotary_factor|unknown keys"):
+        config_from_keys({**QWEN2, **changes})

@@ -14,7 +14,7 @@ from refimpl.checkpoint.resolve import resolve
 from refimpl.checkpoint.safetensors_files import map_safetensors
 from refimpl.checkpoint.torch_files import map_torch
 from refimpl.checkpoint.weights import Weights, quantized_weight
-from refimpl.config import Config, read_config
+from refimpl.config import Config, doubt, read_config
 from refimpl.errors import InputError, Remark
 from refimpl.files import inside, read_json
 from refimpl.text.tokenizer import load_tokenizer
@@ -42,7 +42,8 @@ class Checkpoint:
         config = read_config(folder)
         tensors = read_checkpoint(folder)
         weights = resolve(config, tensors).replace({}, provenance(folder))
-        said = [f"{folder}: {remark}" for remark in remarks(config, tensors)]
+        unsure = [remark for remark in [doubt(read_json(folder / "config.json"))] if remark]
+        said = [f"{folder}: {remark}" for remark in [*unsure, *remarks(config, tensors)]]
         try:
             load_tokenizer(folder, config)
         except InputError as error:
