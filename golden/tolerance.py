@@ -22,7 +22,7 @@ A bound follows from config, number format and tap. No bound is picked by hand:
   needs about its bound. With scores of hundreds in more than a few layers the model is chaotic, and no bound holds.)
 
 How wide the bounds are was measured (`tests/test_compare.py`, `tests/test_goldens.py`). In a correct run the median
-tensor needs between 1/50 and 1/8 of its bound, and the worst tensor less than 0.4 of it. The lower end belongs to sums
+tensor needs between 1/50 and 1/8 of its bound, and the worst less than half of it. The lower end belongs to sums
 that are exact and rounded once; a BLAS with wider registers comes near it, because it adds more partial sums. A dropped
 NormHead, swapped RoPE halves or a mask that is off by one exceed the bound of float32 a thousandfold. The bound of
 float64 is about 1e-13, which implementations reach only if they compute positions in float64, too.

@@ -13,6 +13,9 @@ import refimpl
 from golden.bundle import sha256
 
 DATA = Path(golden.__file__).parent / "data"
+# Half of what a bound allows for is PyTorch's own rounding, and roundings add up as squares: without it, a run needs
+# less than this share. With OpenBLAS's kernels for four processors, the worst tensor needs 0.36 to 0.46 of its bound.
+ROOM = 0.5**0.5
 NAMES = sorted(path.name for path in DATA.iterdir())
 
 
@@ -29,7 +32,7 @@ def test_the_model_agrees(name, dtype):
     folder, truth = parts(name)
     report = golden.check(folder, truth, dtype)
     assert report and len(report.tensors) > 30
-    assert report.worst[0].excess < 0.4, "the bound has room"
+    assert report.worst[0].excess < ROOM, "the bound has room"
 
 
 @pytest.mark.parametrize("name", NAMES)

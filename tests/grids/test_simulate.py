@@ -352,13 +352,18 @@ def graph_of(model, encodings, number: int, tmp_path):
 
 
 def assert_same_codes(found, ours, own: Encodings):
-    """Of 8-bit tensors, at most one code in a hundred differs, by one; 16-bit ones are noise 60 dB down."""
+    """Of 8-bit tensors, at most one code in a hundred differs, by one; 16-bit ones show the noise of that, no more.
+
+    The order of float32 sums is each engine's and each processor's own, and now and then it decides a tie. A key whose
+    code of 8 bits differs by one is off by 256 steps of 16 bits. With one key or value in a hundred off by one, and
+    127 codes for three times the root mean square, the noise is 10 log10(100 * (127 / 3)^2) = 52 dB down.
+    """
     assert set(found) == set(ours)
     for output, expected in ours.items():
         lsb = np.rint((found[output] - expected) / F32(own[output].scale))
         noise = decibel(np.square(expected).sum(), np.square(found[output] - expected).sum())
         if own[output].bits == 16:
-            assert noise > 60 and np.abs(lsb).max() <= 64, (output, noise, lsb)
+            assert noise > 50 and np.abs(lsb).max() <= 256, (output, noise, lsb)
         else:
             assert np.abs(lsb).max() <= 1 and (lsb != 0).mean() < 0.01, (output, lsb)
 
