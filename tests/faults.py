@@ -28,7 +28,7 @@ from export.measure.references import References
 from export.verdict.trial import judge
 from export.verdict.verdict import Verdict
 from refimpl.grids.calibrate import calibrate
-from refimpl.grids.encodings import Recipe
+from refimpl.grids.recipe import Recipe
 from refimpl.positions import rope_tables
 
 TOKENS, CONTEXT, PARTS, BLOCK = (12, 1), 16, 3, 16

@@ -11,8 +11,7 @@ from onnx import TensorProto, numpy_helper
 from export.graphs.data import Built, Parameter
 from export.graphs.naming import tap_of
 from export.graphs.plan import GraphSpec
-from refimpl.grids.encodings import COS, EMBED, MASK, SIN, Encodings, feature_grids
-from refimpl.grids.simulate import Grid
+from refimpl.grids.encodings import COS, EMBED, MASK, SIN, Encodings, Grid, feature_grids
 from refimpl_kernels.affine import Encoding, from_range
 
 MOVES = {"Reshape", "Transpose", "Split", "Slice", "Squeeze", "Unsqueeze", "Identity", "Cast", "Pad", "Expand"}

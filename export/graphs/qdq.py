@@ -24,8 +24,7 @@ from onnx import ModelProto, NodeProto, TensorProto, helper
 
 from export.graphs.data import Built, Parameter, assign_offsets
 from refimpl.errors import InputError
-from refimpl.grids.encodings import Encodings
-from refimpl.grids.simulate import Grid
+from refimpl.grids.encodings import Encodings, Grid
 from refimpl_kernels.affine import Encoding, integers, quantize
 from refimpl_kernels.formats import int4
 

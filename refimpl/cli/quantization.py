@@ -169,7 +169,7 @@ def calibrate(arguments) -> int:
     """Find the range of every tensor on a text, and write AIMET encodings for a phone."""
     from export.files.encodings import write_encodings
     from refimpl.grids.calibrate import calibrate
-    from refimpl.grids.encodings import Recipe
+    from refimpl.grids.recipe import Recipe
     from refimpl.sweep import workers
 
     model = load_model(arguments)

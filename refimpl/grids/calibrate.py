@@ -29,7 +29,8 @@ import numpy as np
 
 from refimpl.config import Config
 from refimpl.errors import InputError
-from refimpl.grids.encodings import MASK, Encodings, Recipe
+from refimpl.grids.encodings import MASK, Encodings
+from refimpl.grids.recipe import Recipe
 from refimpl.names import taps
 from refimpl.sweep import Pool, Result, sweep
 from refimpl.trace import Tap, silent

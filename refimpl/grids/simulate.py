@@ -28,12 +28,10 @@ from refimpl.config import Config
 from refimpl.decoder import Decoder
 from refimpl.errors import InputError
 from refimpl.forward import Forward
-from refimpl.grids.encodings import COS, MASK, SIN, Encodings, Float16, feature_grids, grid_of
+from refimpl.grids.encodings import COS, MASK, SIN, Encodings, Float16, Grid, feature_grids, grid_of
 from refimpl.trace import Tap, silent
 from refimpl_kernels.affine import Encoding, Rounding, fake_quantize, from_range, integers
 from refimpl_kernels.ops import TILE_BYTES, NumPyOps, Readable
-
-Grid = Encoding | Float16
 
 
 class Simulated(Forward):

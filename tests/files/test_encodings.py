@@ -18,7 +18,8 @@ from export.graphs.grids import graph_encodings
 from refimpl import InputError, cli
 from refimpl.checkpoint.weights import Weight
 from refimpl.grids.calibrate import BINS, METHODS, Seen, calibrate, encode, lowest_mask, observe
-from refimpl.grids.encodings import Encodings, Float16, Recipe
+from refimpl.grids.encodings import Encodings, Float16
+from refimpl.grids.recipe import Recipe
 from refimpl.model import EMBEDDED
 from refimpl_kernels.affine import Encoding, from_range
 

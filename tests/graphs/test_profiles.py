@@ -22,7 +22,7 @@ from export.run.engines import engine_called
 from refimpl.cli import main
 from refimpl.errors import InputError
 from refimpl.grids.calibrate import calibrate
-from refimpl.grids.encodings import Recipe
+from refimpl.grids.recipe import Recipe
 
 ENGINES = ["reference", *(["onnxruntime"] if find_spec("onnxruntime") else [])]
 HEXAGON = PROFILES["aihub"].forms

@@ -23,7 +23,8 @@ from golden.cost.reading import Reading
 from refimpl import InputError, names
 from refimpl.checkpoint.weights import Weight
 from refimpl.grids.calibrate import calibrate
-from refimpl.grids.encodings import Encodings, Float16, Recipe, feature_grids, grid_of
+from refimpl.grids.encodings import Encodings, Float16, feature_grids, grid_of
+from refimpl.grids.recipe import Recipe
 from refimpl.grids.simulate import on_grid, on_grids
 from refimpl_kernels.affine import fake_quantize, from_range, integers, quantize
 
@@ -169,9 +170,9 @@ def test_exact_sums_do_not_depend_on_who_sums(tmp_path):
     """The same bits with other BLAS kernels and more threads. (On a BLAS that is not OpenBLAS this says less.)"""
     folder = write_checkpoint(tmp_path / "model", "Baichuan2-7B", hidden_size=256, intermediate_size=512)
     code = (
-        "import sys, hashlib, numpy as np, refimpl; from refimpl.grids import encodings\n"
+        "import sys, hashlib, numpy as np, refimpl; from refimpl.grids import encodings, recipe as recipes\n"
         "from refimpl_kernels.affine import from_range; from refimpl.names import taps\n"
-        "model = refimpl.load(sys.argv[1]); recipe = encodings.Recipe(); grids = recipe.inputs(model.config)\n"
+        "model = refimpl.load(sys.argv[1]); recipe = recipes.Recipe(); grids = recipe.inputs(model.config)\n"
         "for name in taps(model.config):\n"
         "    grid = recipe.activation(model.config, name)\n"
         "    if grid: grids[name] = from_range(*(grid.fixed or (-8, 8)), grid.bits, grid.symmetric)\n"
