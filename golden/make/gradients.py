@@ -21,9 +21,11 @@ import torch
 from torch.func import functional_call
 from torch.nn.functional import cross_entropy
 
-from golden.bundle import Case
+from golden.bundle import Case, expect_new, sha256
 from golden.make import pytorch
 from golden.make.pytorch import Watch, observing, run
+from golden.step import STEPS, Batch, Setting, StepGolden, read_step, write_step
+from refimpl.checkpoint.resolve import expected_shapes
 from refimpl.config import read_config
 from refimpl.gradients.optimizer import AdamW
 from refimpl.loss import IGNORE
@@ -46,10 +48,9 @@ class Training:
         with environment(dtype):
             self.model = cast(Any, pytorch._build(self.source, self.config, stored, dtype)).train()
         self.model.get_input_embeddings().padding_idx = self.config.pad_token_id
-        known = {name: x for name, x in stored.items() if not name.endswith(".rotary_emb.inv_freq")}
-        if self.config.tie_word_embeddings:
-            known.pop("lm_head.weight", None)
-        self.leaves = {name: x.to(number, copy=True).requires_grad_() for name, x in known.items()}
+        # in the order of the way back; without saved buffers, and the head that is the embedding
+        known = [name for name in reversed(expected_shapes(self.config)) if name in stored]
+        self.leaves = {name: stored[name].to(number, copy=True).requires_grad_() for name in known}
 
     def loss(self, case: Case, labels: np.ndarray, z_loss_weight: float = 0.0) -> torch.Tensor:
         """The training loss, as the official `BaichuanForCausalLM.forward` computes it."""
@@ -192,3 +193,54 @@ def training_gradients(
     training = Training(Path(folder), dtype, implementation, trust_remote_code)
     with environment(dtype):
         return training.gradients(case, labels, z_loss_weight)
+
+
+def make_step(
+    folder: str | Path, out: str | Path, batches: Sequence[Batch], setting: Setting | None = None,
+    dtypes: Sequence[str] = ("float64", "float32"), implementation: str = "auto", trust_remote_code: bool = False,
+) -> StepGolden:  # fmt: skip
+    """Takes a training step in PyTorch, and stores its tensors in `out`, a new folder: see `golden.step`.
+
+    Raises InputError for what is missing, does not fit or is not trusted.
+    """
+    folder, out, setting = Path(folder), Path(out), setting or Setting()
+    expect_new(out)
+    config, traces = read_config(folder), {}
+    for dtype in dtypes:
+        training = Training(folder, dtype, implementation, trust_remote_code)
+        with environment(dtype):
+            traces[dtype] = _steps(training, batches, setting, STEPS if dtype == "float64" else 1)
+    versions = {"torch": torch.__version__, "numpy": np.__version__}
+    provenance = {
+        "implementation": training.source.name, "code": training.source.files, "versions": versions,
+        "weights": {path.name: sha256(path) for path in training.files},
+    }  # fmt: skip
+    write_step(out, config, batches, setting, traces, provenance)
+    return read_step(out)
+
+
+def _steps(training: Training, batches: Sequence[Batch], setting: Setting, steps: int) -> Trace:
+    """The tensors of `golden.step`, as PyTorch's autograd, its clipping and its AdamW have them."""
+    found, origin = {}, {}  # type: dict[str, np.ndarray], dict[str, str]
+    optimizer, leaves = training.optimizer(setting.adamw), training.leaves
+    for s in range(steps):
+        if s == 0:
+            for b, batch in enumerate(batches):
+                loss, trace = training.gradients(batch.case, batch.labels, setting.z_loss_weight)
+                found[f"s0/b{b}/loss"] = np.array([loss])
+                found |= {f"s0/b{b}/gradient/{name}": x for name, x in trace.items()}
+                origin |= {f"s0/b{b}/gradient/{name}": how for name, how in trace.meta["origin"].items()}
+        optimizer.zero_grad()
+        for b, batch in enumerate(batches):
+            one = training.loss(batch.case, batch.labels, setting.z_loss_weight)
+            found.setdefault(f"s{s}/b{b}/loss", np.array([one.detach().item()]))
+            (one / len(batches)).backward()
+        grads = {name: x.grad for name, x in leaves.items() if x.grad is not None}
+        found |= {f"s{s}/gradient/{name}": pytorch._numpy(grad).copy() for name, grad in grads.items()}
+        most = setting.adamw.max_grad_norm or float("inf")
+        found[f"s{s}/norm"] = np.array([torch.nn.utils.clip_grad_norm_(leaves.values(), most).item()])
+        optimizer.step()
+        for kind, key in (("mean", "exp_avg"), ("square", "exp_avg_sq")):
+            found |= {f"s{s}/{kind}/{n}": pytorch._numpy(optimizer.state[x][key]).copy() for n, x in leaves.items()}
+        found |= {f"s{s}/after/{name}": pytorch._numpy(x).copy() for name, x in leaves.items()}
+    return Trace(found, {"origin": origin})

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from export.search.bisection import Finding
     from export.verdict.verdict import Verdict
     from golden.compare import Report
+    from golden.step_check import StepReport
     from refimpl.model import Model
 
 MODEL = option("model", nargs="?", metavar="MODEL", help="folder of a checkpoint (default: the embedded model)")
@@ -104,7 +105,7 @@ def typed_text(argument: str) -> str:
         raise InputError("the text is not UTF-8; type it in a UTF-8 terminal, or give token ids") from None
 
 
-def report(arguments, verdict: Report | Preflight | Verdict | Finding) -> int:
+def report(arguments, verdict: Report | Preflight | Verdict | Finding | StepReport) -> int:
     """Prints a verdict and returns its exit code, which stays the same if the reader of the output leaves early."""
     try:
         print(verdict.to_json() if arguments.json else verdict, flush=True)

@@ -1,0 +1,135 @@
+"""The verdict of a step's golden: the first wrong tensor on the way back, whether it is born there, and why.
+
+**Born or inherited.** Each gradient is computed once more from the judged run's own gradients of what comes after it.
+What agrees with that has inherited its error; what does not, is wrong by itself.
+
+**Why.** The step is taken once more with one classic mistake in it, for each of `MISTAKES`. A mistake is named if with
+it the whole step is the judged one, to the golden's tolerances; if there is none, the one that explains most.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from golden.check import MODEL
+from golden.compare import Report, finite
+from golden.gradients import compare_gradients
+from golden.step import StepGolden, Way, read_step, take
+from golden.tolerance import Tolerance
+from refimpl.errors import InputError
+from refimpl.forward import Forward
+from refimpl.trace import Trace
+
+MISTAKES: dict[str, tuple[str, Way]] = {
+    "missing-mean": ("the loss is summed over the labels and not divided by their number (1/N)", Way(divide=False)),
+    "mask-leaks": ("labels of -100 count in the loss", Way(mask=False)),
+    "summed": ("gradients of accumulated batches are summed, not averaged", Way(average=False)),
+    "clipped-each": ("each batch is clipped before the mean, not the mean of all", Way(clip="each")),
+    "not-clipped": ("gradients are not clipped", Way(clip="never")),
+    "no-z-loss": ("the z-loss is left out", Way(z_loss=False)),
+    "norm-head-constant": ("NormHead's row lengths are taken as constants", Way(row_lengths=False)),
+    "decayed-norms": ("weight decay holds for norms and biases, too", Way(decay_norms=True)),
+    "beta2": ("AdamW's beta2 is PyTorch's usual 0.999", Way(beta2=0.999)),
+    "beta2-0.95": ("AdamW's beta2 is 0.95, as in many pretrainings", Way(beta2=0.95)),
+}
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """A verdict on a step: the comparison, `born`: names that are wrong by themselves, `causes`: keys of MISTAKES."""
+
+    report: Report
+    born: tuple[str, ...] = ()
+    causes: tuple[str, ...] = ()
+
+    def __bool__(self) -> bool:
+        return bool(self.report)
+
+    @property
+    def first(self) -> str:
+        """The first wrong tensor on the way back, or ""."""
+        return self.report.failures[0].name if self.report.failures else ""
+
+    def __str__(self) -> str:
+        if self:
+            return f"{self.report.summary}"
+        birth = "born there" if self.first in self.born else "inherited"
+        if not self.first.rpartition("/")[0].endswith("gradient"):
+            birth = "not a gradient of a tensor"
+        lines = [f"differs: {len(self.report.failures)} of {len(self.report.tensors)} tensors; the first wrong one on "
+                 f"the way back is {self.first} ({birth})"]  # fmt: skip
+        if self.born:
+            lines.append(f"wrong by themselves: {', '.join(self.born[:6])}" + (" …" if len(self.born) > 6 else ""))
+        lines += [f"cause: {MISTAKES[name][0]} [{name}]" for name in self.causes]
+        if not self.causes:
+            lines.append("cause: none of the known mistakes is known to give these numbers")
+        return "\n".join([*lines, self.report.table(8)])
+
+    def to_json(self) -> str:
+        """All of it as JSON."""
+        content = {"agrees": bool(self), "first": self.first, "born": self.born, "causes": self.causes}
+        return json.dumps(finite({**content, "report": json.loads(self.report.to_json())}), ensure_ascii=False)
+
+
+def check_step(model: Forward, golden: str | Path | StepGolden, dtype: str | None = None) -> StepReport:
+    """Takes the golden's step with this package, and judges it. Raises InputError for another model's golden."""
+    truth = golden if isinstance(golden, StepGolden) else read_step(golden)
+    for name in MODEL:
+        has, expected = getattr(model.config, name), getattr(truth.config, name)
+        if has != expected:
+            raise InputError(f"this model's {name} is {has}, that of {truth.folder} is {expected}; is it another?")
+    dtype = dtype or truth.dtypes[0]
+    if dtype not in truth.dtypes:
+        raise InputError(f"{truth.folder} has no step in {dtype}, it has {', '.join(truth.dtypes)}")
+    reference = truth.trace(dtype)
+    ours = take(model, truth.batches, truth.setting, dtype, steps=2 if dtype == "float64" else 1)
+    return judge(ours, truth, dtype, model, own_feed=reference)
+
+
+def judge(
+    trace: Mapping[str, Any], truth: StepGolden, dtype: str, model: Forward, own_feed: Mapping[str, Any] | None = None
+) -> StepReport:
+    """Judges somebody's step by the golden. `model` computes what follows from its gradients, and the mistakes.
+
+    `own_feed`: where the judged run is this package's own, it is fed with the golden's gradients instead, and no
+    cause is looked for: a fault of ours must not judge itself.
+    """
+    reference = truth.trace(dtype)
+    allowed = {name: Tolerance(**stored) for name, stored in reference.meta["tolerance"].items()}
+    report = compare_gradients(trace, reference, allowed)
+    if report:
+        return StepReport(report)
+    wrong = [tensor.name for tensor in report.failures]
+    steps = 2 if dtype == "float64" else 1
+    expected = take(model, truth.batches, truth.setting, dtype, steps=1, feed=own_feed or trace)
+    of_taps = [name for name in wrong if "/gradient/" in name and name in expected and name.count("/") == 3]
+    one, other = (expected, reference) if own_feed else (trace, expected)
+    fed = compare_gradients(_only(one, of_taps), _only(other, of_taps), allowed)
+    born = tuple(tensor.name for tensor in fed.failures)
+    causes = () if own_feed else _causes(trace, truth, dtype, model, allowed, steps, len(wrong))
+    return StepReport(report, born, causes)
+
+
+def _causes(
+    trace: Mapping[str, Any], truth: StepGolden, dtype: str, model: Forward, allowed: Mapping[str, Tolerance],
+    steps: int, wrong: int,
+) -> tuple[str, ...]:  # fmt: skip
+    left = {}
+    for name, (_, way) in MISTAKES.items():
+        mistaken = take(model, truth.batches, truth.setting, dtype, way, steps)
+        mistaken = Trace({key: mistaken[key] for key in truth.trace(dtype) if key in mistaken})
+        left[name] = len(compare_gradients(trace, mistaken, allowed).failures)
+    if exact := [name for name, count in left.items() if not count]:
+        return tuple(exact)
+    best = min(left, key=lambda name: left[name])
+    return (best,) if left[best] < wrong // 2 else ()
+
+
+def _only(side: Mapping[str, Any], names: list[str]) -> Trace:
+    return Trace({name: np.asarray(side[name]) for name in names if name in side})
