@@ -21,12 +21,12 @@ import numpy as np
 from onnx import TensorProto
 
 from export.graphs.data import Parameter
+from export.graphs.profiles import INT4_OPSET
 from export.graphs.symbols import Graph, Stack, Tensor, apply
 from refimpl.errors import InputError
 from refimpl_kernels.formats import int4, matmulnbits
 from refimpl_kernels.formats.table import Blocks
 
-INT4_OPSET = 21  # the first with INT4 and with DequantizeLinear in blocks
 STAY = ("gate_proj.weight", "up_proj.weight")  # which Qualcomm's zoo keeps as products (its issue AISW-148745)
 MICROSOFT = "com.microsoft"  # the domain of onnxruntime's own operators
 

@@ -223,6 +223,14 @@ class Plan:
     lowest_mask: float | None = None
 
     def __post_init__(self) -> None:
+        self._check_sizes()
+        self._check_parts()
+        self._check_names()
+        if not self.runs:
+            raise InputError(f"there is no graph {self.only!a:.99}")
+        visible(self.probe, self.hides)
+
+    def _check_sizes(self) -> None:
         longest, sizes = self.config.max_position_embeddings, self.tokens
         for number in (*sizes, self.context, self.parts, self.prompt):
             if type(number) is not int:
@@ -238,10 +246,11 @@ class Plan:
             raise InputError(
                 f"the prompt has {self.prompt} tokens, expected 1 to {self.room}, as many as fit every graph"
             )
-        profile_named(self.profile)
-        layers = self.config.num_hidden_layers
+
+    def _check_parts(self) -> None:
+        even, layers = profile_named(self.profile).even, self.config.num_hidden_layers
         parts_of(layers, self.parts)
-        if profile_named(self.profile).even and self.parts > 1 and layers % (self.parts - 1):
+        if even and self.parts > 1 and layers % (self.parts - 1):
             dividing = [1, *(parts + 1 for parts in range(1, layers + 1) if layers % parts == 0)]
             raise InputError(
                 f"parts is {self.parts}, but {layers} layers do not divide into {self.parts - 1} alike beside the "
@@ -249,13 +258,11 @@ class Plan:
             )
         if self.modules and self.parts != 1:
             raise InputError(f"parts is {self.parts}, but the graphs are modules; give one of the two")
-        if self.modules != matching_modules(self.config, self.modules) or self.probe != matching_taps(
-            self.config, self.probe
-        ):
+
+    def _check_names(self) -> None:
+        modules, probe = matching_modules(self.config, self.modules), matching_taps(self.config, self.probe)
+        if (modules, probe) != (self.modules, self.probe):
             raise InputError("modules and probes are names in computing order, none of them in another")
-        if not self.runs:
-            raise InputError(f"there is no graph {self.only!a:.99}")
-        visible(self.probe, self.hides)
 
     def probing(self, patterns: Iterable[str]) -> Plan:
         """This plan with probes: all that globs match of what the graphs compute.

@@ -12,12 +12,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+import onnx
+from onnx import helper
 
 from refimpl.errors import InputError, at_most
 from refimpl.positions import LOWEST
 
 _GROUPS = re.compile(r"heads=([1-9]\d{0,3})")
+LOWEST_OPSET = 17  # of those that AI Hub takes
+INT4_OPSET = 21  # the first with INT4 and 16-bit codes, and with DequantizeLinear in blocks
 NORM_OPSET = 23  # the first with RMSNormalization
 
 FORMS = {
@@ -69,6 +74,46 @@ def profile_named(name: str) -> Profile:
     if name not in PROFILES:
         raise InputError(f"the profile is {name!a:.40}, expected one of {', '.join(PROFILES)}")
     return PROFILES[name]
+
+
+def profile_for(name: str, blocks: bool, encodings: bool) -> Profile:
+    """The row that fits the weights. `blocks`: some are in 4-bit blocks. `encodings`: their grids are given.
+
+    With encodings, qdq takes float32 weights and puts them, and all else, on those grids. Raises InputError for weights
+    that the profile has no use for.
+    """
+    row = profile_named(name)
+    if encodings and row.weights != "float32":
+        if blocks or name != "qdq":
+            raise InputError(f"the encodings say which grids weights are on, and so do the 4-bit blocks of {name}; "
+                             "give the model as it is with the profile qdq, or no encodings")  # fmt: skip
+        newest = NORM_OPSET if ("ai.onnx", NORM_OPSET) in helper.OP_SET_ID_VERSION_MAP else row.opset
+        row = replace(row, weights="float32", opset=newest, on_grids=True)
+    if row.weights != "float32" and not blocks:
+        raise InputError(f"the profile {name} is for 4-bit weights, and the model has none; quantize it to int4 first")
+    return row
+
+
+def adapted(row: Profile, name: str, opset: int | None, ir_version: int | None, forms: Iterable[str] | None) -> Profile:
+    """The row with another opset, IR version or forms, where they are given; plain is fused from opset 23 on.
+
+    Raises InputError for an opset that lacks what the profile needs, and for an IR version that does not fit it.
+    """
+    if opset is not None:
+        fused = {"fused"} if name == "plain" and opset >= 23 else set()
+        row = replace(row, opset=opset, forms=row.forms | fused)
+    if row.on_grids and row.opset < INT4_OPSET:
+        raise InputError(f"opset is {row.opset}, but grids of 4 and 16 bits need {INT4_OPSET}")
+    lowest = helper.OP_SET_ID_VERSION_MAP.get(("ai.onnx", row.opset), 0)
+    if row.opset < LOWEST_OPSET or not lowest:
+        raise InputError(f"opset is {row.opset}, expected {LOWEST_OPSET} to {onnx.defs.onnx_opset_version()}")
+    chosen = checked_forms(row.forms if forms is None else forms, row.opset)
+    chosen = on_grids(chosen, row.opset) if row.on_grids else chosen
+    version = max(row.ir_version, lowest) if ir_version is None else ir_version
+    row = replace(row, ir_version=version, forms=chosen)
+    if not lowest <= version <= onnx.IR_VERSION:
+        raise InputError(f"ir_version is {version}, expected {lowest} to {onnx.IR_VERSION} with opset {row.opset}")
+    return row
 
 
 def checked_forms(forms: Iterable[str], opset: int) -> frozenset[str]:

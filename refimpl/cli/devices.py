@@ -89,11 +89,12 @@ def export(arguments) -> int:
     encodings = read_encodings(arguments.encodings, model) if arguments.encodings else None
     model = _quantized(arguments, model if arguments.layers is None else model.truncated(arguments.layers))
     count = arguments.parts if arguments.parts is not None else 1 if arguments.graph else 2
+    forms = arguments.forms and [form for form in arguments.forms.split(",") if form]
     parts = emit(
-        model, integers(arguments.tokens), arguments.context, count, arguments.profile, arguments.opset,
-        arguments.ir_version, arguments.forms and [form for form in arguments.forms.split(",") if form],
-        encodings=encodings, encodings_version=arguments.encodings_version, graphs=arguments.graph,
-        probe=arguments.probe, layers=arguments.layers, border=arguments.border,
+        model, integers(arguments.tokens), arguments.context, count, arguments.profile, opset=arguments.opset,
+        ir_version=arguments.ir_version, forms=forms, encodings=encodings, graphs=arguments.graph,
+        encodings_version=arguments.encodings_version, probe=arguments.probe, layers=arguments.layers,
+        border=arguments.border,
     )  # fmt: skip
     parts.save(Path(arguments.out), arguments.force, golden=not arguments.no_golden)
     then = "" if arguments.no_golden else f"; refimpl verify {arguments.out} runs them"
