@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
-from export.files.skeleton import GraphInfo, Grid, ModelInfo, TensorInfo, ValueInfo, read_grids, read_onnx
+from export.files.skeleton import GraphInfo, GridInfo, ModelInfo, TensorInfo, ValueInfo, read_grids, read_onnx
 from export.graphs.grids import MOVES
 from refimpl.errors import InputError
 
@@ -31,7 +31,7 @@ class GraphFolder:
         self.name = self.folder.resolve().name
         self.files = sorted(self.folder.iterdir())
         self.model: ModelInfo = ModelInfo(GraphInfo())
-        self.grids: dict[str, Grid] | None = None
+        self.grids: dict[str, GridInfo] | None = None
         try:
             self.model = read_onnx(self.of_kind(".onnx")[0])
             if listed := self.of_kind(".encodings"):
@@ -92,7 +92,7 @@ class GraphFolder:
         return {**{tensor.name: tensor for tensor in self.graph.initializers}, **made}
 
     @cached_property
-    def standing(self) -> dict[str, Grid]:
+    def standing(self) -> dict[str, GridInfo]:
         """Name -> the grid that the values stand on: the tensor's own, or that of what they are moved from."""
         found = dict(self.grids or {})
         for node in self.graph.nodes:

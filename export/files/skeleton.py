@@ -255,7 +255,7 @@ class _Reader(Wire):
 
 
 @dataclass(frozen=True)
-class Grid:
+class GridInfo:
     """An encoding without the steps of rows. `scale` and `offset` are of a tensor that has one step, else None.
 
     `offset` belongs to unsigned codes, real = (code + offset) * scale: a zero point of 128 is -128, int8's 0 as well.
@@ -280,7 +280,7 @@ _LONG = re.compile(rb"\[[-+.0-9eE,\s]{200,}\]|(" + _OBJECT + rb")(?:\s*,\s*" + _
 STRUCTURE = 16 << 20  # bytes of an encodings file without those; a part with a head at a time has 3 MB
 
 
-def read_grids(path: Path) -> dict[str, Grid]:
+def read_grids(path: Path) -> dict[str, GridInfo]:
     """Name -> grid of everything in an encodings file of 0.6.1, 1.0.0 or 2.0.0.
 
     Raises InputError, in one line, for what is no such file, is vast, or says two things of one tensor.
@@ -291,7 +291,7 @@ def read_grids(path: Path) -> dict[str, Grid]:
         if not isinstance(content, dict) or content.get("version") not in VERSIONS:
             said = content.get("version") if isinstance(content, dict) else content
             raise InputError(f"its version is {said!a:.40}, expected one of {', '.join(VERSIONS)}")
-        version, found = content["version"], dict[str, Grid]()
+        version, found = content["version"], dict[str, GridInfo]()
         for name, entry in named_entries(content, version):
             if name in found:
                 raise InputError(f"{name!a:.80} has two encodings")
@@ -318,30 +318,30 @@ def _without_rows(data: Any) -> bytes:
     return b"".join([*pieces, data[at:]])
 
 
-def _grid_0(rows: list[Any]) -> Grid:
+def _grid_0(rows: list[Any]) -> GridInfo:
     first = rows[0]
     if first["dtype"] == "float":
-        return Grid(_bits(first["bitwidth"]), floating=True)
+        return GridInfo(_bits(first["bitwidth"]), floating=True)
     one = rows if len(rows) == 1 else [{}]
     return _checked(first["bitwidth"], one[0].get("scale"), one[0].get("offset"), len(rows) == 1)
 
 
-def _grid_1(entry: dict[str, Any]) -> Grid:
+def _grid_1(entry: dict[str, Any]) -> GridInfo:
     if entry["dtype"] == "FLOAT":
-        return Grid(_bits(entry["bw"]), floating=True)
+        return GridInfo(_bits(entry["bw"]), floating=True)
     scale, offset = entry["scale"], entry["offset"]
     single = entry.get("enc_type", "PER_TENSOR") == "PER_TENSOR"
     return _checked(entry.get("compressed_bw", entry["bw"]), scale[0], offset[0], single)
 
 
-def _grid_2(entry: dict[str, Any]) -> Grid:
+def _grid_2(entry: dict[str, Any]) -> GridInfo:
     kind = str(entry["output_dtype"])
     if kind.startswith(("float", "bfloat")):
-        return Grid(_bits(int(kind.lstrip("bfloat"))), floating=True)
+        return GridInfo(_bits(int(kind.lstrip("bfloat"))), floating=True)
     bits, signed = _bits(int(kind.removeprefix("u").removeprefix("int"))), kind.startswith("int")
     scale, zero_point = (_single(entry.get(key)) for key in ("y_scale", "y_zero_point"))
     if not isinstance(scale, int | float):
-        return Grid(bits)
+        return GridInfo(bits)
     return _checked(bits, scale, -(zero_point or 0) - (2 ** (bits - 1) if signed else 0), True)
 
 
@@ -350,16 +350,16 @@ def _single(value: Any) -> Any:
     return value[0] if isinstance(value, list) and len(value) == 1 and value != ["many"] else value
 
 
-_GRIDS: dict[str, Callable[[Any], Grid]] = dict(zip(VERSIONS, (_grid_0, _grid_1, _grid_2), strict=True))
+_GRIDS: dict[str, Callable[[Any], GridInfo]] = dict(zip(VERSIONS, (_grid_0, _grid_1, _grid_2), strict=True))
 
 
-def _checked(bits: Any, scale: Any, offset: Any, single: bool) -> Grid:
+def _checked(bits: Any, scale: Any, offset: Any, single: bool) -> GridInfo:
     """A grid of numbers that make sense. Raises ValueError or TypeError for others."""
     if not single:
-        return Grid(_bits(bits))
+        return GridInfo(_bits(bits))
     if isinstance(scale, bool) or not 0 < float(scale) < math.inf or int(offset) != offset:
         raise ValueError("no grid")
-    return Grid(_bits(bits), float(scale), int(offset))
+    return GridInfo(_bits(bits), float(scale), int(offset))
 
 
 def _bits(value: Any) -> int:

@@ -94,7 +94,7 @@ def visible(names: Sequence[str], hides: Sequence[str]) -> Sequence[str]:
 def cut_out(behind: Mapping[str, set[str]], module: str, gives: Sequence[str], hides: Sequence[str]) -> Cut:
     """The taps of a module, with what they need; without `gives`, it gives what is read outside, or the cache keeps.
 
-    `behind`: see `flow`. What the form of the graph hides is no place to cut: there it is gone through.
+    `behind`: see `dependencies`. What the form of the graph hides is no place to cut: there it is gone through.
     """
     own = {name for name in behind if belongs(name, module)}
     outside = set().union(*(behind[name] for name in behind if name not in own))
@@ -113,8 +113,8 @@ def cut_out(behind: Mapping[str, set[str]], module: str, gives: Sequence[str], h
     return Cut(tuple(name for name in behind if name in inside), frozenset(reads), gives)
 
 
-def flow(config: Config, inputs: Mapping[str, tuple[int, ...]], run: Callable) -> dict[str, set[str]]:
-    """Tap -> the taps and inputs that it follows from, in computing order, of a stretch of the decoder.
+def dependencies(config: Config, inputs: Mapping[str, tuple[int, ...]], run: Callable) -> dict[str, set[str]]:
+    """Tap -> the taps and inputs that it follows from directly, in computing order, of a stretch of the decoder.
 
     `inputs`: the shapes of what the stretch reads; `run(weights, ops, inputs, tap)` is its forward.
     """
@@ -132,20 +132,21 @@ def flow(config: Config, inputs: Mapping[str, tuple[int, ...]], run: Callable) -
     nothing = np.zeros((), np.float32)
     weights = {n: Parameter.whole(n, Weight(np.broadcast_to(nothing, shape))) for n, shape in shapes.items()}
     run(weights, OnnxOps(graph), symbols, tap)
+    return {name: _nearest(tensor, names) for name, tensor in tapped.items()}
 
-    def behind(tensor: Tensor) -> set[str]:
-        found, todo, seen = set(), [tensor], {tensor}
-        while todo:
-            node = todo.pop().node
-            for source in node.inputs if node else ():
-                if source in names:
-                    found.add(names[source])
-                elif source not in seen:
-                    seen.add(source)
-                    todo.append(source)
-        return found
 
-    return {name: behind(tensor) for name, tensor in tapped.items()}
+def _nearest(tensor: Tensor, names: Mapping[Tensor, str]) -> set[str]:
+    """The named tensors that are reached first, walking back from a tensor."""
+    found, todo, seen = set(), [tensor], {tensor}
+    while todo:
+        node = todo.pop().node
+        for source in node.inputs if node else ():
+            if source in names:
+                found.add(names[source])
+            elif source not in seen:
+                seen.add(source)
+                todo.append(source)
+    return found
 
 
 def substituting(inputs: Mapping[str, Tensor], then: Tap) -> Tap:

@@ -26,7 +26,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from export.graphs.cut import Cut, cut_out, flow, matching_modules, matching_taps, stage, visible
+from export.graphs.cut import Cut, cut_out, dependencies, matching_modules, matching_taps, stage, visible
 from export.graphs.naming import boundary
 from export.graphs.part import Part, around, parts_of
 from export.graphs.profiles import profile_named
@@ -98,7 +98,7 @@ class GraphSpec:
         if not (self.module or self.until):
             return None
         inputs = {value.name: value.shape for value in self.whole.inputs}
-        behind = flow(self.config, inputs, lambda *run: self.part.outputs(self.config, *run))
+        behind = dependencies(self.config, inputs, lambda *run: self.part.outputs(self.config, *run))
         return cut_out(behind, self.module, self.probe if self.until else (), self.hides)
 
     @cached_property

@@ -187,6 +187,29 @@ class Graph:
 
         Every value is listed with its shape (ONNX's value_info), which the checker holds against its own inference.
         """
+        nodes, needed = self._needed(outputs)
+        protos = []
+        for node in nodes:
+            takes, gives = ([t.name for t in tensors] for tensors in (node.inputs, node.outputs))
+            protos.append(helper.make_node(node.op, takes, gives, gives[0], domain=node.domain, **node.attributes))
+        initializers = [numpy_helper.from_array(a, t.name) for t, a in self.arrays.items() if t in needed]
+        parameters = [TensorProto(name=t.name, data_type=t.dtype, dims=t.shape)
+                      for t in self.parameters.values() if t in needed]  # fmt: skip
+        layout = assign_offsets(parameters)
+        ends = set(outputs)
+        inner = [_info(t) for node in nodes for t in node.outputs if t not in ends]
+        graph = helper.make_graph(protos, name, list(map(_info, inputs)), list(map(_info, outputs)),
+                                  initializers + parameters, value_info=inner)  # fmt: skip
+        domains = sorted({node.domain for node in nodes} - {""})
+        opsets = [helper.make_opsetid("", opset), *(helper.make_opsetid(domain, 1) for domain in domains)]
+        proto = helper.make_model(graph, opset_imports=opsets, ir_version=ir_version, producer_name="refimpl")
+        values = {tensor.name for tensor in needed}
+        shown = {name: tap for name, tap in self.shown.items() if name in values}
+        sources = {name: parameter for name, parameter in self.sources.items() if name in layout}
+        return Built(proto, layout, {name: self.tiles[name] for name in layout}, shown, sources)
+
+    def _needed(self, outputs: Sequence[Tensor]) -> tuple[list[Node], set[Tensor]]:
+        """The nodes that outputs need, in computing order, and every tensor of them, named."""
         needed: set[Tensor] = set(outputs)
         nodes: list[Node] = []
         for node in reversed(self.nodes.values()):
@@ -198,30 +221,11 @@ class Graph:
         for node in nodes:
             for tensor in node.outputs:
                 tensor.name = tensor.name or f"{node.op}_{next(number[node.op])}"
+        return nodes, needed
 
-        def info(tensor: Tensor) -> ValueInfoProto:
-            return helper.make_tensor_value_info(tensor.name, tensor.dtype, tensor.shape)
 
-        protos = []
-        for node in nodes:
-            takes, gives = ([t.name for t in tensors] for tensors in (node.inputs, node.outputs))
-            protos.append(helper.make_node(node.op, takes, gives, gives[0], domain=node.domain, **node.attributes))
-        initializers = [numpy_helper.from_array(a, t.name) for t, a in self.arrays.items() if t in needed]
-        parameters = [TensorProto(name=t.name, data_type=t.dtype, dims=t.shape)
-                      for t in self.parameters.values() if t in needed]  # fmt: skip
-        layout = assign_offsets(parameters)
-        initializers += parameters
-        last = set(outputs)
-        inner = [info(t) for node in nodes for t in node.outputs if t not in last]
-        graph = helper.make_graph(protos, name, [info(t) for t in inputs], [info(t) for t in outputs], initializers,
-                                  value_info=inner)  # fmt: skip
-        opsets = [helper.make_opsetid(domain, 1) for domain in sorted({node.domain for node in nodes} - {""})]
-        opsets.insert(0, helper.make_opsetid("", opset))
-        proto = helper.make_model(graph, opset_imports=opsets, ir_version=ir_version, producer_name="refimpl")
-        values = {tensor.name for tensor in needed}
-        shown = {name: tap for name, tap in self.shown.items() if name in values}
-        sources = {name: parameter for name, parameter in self.sources.items() if name in layout}
-        return Built(proto, layout, {name: self.tiles[name] for name in layout}, shown, sources)
+def _info(tensor: Tensor) -> ValueInfoProto:
+    return helper.make_tensor_value_info(tensor.name, tensor.dtype, tensor.shape)
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ import onnx
 from google.protobuf.message import DecodeError
 from onnx import ModelProto, NodeProto, TensorProto, external_data_helper
 
-from export.graphs.cut import flow
+from export.graphs.cut import dependencies
 from export.graphs.data import assign_offsets
 from export.graphs.grids import MOVES
 from export.graphs.part import Part
@@ -129,7 +129,7 @@ def _of_taps(config: Config) -> dict[str, set[str]]:
     """Tap -> what it follows from: the decoder says so, run on symbols."""
     spec = GraphSpec(config, Part(1, 1, range(config.num_hidden_layers), embeds=True, heads=True), 2, 4, 2, 0)
     inputs = {value.name: value.shape for value in spec.inputs}
-    return flow(config, inputs, lambda *run: spec.part.outputs(config, *run))
+    return dependencies(config, inputs, lambda *run: spec.part.outputs(config, *run))
 
 
 @dataclass(frozen=True)
