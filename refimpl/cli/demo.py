@@ -10,20 +10,28 @@ from itertools import islice
 from pathlib import Path
 
 import golden
+from export.folder.chain import generate
 from export.folder.emit import emit
+from export.folder.manifest import read_manifest
 from export.folder.verify import verify
+from export.run.htp import Htp, expect_installed
+from export.verdict.trial import verify_on_grids
+from export.verdict.verdict import Verdict
 from golden.compare import Report
 from golden.cost.quality import quality
 from golden.cost.reading import read_documents
 from refimpl.errors import InputError, at_most
+from refimpl.grids.calibrate import calibrate
 from refimpl.info import describe
 from refimpl.model import EMBEDDED, Model, load
 
 PROMPT = "登鹳雀楼->王之涣\n夜雨寄北->"  # the one-shot example of Baichuan2's own model card
 ANSWER = "李商隐"
 GOLDEN = Path(golden.__file__).parent / "data" / "embedded"
-OURS = {"float", "int4", "report.txt", "report.json"}
+OURS = {"float", "int4", "npu", "report.txt", "report.json"}
 TOKENS = 4096  # of held-out text, for the cost of four bits
+RANGES = 1024  # of held-out text, for the ranges of a quantized device
+SOC = "8-elite"
 
 
 def run(out: Path) -> bool:
@@ -57,7 +65,7 @@ def run(out: Path) -> bool:
           f"poems, KL {cost.kl_mean:.3f} nats,\n{'':25}same top-1 {cost.same_top:.1%} of {cost.tokens} tokens; "
           f"the author is now {complete(small, PROMPT)}")  # fmt: skip
 
-    reports = dict(against_pytorch)
+    reports: dict[str, Report | Verdict] = dict(against_pytorch)
     engine = "onnxruntime" if find_spec("onnxruntime") else "reference"
     for name, version in (("float", model), ("int4", small)):
         parts = emit(version, tokens=(16, 1), context=64, parts=3)
@@ -65,6 +73,13 @@ def run(out: Path) -> bool:
         reports[name] = report = verify(out / name, engine)
         print(f"4. ONNX, {name:16}{len(parts)} graphs run by {engine}, isolated and chained:\n"
               f"{'':25}{verdict(report)}")  # fmt: skip
+    try:
+        expect_installed()
+        reports["npu"] = on_npu(model, ids[:RANGES], out / "npu")
+    except InputError as error:
+        if find_spec("onnxruntime_qnn"):
+            raise
+        print(f"5. Qualcomm's NPU        not asked: {error}")
     out.mkdir(parents=True, exist_ok=True)
     (out / "report.txt").write_text("\n\n".join(f"{n}: {r}" for n, r in reports.items()) + "\n", encoding="utf-8")
     content = {name: json.loads(report.to_json()) for name, report in reports.items()}
@@ -74,6 +89,22 @@ def run(out: Path) -> bool:
     print(f"\n{'All of it agrees' if good else 'IT DIFFERS'}, in {time.perf_counter() - begin:.0f} s. "
           f"Every tensor: {out / 'report.txt'}; the graphs: {out / 'float'}, {out / 'int4'}")  # fmt: skip
     return good
+
+
+def on_npu(model: Model, text: Sequence[int], folder: Path) -> Verdict:
+    """The verdict on Qualcomm's own compiler and an emulation of its NPU, and the poet that the model has there."""
+    parts = emit(model, tokens=(16, 1), context=64, parts=3, profile="qdq", encodings=calibrate(model, text))
+    parts.save(folder, overwrite=True)
+    with Htp(SOC) as device:
+        verdict = verify_on_grids(folder, device)
+        pieces = generate(model, folder, read_manifest(folder)[0], device, model.token_ids(PROMPT)[0].tolist())
+        said = model.tokenizer.decode(list(islice(pieces, len(model.tokenizer.encode(ANSWER)))))
+        about, places = device.about(), device.placements.values()
+    there, elsewhere = sum(place.on_npu for place in places), sum(len(place.elsewhere) for place in places)
+    print(f"5. Qualcomm's NPU        {about}:\n{'':25}{there} operations on it, {elsewhere} on the CPU, which looks up "
+          f"embeddings;\n{'':25}{len(verdict.tensors)} tensors {'agree' if verdict else 'DIFFER'}: "
+          f"{verdict.summary.split('; ')[1]}; the author is now {said}")  # fmt: skip
+    return verdict
 
 
 def complete(model: Model, prompt: str) -> str:
