@@ -1,10 +1,10 @@
-"""The main job on the embedded model, start to end, told on one screen."""
+"""The demo: the whole job on the embedded model, from a poem to verified ONNX graphs, on one screen."""
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
@@ -32,13 +32,14 @@ OURS = {"float", "int4", "npu", "report.txt", "report.json"}
 TOKENS = 4096  # of held-out text, for the cost of four bits
 RANGES = 1024  # of held-out text, for the ranges of a quantized device
 SOC = "8-elite"
+MARGIN = " " * 25
 
 
 def run(out: Path) -> bool:
-    """Completes a poem's author, checks against PyTorch, quantizes, exports and verifies; the verdict of all of it.
+    """Completes a poem's author, checks against PyTorch, quantizes, exports and verifies; True if all of it agrees.
 
-    Graphs and reports go to the folder `out`, which is made, or must hold an earlier demo. Raises InputError if it
-    is something else.
+    Graphs and reports go to the folder `out`, which must be new or hold an earlier demo. Raises InputError if it holds
+    something else.
     """
     strangers = {path.name for path in out.iterdir()} - OURS if out.is_dir() else set([out.name] * out.exists())
     if strangers:
@@ -48,51 +49,69 @@ def run(out: Path) -> bool:
     facts = describe(model)
     print(f"The embedded model: a trained {facts['family']} of {facts['parameters'] / 1e6:.1f} M parameters "
           f"({facts['layers']} layers, hidden {facts['hidden']}).\n")  # fmt: skip
-
-    said = complete(model, PROMPT)
-    right = said == ANSWER
-    shown = PROMPT.replace("\n", " ⏎ ")
-    print(f"1. It knows its poets    {shown}{said}" + ("" if right else f"   (expected {ANSWER})"))
-
-    against_pytorch = {dtype: golden.check(model, GOLDEN, dtype) for dtype in ("float64", "float32")}
-    for dtype, report in against_pytorch.items():
-        print(f"2. PyTorch, {dtype:13}{verdict(report)}")
-
-    small = model.quantize("int4", block_size=32)
-    ids = read_documents(EMBEDDED / "held_out.txt", model)[:TOKENS]
-    cost = quality(small, model, ids)
-    print(f"3. What 4 bits cost      perplexity {cost.reference_perplexity:.1f} -> {cost.perplexity:.1f} on held-out "
-          f"poems, KL {cost.kl_mean:.3f} nats,\n{'':25}same top-1 {cost.same_top:.1%} of {cost.tokens} tokens; "
-          f"the author is now {complete(small, PROMPT)}")  # fmt: skip
-
-    reports: dict[str, Report | Verdict] = dict(against_pytorch)
-    engine = "onnxruntime" if find_spec("onnxruntime") else "reference"
+    right = name_a_poet(model)
+    reports: dict[str, Report | Verdict] = {**compare_with_pytorch(model)}
+    small, text = model.quantize("int4", block_size=32), read_documents(EMBEDDED / "held_out.txt", model)
+    show_the_cost(small, model, text[:TOKENS])
     for name, version in (("float", model), ("int4", small)):
-        parts = emit(version, tokens=(16, 1), context=64, parts=3)
-        parts.save(out / name, overwrite=True)
-        reports[name] = report = verify(out / name, engine)
-        print(f"4. ONNX, {name:16}{len(parts)} graphs run by {engine}, isolated and chained:\n"
-              f"{'':25}{verdict(report)}")  # fmt: skip
-    try:
-        expect_installed()
-        reports["npu"] = on_npu(model, ids[:RANGES], out / "npu")
-    except InputError as error:
-        if find_spec("onnxruntime_qnn"):
-            raise
-        print(f"5. Qualcomm's NPU        not asked: {error}")
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "report.txt").write_text("\n\n".join(f"{n}: {r}" for n, r in reports.items()) + "\n", encoding="utf-8")
-    content = {name: json.loads(report.to_json()) for name, report in reports.items()}
-    (out / "report.json").write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
-
+        reports[name] = export_and_verify(name, version, out / name)
+    if (asked := ask_the_npu(model, text[:RANGES], out / "npu")) is not None:
+        reports["npu"] = asked
+    write_reports(reports, out)
     good = right and all(reports.values())
     print(f"\n{'All of it agrees' if good else 'IT DIFFERS'}, in {time.perf_counter() - begin:.0f} s. "
           f"Every tensor: {out / 'report.txt'}; the graphs: {out / 'float'}, {out / 'int4'}")  # fmt: skip
     return good
 
 
-def on_npu(model: Model, text: Sequence[int], folder: Path) -> Verdict:
-    """The verdict on Qualcomm's own compiler and an emulation of its NPU, and the poet that the model has there."""
+def name_a_poet(model: Model) -> bool:
+    """Step 1: the model continues its own model card's example."""
+    said = complete(model, PROMPT)
+    shown = PROMPT.replace("\n", " ⏎ ")
+    print(f"1. It knows its poets    {shown}{said}" + ("" if said == ANSWER else f"   (expected {ANSWER})"))
+    return said == ANSWER
+
+
+def compare_with_pytorch(model: Model) -> dict[str, Report]:
+    """Step 2: every tensor against the golden from PyTorch, in two number formats."""
+    reports = {dtype: golden.check(model, GOLDEN, dtype) for dtype in ("float64", "float32")}
+    for dtype, report in reports.items():
+        print(f"2. PyTorch, {dtype:13}{verdict(report)}")
+    return reports
+
+
+def show_the_cost(small: Model, model: Model, text: Sequence[int]) -> None:
+    """Step 3: what four bits cost on poems that the model was not trained on."""
+    cost = quality(small, model, text)
+    print(f"3. What 4 bits cost      perplexity {cost.reference_perplexity:.1f} -> {cost.perplexity:.1f} on held-out "
+          f"poems, KL {cost.kl_mean:.3f} nats,\n{MARGIN}same top-1 {cost.same_top:.1%} of {cost.tokens} tokens; "
+          f"the author is now {complete(small, PROMPT)}")  # fmt: skip
+
+
+def export_and_verify(name: str, model: Model, folder: Path) -> Report:
+    """Step 4: the model as ONNX graphs in a folder, run and compared."""
+    engine = "onnxruntime" if find_spec("onnxruntime") else "reference"
+    parts = emit(model, tokens=(16, 1), context=64, parts=3)
+    parts.save(folder, overwrite=True)
+    report = verify(folder, engine)
+    print(f"4. ONNX, {name:16}{len(parts)} graphs run by {engine}, isolated and chained:\n{MARGIN}{verdict(report)}")
+    return report
+
+
+def ask_the_npu(model: Model, text: Sequence[int], folder: Path) -> Verdict | None:
+    """Step 5: Qualcomm's compiler and its emulation of the NPU, if the extra htp is installed."""
+    try:
+        expect_installed()
+        return run_on_npu(model, text, folder)
+    except InputError as error:
+        if find_spec("onnxruntime_qnn"):
+            raise
+        print(f"5. Qualcomm's NPU        not asked: {error}")
+        return None
+
+
+def run_on_npu(model: Model, text: Sequence[int], folder: Path) -> Verdict:
+    """The verdict on what the NPU computes, which is printed with the poet that the model names there."""
     parts = emit(model, tokens=(16, 1), context=64, parts=3, profile="qdq", encodings=calibrate(model, text))
     parts.save(folder, overwrite=True)
     with Htp(SOC) as device:
@@ -101,10 +120,18 @@ def on_npu(model: Model, text: Sequence[int], folder: Path) -> Verdict:
         said = model.tokenizer.decode(list(islice(pieces, len(model.tokenizer.encode(ANSWER)))))
         about, places = device.about(), device.placements.values()
     there, elsewhere = sum(place.on_npu for place in places), sum(len(place.elsewhere) for place in places)
-    print(f"5. Qualcomm's NPU        {about}:\n{'':25}{there} operations on it, {elsewhere} on the CPU, which looks up "
-          f"embeddings;\n{'':25}{len(verdict.tensors)} tensors {'agree' if verdict else 'DIFFER'}: "
+    print(f"5. Qualcomm's NPU        {about}:\n{MARGIN}{there} operations on it, {elsewhere} on the CPU, which looks up "
+          f"embeddings;\n{MARGIN}{len(verdict.tensors)} tensors {'agree' if verdict else 'DIFFER'}: "
           f"{verdict.summary.split('; ')[1]}; the author is now {said}")  # fmt: skip
     return verdict
+
+
+def write_reports(reports: Mapping[str, Report | Verdict], out: Path) -> None:
+    """All reports for a person, and for a machine."""
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "report.txt").write_text("\n\n".join(f"{n}: {r}" for n, r in reports.items()) + "\n", encoding="utf-8")
+    content = {name: json.loads(report.to_json()) for name, report in reports.items()}
+    (out / "report.json").write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
 
 
 def complete(model: Model, prompt: str) -> str:
@@ -114,7 +141,7 @@ def complete(model: Model, prompt: str) -> str:
 
 
 def verdict(report: Report) -> str:
-    """How many tensors agree, and the one that comes nearest to not agreeing."""
+    """How many tensors agree, and the one that is nearest to its limit."""
     worst = report.worst[0]
     where = worst.name.split("/", 1)[1] if "/" in worst.name else worst.name
     total, wrong = len(report.tensors), len(report.failures)

@@ -1,4 +1,4 @@
-"""Verbs for a phone that stands on this desk: Qualcomm's compiler, its binaries."""
+"""Graphs and devices: Qualcomm's compiler on this machine, and what is in its binaries."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ SOC = option("--soc", default="8-elite", metavar="NAME",
 @verb(
     "refimpl compile build/b2-7b --soc 8-elite --out build/bin",
     option("folder", metavar="DIR", help="an export with codes at its border: refimpl export --border codes"),
-    option("--out", required=True, metavar="DIR", help="folder for the binaries; what it has of them is kept"),
+    option("--out", required=True, metavar="DIR", help="folder for the binaries; those that are there are kept"),
     SOC,
-    option("--desk", action="store_true", help="one binary for each graph, which the emulation on this machine runs"),
+    option("--desk", action="store_true", help="one binary for each graph, for the emulation on this machine"),
     option("--part", type=int, metavar="N", help="compile only this part"),
 )
 def compile(arguments) -> int:
@@ -27,7 +27,7 @@ def compile(arguments) -> int:
 
 
 def info_of_binary(arguments) -> int:
-    """`refimpl info FILE.bin`: what is in a context binary, or where it differs from an export."""
+    """`refimpl info FILE.bin`: shows what is in a context binary, or where it differs from an export."""
     from export.phone.binary import differences, read_binary
 
     binary = read_binary(Path(arguments.model))

@@ -1,4 +1,4 @@
-"""Training: a model, or adapters over it, fine-tuned on conversations."""
+"""Training: fine-tune a model, or adapters for it, on conversations."""
 
 from __future__ import annotations
 
@@ -13,30 +13,30 @@ from refimpl.cli.verbs import option, verb
     MODEL,
     option("--data", required=True, metavar="FILE",
            help="conversations of human and gpt: a JSON list, or one in each line"),
-    option("--out", required=True, metavar="DIR", help="a new folder: a checkpoint, or an adapter as peft has it"),
-    option("--lora", action="store_true", help="train corrections of low rank (default: every parameter)"),
-    option("--qlora", action="store_true", help="with --lora: over a base in NF4, which stays as it is"),
-    option("--rank", type=int, default=1, metavar="N", help="of the corrections (default: 1)"),
-    option("--alpha", type=float, default=32, metavar="X", help="they count alpha / rank times (default: 32)"),
-    option("--targets", default="W_pack", metavar="NAMES", help="linears that have one, such as W_pack,o_proj"),
-    option("--max-length", type=int, default=512, metavar="N", help="tokens of a conversation (default: 512)"),
-    option("--epochs", type=int, default=4, metavar="N", help="times that the data is read (default: 4)"),
-    option("--steps", type=int, metavar="N", help="stop after so many"),
-    option("--batch-size", type=int, default=16, metavar="N", help="conversations of a batch (default: 16)"),
-    option("--accumulation", type=int, default=1, metavar="N", help="batches that a step averages (default: 1)"),
-    option("--learning-rate", type=float, default=2e-5, metavar="X", help="constant (default: 2e-5)"),
+    option("--out", required=True, metavar="DIR", help="a new folder for the checkpoint, or for the peft adapter"),
+    option("--lora", action="store_true", help="train low-rank adapters (default: train every parameter)"),
+    option("--qlora", action="store_true", help="with --lora: the base is in NF4 and does not change"),
+    option("--rank", type=int, default=1, metavar="N", help="rank of the adapters (default: 1)"),
+    option("--alpha", type=float, default=32, metavar="X", help="adapters are scaled by alpha / rank (default: 32)"),
+    option("--targets", default="W_pack", metavar="NAMES", help="linears that get an adapter, such as W_pack,o_proj"),
+    option("--max-length", type=int, default=512, metavar="N", help="tokens of a conversation, at most (default: 512)"),
+    option("--epochs", type=int, default=4, metavar="N", help="how often the data is read (default: 4)"),
+    option("--steps", type=int, metavar="N", help="stop after N steps"),
+    option("--batch-size", type=int, default=16, metavar="N", help="conversations in a batch (default: 16)"),
+    option("--accumulation", type=int, default=1, metavar="N", help="batches in a step (default: 1)"),
+    option("--learning-rate", type=float, default=2e-5, metavar="X", help="of every step (default: 2e-5)"),
     option("--beta1", type=float, default=0.9, metavar="X", help="of AdamW (default: 0.9)"),
     option("--beta2", type=float, default=0.98, metavar="X", help="of AdamW (default: 0.98)"),
     option("--epsilon", type=float, default=1e-8, metavar="X", help="of AdamW (default: 1e-8)"),
-    option("--weight-decay", type=float, default=1e-4, metavar="X", help="of matrices (default: 1e-4)"),
-    option("--max-grad-norm", type=float, default=1.0, metavar="X", help="clip gradients to it (default: 1.0)"),
+    option("--weight-decay", type=float, default=1e-4, metavar="X", help="of the matrices (default: 1e-4)"),
+    option("--max-grad-norm", type=float, default=1.0, metavar="X", help="clip gradients to this norm (default: 1.0)"),
     option("--seed", type=int, default=42, metavar="N", help="of the order of the data (default: 42)"),
     option("--jobs", type=int, default=1, metavar="N", help="processes that share each batch (default: 1)"),
     option("--dask", metavar="ADDRESS", help="share each batch on the Dask cluster at this address (extra: dask)"),
     JSON,
 )  # fmt: skip
 def finetune(arguments) -> int:
-    """Fine-tune a model on conversations, as the official script does; a killed run goes on."""
+    """Fine-tune a model on conversations as the official script does; an interrupted run continues."""
     from refimpl.errors import InputError
     from refimpl.gradients.adapters import Lora
     from refimpl.gradients.data import read_examples

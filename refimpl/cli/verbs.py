@@ -25,8 +25,8 @@ GROUPS = {
     "devices": "graphs and devices",
     "phone": "graphs and devices",
     "hub": "graphs and devices",
-    "serving": "serving",
     "training": "training",
+    "serving": "serving",
 }
 # first word of a verb of two words -> the help of that word alone
 FAMILIES = {
