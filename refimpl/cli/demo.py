@@ -120,8 +120,8 @@ def run_on_npu(model: Model, text: Sequence[int], folder: Path) -> Verdict:
         said = model.tokenizer.decode(list(islice(pieces, len(model.tokenizer.encode(ANSWER)))))
         about, places = device.about(), device.placements.values()
     there, elsewhere = sum(place.on_npu for place in places), sum(len(place.elsewhere) for place in places)
-    print(f"5. Qualcomm's NPU        {about}:\n{MARGIN}{there} operations on it, {elsewhere} on the CPU, which looks up "
-          f"embeddings;\n{MARGIN}{len(verdict.tensors)} tensors {'agree' if verdict else 'DIFFER'}: "
+    print(f"5. Qualcomm's NPU        {about}:\n{MARGIN}{there} operations on it, {elsewhere} on the CPU, which looks "
+          f"up embeddings;\n{MARGIN}{len(verdict.tensors)} tensors {'agree' if verdict else 'DIFFER'}: "
           f"{verdict.summary.split('; ')[1]}; the author is now {said}")  # fmt: skip
     return verdict
 
