@@ -25,7 +25,7 @@ import refimpl
 from export import emit
 from export.graphs.plan import Way, carry
 from export.measure.references import References
-from export.verdict.trial import judge
+from export.verdict.trial import Given, judge
 from export.verdict.verdict import Verdict
 from refimpl.grids.calibrate import calibrate
 from refimpl.grids.recipe import Recipe
@@ -288,7 +288,7 @@ class World:
         if not probes:
             outputs = {name: {value.name for value in spec.outputs} for name, spec in self.specs.items()}
             answers = {g: {n: x for n, x in arrays.items() if n in outputs[g]} for g, arrays in answers.items()}
-        return judge(self.export, answers, self.model, self.encodings, way=way)
+        return judge(self.export, Given(answers, way), self.model, self.encodings)
 
 
 @dataclass(frozen=True)

@@ -56,11 +56,22 @@ class Answer:
     remarks: tuple[str, ...] = ()
 
     @property
+    def in_order(self) -> list[tuple[str, Value]]:
+        """Tap and value of all that the answer should hold, in computing order."""
+        shown = {value.tap or name: value for name, value in self.values.items()}
+        return [(tap, shown[tap]) for tap in taps(self.spec.config) if tap in shown]
+
+    @property
+    def probed(self) -> list[str]:
+        """The taps that are no outputs of the graph."""
+        outputs = {value.name for value in self.spec.outputs}
+        return [name for name in self.values if name not in outputs]
+
+    @property
     def trace(self) -> Trace:
         """The arrays as the taps that they show, in computing order, without padding."""
-        shown = {value.tap or name: unpadded(value, self.arrays[name], self.spec) for name, value in self.values.items()
-                 if name in self.arrays}  # fmt: skip
-        return Trace((name, shown[name]) for name in taps(self.spec.config) if name in shown)
+        return Trace((tap, unpadded(value, self.arrays[value.name], self.spec)) for tap, value in self.in_order
+                     if value.name in self.arrays)  # fmt: skip
 
 
 def read_device(

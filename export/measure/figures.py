@@ -1,144 +1,138 @@
 """How far one of a device's tensors is from what it should be, in figures that can be kept and judged again.
 
-**What is allowed** follows from how the device computes (`export/measure/references.py`), row by row of the last axis:
+A tensor is judged row by row of its last axis, each by what rounding may do to that row:
 
-- in floats, from how floats round: the largest error of a row over `golden.tolerance` of its largest value;
-- on grids, from how much rounding adds. Two right devices round in different places, so their rows differ by some
-  noise: yard = sqrt(noise^2 + step^2 / 12 + (tolerance * row's largest)^2), where noise is the RMS of what rounding the
-  activations adds to this very row, and step^2 / 12 the variance of a rounding. An error of the same RMS as the yard
-  is no surprise; a device that rounds everything independently of the simulation has sqrt(2) of it.
+- in floats: the largest error of the row over `golden.tolerance` of the row's largest value;
+- on grids: two right devices round in different places, so their rows differ by some noise,
 
-`rows` is the largest error of a row in that measure, `typical` the median of all rows. One row in thousands may have
-four times its yard (ROWS), but not half of them more than 1.5 times (TYPICAL): a zero point that is off by one code is
-a small error in each row, and no large one in any.
+      yard = sqrt(noise^2 + step^2 / 12 + (tolerance * row's largest)^2)
+
+  where noise is the RMS of what rounding the activations adds to this row, and step^2 / 12 the variance of one more
+  rounding. An error whose RMS is the yard is expected; a device that rounds everything independently has sqrt(2) yards.
+
+`limits.py` says how much of that is allowed.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
-from typing import Any, get_args
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from enum import Enum
+from typing import NamedTuple
 
 import numpy as np
 
-from export.graphs.plan import Way
-from export.measure.kinds import KINDS, Kind
-from golden.compare import Difference, compare, finite
+from export.graphs.plan import GraphSpec, Way
+from export.measure.kinds import Kind
+from golden.compare import Difference, compare
 from golden.cost.quality import log_softmax
 from golden.tolerance import Tolerance
-from refimpl.config import Config
-from refimpl.errors import InputError
 from refimpl.names import Tap, taps
 from refimpl_kernels.affine import Encoding
 
-SIZES = {"rows", "typical", "tokens", "heads", "max_abs", "token_lsb", "head_lsb", "lsb_max", "lsb_over"}  # 0 and above
-TOGETHER = (("lsb_max", "lsb_over"), ("kl", "top1", "cost_kl", "cost_top1"))  # figures that come with each other
-ROWS, TYPICAL = 4.0, 1.5
-LOWEST_SQNR = -1e3  # what stands for minus infinity in a file
+ROWS, TYPICAL = 4.0, 1.5  # how many yards one row in thousands, and the median row, may be off
 BINS = 16  # of the histogram: a row's error is 2^-8 to 2^7 of what is allowed, and the ends hold what is beyond
 
 
-@dataclass(frozen=True)
-class Thresholds:
-    """When a tensor fails. Without any number here: when it is beyond what rounding explains (see above).
+class Birth(str, Enum):
+    """Whether a wrong tensor became wrong in its own operation, or was computed rightly from what was wrong already."""
 
-    `min_sqnr`: dB of device against reference; `max_lsb`: codes that any value may be off by; `max_over`: share of
-    values that may be off by more than one code. What is given takes the place of the rule; a tensor of which none of
-    it says anything, such as one without a grid, which has no codes, is judged by the rule.
-    """
-
-    min_sqnr: float | None = None
-    max_lsb: float | None = None
-    max_over: float | None = None
-
-    def __post_init__(self) -> None:
-        for name, value in asdict(self).items():
-            if value is not None and not (math.isfinite(value) and (value >= 0 or name == "min_sqnr")):
-                raise InputError(f"{name} is {value:g}, expected a number{'' if name == 'min_sqnr' else ' from 0 on'}")
-
-    def excess(self, figures: Figures) -> float:
-        """What a tensor needs over what is allowed: above 1 fails."""
-        if figures.problem:
-            return math.inf
-        if found := self._given(figures):
-            return max(found)
-        return figures.rows if not figures.kind.coded else max(figures.rows / ROWS, figures.typical / TYPICAL)
-
-    def judge(self, figures: Figures) -> bool:
-        """Whether any number here says something of a tensor, rather than the rule."""
-        return bool(self._given(figures))
-
-    def _given(self, figures: Figures) -> list[float]:
-        """The excess over each number that says something of the tensor."""
-        found = []
-        if self.min_sqnr is not None:
-            found.append(10 ** ((self.min_sqnr - figures.sqnr) / 20) if figures.sqnr > -math.inf else math.inf)
-        for limit, value in ((self.max_lsb, figures.lsb_max), (self.max_over, figures.lsb_over)):
-            if limit is not None and value is not None:
-                found.append(value / limit if limit else math.inf if value else 0.0)
-        return found
+    HERE = "here"
+    INHERITED = "inherited"
+    UNKNOWN = ""
 
 
 @dataclass(frozen=True)
 class Figures:
-    """One tensor of a device: `graph`, `way` (isolated or chained) and `tap`; `kind` of its reference;
-    `output`: its name in the graph.
-
-    - `rows`, `typical`: see above; `tokens`, `heads`: the largest of `rows` in each token and head, over what is
-      allowed; `histogram` of all rows, BINS bins; `positions`: that of the first token in the sequence
-    - `sqnr` (dB), `cosine`, `max_abs`: device against reference; `index`, `value`, `reference`: where it is worst
-    - `cost_sqnr`, `cost_cosine`: reference against the float oracle, what quantization costs;
-      `total_sqnr`, `total_cosine`: device against the oracle
-    - `token_sqnr`, `head_sqnr`, `token_cosine`, `head_cosine`, `token_lsb`, `head_lsb` (the largest): device against
-      reference; `token_kl`: of logits, device against oracle
-    - `bits` and `step` of the grid, `lsb_max`: the largest distance in codes, `lsb_over`: the share of values more
-      than one code off; None without a grid
-    - `kl`, `top1`: of logits, device against oracle, mean over tokens in nats and share; `cost_kl`, `cost_top1`:
-      reference against oracle
-    - `born`: "here", "inherited" or "", which is not known
+    """One array against one other: SQNR in dB, cosine, the largest error; where it is worst; token by token, head by
+    head.
     """
 
-    graph: str
-    way: str
-    tap: str
-    kind: Kind
-    problem: str = ""
-    output: str = ""
-    shape: tuple[int, ...] = ()
-    rows: float = math.inf
-    typical: float = math.inf
-    reason: str = ""
-    tokens: tuple[float, ...] = ()
-    heads: tuple[float, ...] = ()
-    position: int = 0
-    histogram: tuple[int, ...] = ()
     sqnr: float = math.inf
     cosine: float = math.nan
     max_abs: float = math.nan
     index: tuple[int, ...] = ()
     value: float = math.nan
     reference: float = math.nan
-    cost_sqnr: float = math.inf
-    cost_cosine: float = 1.0
-    total_sqnr: float = math.inf
-    total_cosine: float = math.nan
     token_sqnr: tuple[float, ...] = ()
     head_sqnr: tuple[float, ...] = ()
     token_cosine: tuple[float, ...] = ()
     head_cosine: tuple[float, ...] = ()
-    token_lsb: tuple[float, ...] = ()
-    head_lsb: tuple[float, ...] = ()
-    token_kl: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What rounding would have to explain.
+
+    - `rows`: the error of the worst row, over the tolerance in floats, in yards on grids; `typical`: of the median row
+    - `tokens`, `heads`: the worst row of each, over what is allowed: above 1 is wrong
+    - `histogram`: how many rows need how much of what is allowed, BINS bins; `reason`: what is allowed, in words
+    """
+
+    rows: float = math.inf
+    typical: float = math.inf
+    tokens: tuple[float, ...] = ()
+    heads: tuple[float, ...] = ()
+    histogram: tuple[int, ...] = ()
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Codes:
+    """The grid of a tensor, `bits` and `step`, and how far the device's codes are off.
+
+    `largest`: codes that the worst value is off by; `over`: the share of values off by more than one. None where the
+    device computes in floats. `tokens`, `heads`: the largest in each.
+    """
+
     bits: int | None = None
     step: float | None = None
-    lsb_max: float | None = None
-    lsb_over: float | None = None
-    kl: float | None = None
-    top1: float | None = None
-    cost_kl: float | None = None
-    cost_top1: float | None = None
-    born: str = ""
+    largest: float | None = None
+    over: float | None = None
+    tokens: tuple[float, ...] = ()
+    heads: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True)
+class Logits:
+    """KL(oracle || device) in nats, the mean over tokens and for each; how often both find the same token likeliest.
+
+    `cost_kl`, `cost_top1`: the same of the reference, which quantization alone costs.
+    """
+
+    kl: float
+    top1: float
+    cost_kl: float
+    cost_top1: float
+    tokens: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One tensor of a device, compared with what it should be.
+
+    - `graph`, `way`, `tap`: which one; `output`: its name in the graph; `position` of its first token
+    - `kind`: how its reference computes; `problem`: why it cannot be compared, or ""
+    - `device`: device against reference; `cost`: reference against the float oracle, which quantization costs;
+      `total`: device against the oracle. Of the last two only SQNR and cosine.
+    """
+
+    graph: str
+    way: Way
+    tap: str
+    kind: Kind
+    problem: str = ""
+    output: str = ""
+    shape: tuple[int, ...] = ()
+    position: int = 0
+    needs: Needs = Needs()
+    device: Figures = Figures()
+    cost: Figures = Figures(cosine=1.0)
+    total: Figures = Figures()
+    codes: Codes = field(default=Codes())
+    logits: Logits | None = None
+    born: Birth = Birth.UNKNOWN
 
     @property
     def name(self) -> str:
@@ -152,130 +146,123 @@ class Figures:
 
     @property
     def operation(self) -> str:
-        """Its name less the layer: a row of the heat map."""
+        """Its name without the layer: a column of the heat map."""
         return ".".join(self.tap.split(".")[3:]) or "layer output" if self.layer is not None else self.tap
 
-    def to_json(self) -> dict[str, Any]:
-        """As JSON has it, without what is not there or is infinite, and short."""
-        facts = {key: LOWEST_SQNR if value == -math.inf else value for key, value in asdict(self).items()}
-        facts["kind"] = self.kind.name
-        stated = {key: value for key, value in finite(facts).items() if value not in (None, [], "")}
-        return {key: [_short(x) for x in v] if isinstance(v, list) else _short(v) for key, v in stated.items()}
 
-    @classmethod
-    def from_json(cls, stored: Mapping[str, Any]) -> Figures:
-        """What `to_json` gave. Raises InputError for anything else."""
-        known = {field.name: field for field in fields(cls)}
-        if (
-            not isinstance(stored, dict)
-            or set(stored) - set(known)
-            or not {"graph", "way", "tap", "kind"} <= set(stored)
-        ):
-            raise InputError("a tensor of the run has other keys than expected")
-        values: dict[str, Any] = {}
-        for key, value in stored.items():
-            kind, many = str(known[key].type).replace("Kind", "str"), isinstance(value, list)
-            numbers = [math.inf if many and x is None and "float" in kind else x for x in (value if many else [value])]
-            allowed = {
-                "way": get_args(Way), "kind": KINDS, "born": ("", "here", "inherited")
-            }.get(key, numbers)  # fmt: skip
-            sound = all(_is(x, kind) and x in allowed and not (key in SIZES and x < 0) for x in numbers)
-            if many != kind.startswith("tuple") or not sound:
-                raise InputError(f"{key} of a tensor of the run is {_start(value)}, which is not what it should be")
-            values[key] = tuple(numbers) if many else value
-        for keys in TOGETHER:
-            if len({key in values for key in keys}) > 1:
-                raise InputError(f"a tensor of the run has some of {', '.join(keys)}, expected all or none")
-        if len(values.get("histogram", ())) not in (0, BINS):
-            raise InputError(f"the histogram of a tensor has {len(values['histogram'])} numbers, expected {BINS}")
-        return cls(**values | {"kind": KINDS[values["kind"]]})
+class Spot(NamedTuple):
+    """Which tensor: a tap of a graph that was fed in one way, as it is called among the graph's outputs."""
+
+    spec: GraphSpec
+    way: Way
+    tap: str
+    output: str = ""
+
+    def nothing(self, kind: Kind, problem: str = "") -> Comparison:
+        """A comparison without figures."""
+        return Comparison(self.spec.name, self.way, self.tap, kind, problem, self.output, position=self.spec.past)
 
 
-def _is(x: Any, kind: str) -> bool:
-    """Whether a stored number or text is of a field's type; whole numbers fit 64 bits, so that floats hold them.
+class Sides(NamedTuple):
+    """The arrays of one tensor, in the layout of the tap, without padding.
 
-    A text has nothing in it that a terminal would obey.
+    `device`: what came back; `reference`: what is right for this kind of device; `oracle`: what is right in float64;
+    `unrounded`: the reference without the rounding of activations, or None where that adds nothing.
     """
-    if kind == "str":
-        return isinstance(x, str) and x.isprintable()
-    if type(x) is int:
-        return abs(x) < 2**63 and (x >= 0 or "int" not in kind)
-    return type(x) is float and "int" not in kind
+
+    device: np.ndarray
+    reference: np.ndarray
+    oracle: np.ndarray
+    unrounded: np.ndarray | None = None
 
 
-def _start(value: Any) -> str:
-    """The first of it, without writing all of it out."""
-    return f"a {type(value).__name__}" if isinstance(value, int | list | dict) else f"{value!a:.40}"
-
-
-def _short(x: Any) -> Any:
-    return float(f"{x:.5g}") if isinstance(x, float) else x
-
-
-def measure(
-    figures: Figures, device: np.ndarray, reference: np.ndarray, oracle: np.ndarray, limit: Tolerance,
-    grid: Encoding | None = None, rounding: np.ndarray | None = None, config: Config | None = None,
-) -> Figures:  # fmt: skip
-    """`figures`, of which graph, way, tap, kind and position are known, filled in.
-
-    All arrays have the layout of the tap, without padding. `rounding`: the tensor without the rounding of activations,
-    of which its difference to `reference` is the noise; None for a float run.
-    """
-    own = _difference(device, reference, limit)
-    if own.problem:
-        tokens: tuple[float, ...] = ()
-        heads: tuple[float, ...] = ()
-        if device.shape == reference.shape:  # where it is not finite
-            odd, tap = (
-                np.where(np.isfinite(device) == np.isfinite(reference), 0.0, np.inf),
-                _row_of(figures.tap, config),
-            )
-            tokens, heads = _along(odd, tap, "T", np.max), _along(odd, tap, "HK", np.max)
-        return replace(figures, problem=own.problem, shape=device.shape, index=own.index, value=own.value,
-                       reference=own.reference, tokens=tokens, heads=heads)  # fmt: skip
-    if figures.kind.coded and grid is not None and (lost := unused_bits(device, reference, grid)):
-        return replace(figures, problem=lost, shape=device.shape)
-    a, b, c = (x.astype(np.float64) for x in (device, reference, oracle))
-    cost, total = _difference(reference, oracle, limit), _difference(device, oracle, limit)
-    step = float(grid.scale) if grid is not None else None
-    error, largest = np.abs(a - b), np.abs(b).max(-1)
-    scale = np.where(largest > 2.0**-24 * largest.max(), largest, largest.max())
-    if not figures.kind.coded:
-        ratio, typical = _over(error.max(-1), limit.relative * scale), 0.0
-        worst, excess = own.excess, ratio
-        reason = limit.reason
-    else:
-        noise = np.zeros_like(scale) if rounding is None else _rms(b - rounding)
-        yard = np.sqrt(noise**2 + (step or 0.0) ** 2 / 12 + (limit.relative * scale) ** 2)
-        ratio = _over(_rms(a - b), yard)
-        typical, worst, excess = float(np.median(ratio)), float(ratio.max()), ratio / ROWS
-        reason = f"{ROWS:g} times the noise of rounding in a row, {TYPICAL:g} times in half of them"
-    tap = _row_of(figures.tap, config)
-    over = np.full(BINS, 0)
-    bins = np.clip(
-        np.floor(np.log2(np.maximum(np.nan_to_num(excess, nan=0.0), 1e-30))) + BINS // 2, 0, BINS - 1
-    ).astype(int)
-    np.add.at(over, bins.reshape(-1), 1)
-    lsb = np.rint(error / step) if step and figures.kind.coded else None
+def compared(spot: Spot, kind: Kind, sides: Sides, limit: Tolerance, grid: Encoding | None) -> Comparison:
+    """The comparison of one tensor. `limit`: what rounding of floats may do; `grid`: of the tensor, if it has one."""
+    nothing, row = spot.nothing(kind), taps(spot.spec.config).get(spot.tap)
+    found = _difference(sides.device, sides.reference, limit)
+    if found.problem:
+        return _incomparable(nothing, found, sides, row)
+    if kind.coded and grid is not None and (lost := unused_bits(sides.device, sides.reference, grid)):
+        return replace(nothing, problem=lost, shape=sides.device.shape)
+    wide = Sides(*(None if x is None else x.astype(np.float64) for x in sides))  # type: ignore[arg-type]
+    cost, total = (_difference(x, sides.oracle, limit) for x in (sides.reference, sides.device))
     return replace(
-        figures, shape=device.shape, rows=worst, typical=typical, reason=reason,
-        tokens=_along(excess[..., None], tap, "T", np.max), heads=_along(excess[..., None], tap, "HK", np.max),
-        histogram=tuple(over.tolist()), sqnr=own.sqnr, cosine=own.cosine, max_abs=own.max_abs, index=own.index,
-        value=own.value, reference=own.reference, cost_sqnr=cost.sqnr, cost_cosine=cost.cosine,
-        total_sqnr=total.sqnr, total_cosine=total.cosine,
-        token_sqnr=_sqnrs(b, a - b, tap, "T"), head_sqnr=_sqnrs(b, a - b, tap, "HK"),
-        token_cosine=_cosines(a, b, tap, "T"), head_cosine=_cosines(a, b, tap, "HK"),
-        token_lsb=_along(lsb, tap, "T", np.max) if lsb is not None else (),
-        head_lsb=_along(lsb, tap, "HK", np.max) if lsb is not None else (),
-        bits=grid.bits if grid is not None else None, step=step,
-        lsb_max=float(lsb.max()) if lsb is not None else None,
-        lsb_over=float((lsb > 1).mean()) if lsb is not None else None,
-        **(_of_logits(a, b, c) if figures.tap == "lm_head" else {}),
+        nothing,
+        shape=sides.device.shape,
+        needs=_on_grids(wide, limit, grid, row) if kind.coded else _in_floats(wide, limit, found.excess, row),
+        device=_figures(found, wide, row),
+        cost=Figures(cost.sqnr, cost.cosine),
+        total=Figures(total.sqnr, total.cosine),
+        codes=_codes(wide, grid, kind, row),
+        logits=_logits(wide) if spot.tap == "lm_head" else None,
+    )
+
+
+def _incomparable(nothing: Comparison, found: Difference, sides: Sides, row: Tap | None) -> Comparison:
+    """Where numbers are not finite, or that the shape is another."""
+    needs = nothing.needs
+    if sides.device.shape == sides.reference.shape:
+        odd = np.where(np.isfinite(sides.device) == np.isfinite(sides.reference), 0.0, np.inf)
+        needs = replace(needs, tokens=_along(odd, row, "T", np.max), heads=_along(odd, row, "HK", np.max))
+    device = Figures(index=found.index, value=found.value, reference=found.reference)
+    return replace(nothing, problem=found.problem, shape=sides.device.shape, needs=needs, device=device)
+
+
+def _in_floats(sides: Sides, limit: Tolerance, worst: float, row: Tap | None) -> Needs:
+    error = np.abs(sides.device - sides.reference).max(-1)
+    return _needs(_over(error, limit.relative * _scale(sides.reference)), worst, 0.0, limit.reason, row)
+
+
+def _on_grids(sides: Sides, limit: Tolerance, grid: Encoding | None, row: Tap | None) -> Needs:
+    scale = _scale(sides.reference)
+    noise = np.zeros_like(scale) if sides.unrounded is None else _rms(sides.reference - sides.unrounded)
+    step = float(grid.scale) if grid is not None else 0.0
+    yards = _over(
+        _rms(sides.device - sides.reference), np.sqrt(noise**2 + step**2 / 12 + (limit.relative * scale) ** 2)
+    )
+    reason = f"{ROWS:g} times the noise that rounding adds to a row, {TYPICAL:g} times in half of the rows"
+    return _needs(yards / ROWS, float(yards.max()), float(np.median(yards)), reason, row)
+
+
+def _needs(excess: np.ndarray, worst: float, typical: float, reason: str, row: Tap | None) -> Needs:
+    """`excess`: of each row, over what is allowed."""
+    power = np.floor(np.log2(np.maximum(np.nan_to_num(excess, nan=0.0), 1e-30))).astype(int)
+    histogram = np.bincount(np.clip(power + BINS // 2, 0, BINS - 1).reshape(-1), minlength=BINS)
+    tokens, heads = (_along(excess[..., None], row, letters, np.max) for letters in ("T", "HK"))
+    return Needs(worst, typical, tokens, heads, tuple(histogram.tolist()), reason)
+
+
+def _figures(found: Difference, sides: Sides, row: Tap | None) -> Figures:
+    a, b = sides.device, sides.reference
+    return Figures(
+        found.sqnr, found.cosine, found.max_abs, found.index, found.value, found.reference,
+        token_sqnr=_sqnrs(b, a - b, row, "T"), head_sqnr=_sqnrs(b, a - b, row, "HK"),
+        token_cosine=_cosines(a, b, row, "T"), head_cosine=_cosines(a, b, row, "HK"),
     )  # fmt: skip
 
 
+def _codes(sides: Sides, grid: Encoding | None, kind: Kind, row: Tap | None) -> Codes:
+    if grid is None:
+        return Codes()
+    step = float(grid.scale)
+    if not kind.coded or not step:
+        return Codes(grid.bits, step)
+    off = np.rint(np.abs(sides.device - sides.reference) / step)
+    tokens, heads = (_along(off, row, letters, np.max) for letters in ("T", "HK"))
+    return Codes(grid.bits, step, float(off.max()), float((off > 1).mean()), tokens, heads)
+
+
+def _logits(sides: Sides) -> Logits:
+    right, best = log_softmax(sides.oracle), sides.oracle.argmax(-1)
+    device, reference = (
+        (np.exp(right) * (right - log_softmax(x))).sum(-1) for x in (sides.device, sides.reference)
+    )  # KL, token by token
+    top1, cost_top1 = (float((best == x.argmax(-1)).mean()) for x in (sides.device, sides.reference))
+    return Logits(float(device.mean()), top1, float(reference.mean()), cost_top1, tuple(device.reshape(-1).tolist()))
+
+
 def unused_bits(device: np.ndarray, reference: np.ndarray, grid: Encoding) -> str:
-    """That the device's codes are those of 8 bits, where they are; the noise of rounding may be larger than that."""
+    """Says that the device uses only 8 of the bits of its codes, or "". The noise of rounding may hide that error."""
     if grid.bits <= 8 or grid.scale.ndim:
         return ""
     fine = 2 ** (grid.bits - 8)
@@ -287,8 +274,10 @@ def _difference(a: np.ndarray, b: np.ndarray, limit: Tolerance) -> Difference:
     return compare({"x": a}, {"x": b}, limit).tensors[0]
 
 
-def _row_of(name: str, config: Config | None) -> Tap | None:
-    return taps(config).get(name) if config else None
+def _scale(x: np.ndarray) -> np.ndarray:
+    """The largest value of each row; that of all rows where a row is next to nothing."""
+    largest = np.abs(x).max(-1)
+    return np.where(largest > 2.0**-24 * largest.max(), largest, largest.max())
 
 
 def _rms(x: np.ndarray) -> np.ndarray:
@@ -300,36 +289,23 @@ def _over(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return np.divide(a, b, out=np.where(a > 0, np.inf, 0.0), where=b > 0)
 
 
-def _along(x: np.ndarray, tap: Tap | None, letters: str, function: Any) -> tuple[float, ...]:
+def _along(x: np.ndarray, row: Tap | None, letters: str, function: Callable) -> tuple[float, ...]:
     """A number for each token or head: `function` over all other axes. Heads may lie side by side in the last axis."""
-    axes = tap.shape.split() if tap else []
+    axes = row.shape.split() if row else []
     at = next((i for i, axis in enumerate(axes) if axis in letters), None)
     if at is None or (letters != "T" and x.ndim != len(axes)):
         return ()
     return tuple(np.atleast_1d(function(np.moveaxis(x, at, 0).reshape(x.shape[at], -1), axis=1)).tolist())
 
 
-def _sqnrs(signal: np.ndarray, error: np.ndarray, tap: Tap | None, letters: str) -> tuple[float, ...]:
-    powers = (_along(np.square(x), tap, letters, np.sum) for x in (signal, error))
+def _sqnrs(signal: np.ndarray, error: np.ndarray, row: Tap | None, letters: str) -> tuple[float, ...]:
+    powers = (_along(np.square(x), row, letters, np.sum) for x in (signal, error))
     return tuple(10 * math.log10(s / e) if s and e else math.inf if s or not e else -math.inf
                  for s, e in zip(*powers, strict=True))  # fmt: skip
 
 
-def _cosines(a: np.ndarray, b: np.ndarray, tap: Tap | None, letters: str) -> tuple[float, ...]:
-    sums = (_along(x, tap, letters, np.sum) for x in (a * b, np.square(a), np.square(b)))
+def _cosines(a: np.ndarray, b: np.ndarray, row: Tap | None, letters: str) -> tuple[float, ...]:
+    sums = (_along(x, row, letters, np.sum) for x in (a * b, np.square(a), np.square(b)))
     return tuple(
         ab / math.sqrt(aa) / math.sqrt(bb) if aa and bb else math.inf for ab, aa, bb in zip(*sums, strict=True)
     )
-
-
-def _of_logits(device: np.ndarray, reference: np.ndarray, oracle: np.ndarray) -> dict[str, Any]:
-    """KL(oracle || other) in nats, the mean over tokens, and how often both find the same token likeliest."""
-    found: dict[str, Any] = {}
-    for name, other in (("", device), ("cost_", reference)):
-        logp, logq = log_softmax(oracle), log_softmax(other)
-        divergence = (np.exp(logp) * (logp - logq)).sum(-1)
-        found[f"{name}kl"] = float(divergence.mean())
-        if not name:
-            found["token_kl"] = tuple(divergence.reshape(-1).tolist())
-        found[f"{name}top1"] = float((oracle.argmax(-1) == other.argmax(-1)).mean())
-    return found

@@ -6,7 +6,7 @@
     even            the same with halves rounded to even, as ONNX does
     weights         the weights on their grids and nothing else: no device, but what tells how much rounding adds
 
->>> SIMULATION.coded, SIMULATION.noise(with_model=True), FLOAT.noise(with_model=True)
+>>> SIMULATION.coded, SIMULATION.unrounded(with_model=True), FLOAT.unrounded(with_model=True)
 (True, WEIGHTS, None)
 """
 
@@ -35,10 +35,10 @@ class Kind:
         """Whether the inside of a graph is quantized, which only the model can compute."""
         return self.rounding is not None
 
-    def noise(self, with_model: bool) -> Kind | None:
-        """The kind that differs from this one only by the rounding of activations; None if that adds nothing.
+    def unrounded(self, with_model: bool) -> Kind | None:
+        """The kind that differs from this one only by the rounding of activations; None if there is no such rounding.
 
-        Without the model, only floats can be computed: then all that quantization costs counts as noise.
+        Without the model, only floats can be computed: then all that quantization costs counts as rounding.
         """
         if self.on_grids:
             return WEIGHTS if with_model else FLOAT

@@ -16,7 +16,8 @@ from html import escape
 from typing import Any
 from xml.etree import ElementTree
 
-from export.measure.figures import BINS, Figures
+from export.measure.figures import BINS, Birth, Comparison
+from export.verdict import story
 from export.verdict.verdict import Verdict
 
 LEVELS = "0123456789abcdefghijklmnopqrstuvwxyz"  # an excess x is LEVELS[2 * log2(x) + 18]: 1 is "i", 2 is "k"
@@ -41,8 +42,10 @@ def junit(verdict: Verdict) -> str:
             )
             if tensor in failing:
                 cause = verdict.causes.get(tensor.name)
-                said = tensor.problem or f"{verdict.excess(tensor):.3g} of what is allowed, {tensor.sqnr:.1f} dB"
-                message = said + (f"; {cause}" if cause else "") + (f"; {tensor.born}" if tensor.born else "")
+                said = tensor.problem or f"{verdict.excess(tensor):.3g} of what is allowed, {tensor.device.sqnr:.1f} dB"
+                message = (
+                    said + (f"; {cause}" if cause else "") + (f"; {tensor.born.value}" if tensor.born.value else "")
+                )
                 ElementTree.SubElement(case, "failure", message=_plain(message)).text = _plain(
                     verdict.story if tensor is verdict.guilty else message
                 )
@@ -79,7 +82,7 @@ def html(verdict: Verdict) -> str:
         "<h2>The price of quantization, and what the device added</h2>",
         _curves(verdict),
         "<h2>All rows</h2>",
-        _histogram([sum(t.histogram[i] for t in verdict.tensors if t.histogram) for i in range(BINS)]),
+        _histogram([sum(t.needs.histogram[i] for t in verdict.tensors if t.needs.histogram) for i in range(BINS)]),
         f"<h2>Worst tensors</h2>{_worst(verdict)}",
         f"<h2>Where all of it is from</h2>{_provenance(verdict)}",
         f'<script type="application/json" id="data">{_data(verdict)}</script><script>{_SCRIPT}</script>',
@@ -112,7 +115,7 @@ def _plain(text: str) -> str:
     return re.sub("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]", "?", text)
 
 
-def _views(tensors: Iterable[Figures]) -> list[tuple[str, str]]:
+def _views(tensors: Iterable[Comparison]) -> list[tuple[str, str]]:
     return list(dict.fromkeys((t.graph, t.way) for t in tensors))
 
 
@@ -122,11 +125,12 @@ def _run_of(graph: str) -> str:
 
 
 def _story(verdict: Verdict) -> str:
-    lines = [*verdict.story.split("\n"), *verdict.unmeasured, *verdict.remarks]
-    logits = [t for t in verdict.tensors if t.kl is not None]
+    lines = [*verdict.story.split("\n"), *story.unmeasured(verdict), *verdict.remarks]
+    cells = [(t, t.logits) for t in verdict.tensors if t.logits is not None]
     rows = "".join(
-        f"<tr><td>{escape(f'{t.graph}, {t.way}')}<td>{t.kl:.3g}<td>{t.cost_kl:.3g}<td>{t.top1:.1%}<td>{t.cost_top1:.1%}"
-        for t in logits
+        f"<tr><td>{escape(f'{t.graph}, {t.way}')}<td>{found.kl:.3g}<td>{found.cost_kl:.3g}<td>{found.top1:.1%}"
+        f"<td>{found.cost_top1:.1%}"
+        for t, found in cells
     )
     table = (
         "<table><tr><th>logits<th>KL to the oracle, nats<th>by quantization alone<th>same top-1"
@@ -137,7 +141,7 @@ def _story(verdict: Verdict) -> str:
     return "".join(f"<p>{escape(line)}</p>" for line in lines if line) + table
 
 
-def _tabs(verdict: Verdict, guilty: Figures | None) -> str:
+def _tabs(verdict: Verdict, guilty: Comparison | None) -> str:
     """A heat map for each size and way: layers down, operations across."""
     views = list(dict.fromkeys((_run_of(t.graph), t.way) for t in verdict.tensors))
     chosen = (_run_of(guilty.graph), guilty.way) if guilty else views[0] if views else None
@@ -157,19 +161,19 @@ def _tabs(verdict: Verdict, guilty: Figures | None) -> str:
     return f"<nav>{''.join(buttons)}</nav>{''.join(maps)}"
 
 
-def _map(verdict: Verdict, tensors: list[Figures], numbers: dict[int, int], guilty: Figures | None) -> str:
+def _map(verdict: Verdict, tensors: list[Comparison], numbers: dict[int, int], guilty: Comparison | None) -> str:
     operations = list(dict.fromkeys(t.operation for t in tensors if t.layer is not None))
     cells = {(t.layer, t.operation): t for t in tensors}
 
-    def cell(tensor: Figures | None, label: str = "") -> str:
+    def cell(tensor: Comparison | None, label: str = "") -> str:
         if tensor is None:
             return "<td>"
         excess = verdict.excess(tensor)
         frame = " first" if tensor is guilty else ""
-        born = " inherited" if tensor.born == "inherited" else ""
+        born = " inherited" if tensor.born == Birth.INHERITED else ""
         text = tensor.problem or f"{excess:.2g}"
         shown = text if len(text) < 10 else text.split()[0].rstrip(",")[:9]
-        title = f"{tensor.name}: {text}" + (f", {tensor.sqnr:.1f} dB" if not tensor.problem else "")
+        title = f"{tensor.name}: {text}" + (f", {tensor.device.sqnr:.1f} dB" if not tensor.problem else "")
         return (
             f'<td class="c{frame}{born}" style="{paint(colour(excess))}" data-i="{numbers[id(tensor)]}" '
             f'title="{escape(title, quote=True)}">{label}{escape(shown)}'
@@ -199,8 +203,8 @@ def _curves(verdict: Verdict) -> str:
     for run, way in dict.fromkeys((_run_of(t.graph), t.way) for t in verdict.tensors):
         tensors = [t for t in verdict.tensors if (_run_of(t.graph), t.way) == (run, way)]
         lines = []
-        for of, name in (("cost_sqnr", "cost"), ("sqnr", "device")):
-            points = [(i, getattr(t, of)) for i, t in enumerate(tensors)]
+        for name in ("cost", "device"):
+            points = [(i, getattr(t, name).sqnr) for i, t in enumerate(tensors)]
             width = 900 / max(len(tensors) - 1, 1)
             drawn = " ".join(f"{40 + i * width:.0f},{_height(y):.0f}" for i, y in points if not math.isnan(y))
             lines.append(f'<polyline class="{name}" points="{drawn}"/>')
@@ -241,11 +245,12 @@ def _worst(verdict: Verdict) -> str:
     for t in verdict.worst[:WORST]:
         excess = verdict.excess(t)
         measured = "–<td>–<td>–<td>–" if t.problem else (
-            f"{t.sqnr:.1f}<td>{t.cost_sqnr:.1f}<td>{t.total_sqnr:.1f}<td>{t.cosine:.6f}")  # fmt: skip
-        codes = f"{t.lsb_max:.0f}<td>{t.lsb_over:.1%}" if t.lsb_max is not None and t.lsb_over is not None else "–<td>–"
+            f"{t.device.sqnr:.1f}<td>{t.cost.sqnr:.1f}<td>{t.total.sqnr:.1f}<td>{t.device.cosine:.6f}")  # fmt: skip
+        lsb = t.codes
+        codes = "–<td>–" if lsb.largest is None else f"{lsb.largest:.0f}<td>{lsb.over:.1%}"
         rows.append(
             f'<tr><td style="{paint(colour(excess))}">{escape(t.problem) or f"{excess:.3g}"}<td>{escape(t.name)}'
-            f"<td>{measured}<td>{codes}<td>{escape(t.born)}<td>{escape(str(verdict.causes.get(t.name, '')))}"
+            f"<td>{measured}<td>{codes}<td>{escape(t.born.value)}<td>{escape(str(verdict.causes.get(t.name, '')))}"
         )
     head = "excess|tensor|device, dB|cost, dB|to oracle, dB|cosine|LSB max|over 1|born|likely cause".replace(
         "|", "<th>"
@@ -258,7 +263,7 @@ def _provenance(verdict: Verdict) -> str:
     limits = verdict.thresholds
     given = {"min_sqnr": limits.min_sqnr, "max_lsb": limits.max_lsb, "max_over": limits.max_over}
     rule = ", ".join(f"{key} {value}" for key, value in given.items() if value is not None)
-    reasons = list(dict.fromkeys(t.reason for t in verdict.tensors if t.reason))
+    reasons = list(dict.fromkeys(t.needs.reason for t in verdict.tensors if t.needs.reason))
     rows = {**verdict.about, "held against": verdict.kind.text, "allowed": rule or "; ".join(reasons[:3])}
     cells = "".join(f"<tr><th>{escape(str(k))}<td>{escape(str(v))}" for k, v in rows.items() if v is not None)
     return f"<table class=about>{cells}</table>"
@@ -267,29 +272,29 @@ def _provenance(verdict: Verdict) -> str:
 def _data(verdict: Verdict) -> str:
     """What a click shows, as short as it can be; nothing in it can end the script."""
     rows = [
-        [t.name, t.operation, t.problem, "".join(map(level, t.tokens)), "".join(map(level, t.heads)), t.position,
-         list(t.histogram), _figures(t), str(verdict.causes.get(t.name, ""))]
+        [t.name, t.operation, t.problem, "".join(map(level, t.needs.tokens)), "".join(map(level, t.needs.heads)),
+         t.position, list(t.needs.histogram), _figures(t), str(verdict.causes.get(t.name, ""))]
         for t in verdict.tensors
     ]  # fmt: skip
     text = json.dumps(rows, ensure_ascii=False, separators=(",", ":"))
     return text.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
 
 
-def _figures(t: Figures) -> str:
+def _figures(t: Comparison) -> str:
     return ", ".join(_said(t))
 
 
-def _said(t: Figures) -> Iterator[str]:
+def _said(t: Comparison) -> Iterator[str]:
     if t.problem:
         return
-    yield f"device {t.sqnr:.1f} dB"
-    yield f"cost {t.cost_sqnr:.1f} dB"
-    yield f"to the oracle {t.total_sqnr:.1f} dB"
-    if t.lsb_max is not None:
-        yield f"up to {t.lsb_max:.0f} codes of {t.bits} bits, {t.lsb_over:.1%} over one"
-    yield f"worst at {t.index}: {t.value:.5g}, expected {t.reference:.5g}"
-    if t.born:
-        yield {"here": "born here", "inherited": "inherited"}.get(t.born, t.born)
+    yield f"device {t.device.sqnr:.1f} dB"
+    yield f"cost {t.cost.sqnr:.1f} dB"
+    yield f"to the oracle {t.total.sqnr:.1f} dB"
+    if t.codes.largest is not None:
+        yield f"up to {t.codes.largest:.0f} codes of {t.codes.bits} bits, {t.codes.over:.1%} over one"
+    yield f"worst at {t.device.index}: {t.device.value:.5g}, expected {t.device.reference:.5g}"
+    if t.born != Birth.UNKNOWN:
+        yield {Birth.HERE: "born here"}.get(t.born, t.born.value)
 
 
 _PAGE = """<!doctype html>

@@ -164,9 +164,9 @@ def bisect(arguments) -> int:
     from contextlib import ExitStack
 
     from export.hub.session import Session
-    from export.measure.figures import Thresholds
+    from export.measure.limits import Terms, Thresholds
     from export.phone.options import Options
-    from export.search.bisection import bisect
+    from export.search.bisection import Probing, bisect
 
     hub = arguments.executor == "hub"
     if hub != bool(arguments.device):
@@ -180,11 +180,9 @@ def bisect(arguments) -> int:
             device = stack.enter_context(Session(folder, arguments.device, arguments.api_url, options))
         else:
             device, label = stack.enter_context(_engine(arguments, arguments.executor))
-        return report(arguments, bisect(
-            folder, device, model, arguments.graph, arguments.outputs, arguments.until,
-            arguments.probes_per_run, arguments.dtype, Thresholds(arguments.min_sqnr),
-            label=label, encodings=encodings,
-        ))  # fmt: skip
+        how = Probing(arguments.graph, arguments.until, arguments.probes_per_run, label)
+        terms = Terms(arguments.dtype, Thresholds(arguments.min_sqnr))
+        return report(arguments, bisect(folder, device, model, encodings, arguments.outputs, how, terms))
 
 
 @verb(
@@ -265,9 +263,9 @@ def _engine(arguments, name: str) -> Iterator[tuple[Executor, str]]:
 
 def _verdict(arguments, path: Path) -> Verdict:
     """The verdict on a device's outputs, or once more on a saved run."""
-    from export.measure.figures import Thresholds
-    from export.verdict.trial import judge
-    from export.verdict.verdict import read_run
+    from export.measure.limits import Terms, Thresholds
+    from export.verdict.saved import read_run
+    from export.verdict.trial import Given, judge
 
     limits = Thresholds(arguments.min_sqnr, arguments.max_lsb, arguments.max_over)
     if arguments.outputs is None:
@@ -276,11 +274,9 @@ def _verdict(arguments, path: Path) -> Verdict:
     if arguments.engine == "htp" or arguments.soc or arguments.strict:
         raise InputError("the NPU runs an export here, and OUTPUTS are what a device returned; give one of the two")
     model, encodings = _exported(arguments, path)
-    return judge(
-        path, arguments.outputs, model, encodings, arguments.engine or "auto",
-        way="chained" if arguments.chained else "isolated", graph=arguments.graph, dtype=arguments.dtype,
-        thresholds=limits,
-    )  # fmt: skip
+    given = Given(arguments.outputs, "chained" if arguments.chained else "isolated", arguments.graph)
+    engine = arguments.engine or "auto"
+    return judge(path, given, model, encodings, engine, Terms(arguments.dtype, limits))
 
 
 def _exported(arguments, folder: Path) -> tuple[Model | None, Encodings | None]:

@@ -12,7 +12,7 @@ from refimpl.errors import InputError
 
 if TYPE_CHECKING:
     from export.preflight.check import Preflight
-    from export.search.bisection import Finding
+    from export.search.finding import Finding
     from export.verdict.verdict import Verdict
     from golden.compare import Report
     from golden.step_check import StepReport

@@ -20,14 +20,16 @@ from export.files.encodings import write_encodings
 from export.folder.manifest import read_manifest
 from export.hub import session
 from export.hub.session import Session
-from export.measure.figures import Thresholds
 from export.measure.kinds import EVEN, FLOAT, SIMULATION
+from export.measure.limits import Thresholds
 from export.measure.places import Dataflow
 from export.measure.references import References
 from export.run.engines import Engine
 from export.run.executor import ends
 from export.run.ledger import lock
-from export.search.bisection import JOURNAL, Judge, Search, bisect
+from export.search.bisection import JOURNAL, Probing, bisect
+from export.search.one_graph import OneGraph
+from export.search.planner import Planner
 from refimpl import load
 from refimpl.cli import main
 from refimpl.config import FAMILIES
@@ -113,7 +115,7 @@ def saved(tiny_model, tmp_path):
 @pytest.fixture
 def unexplained(monkeypatch):
     """Causes take longer than all else, and are tested elsewhere."""
-    monkeypatch.setattr(Judge, "cause", lambda *_: None)
+    monkeypatch.setattr(OneGraph, "cause", lambda *_: None)
 
 
 def flow_of(folder, number=0):
@@ -133,13 +135,13 @@ def test_every_tap_is_named_within_the_bound(tiny_model, tmp_path, unexplained, 
     flow, runs = flow_of(folder), []
     last = f"model.layers.{layers - 1}"
     for place in flow.places.values():
-        found = bisect(folder, Recalled(tmp_path, flow, scaled(place.values)), model, probes=probes)
+        found = bisect(folder, Recalled(tmp_path, flow, scaled(place.values)), model, how=Probing(probes=probes))
         if place.name == last:  # a norm comes next, and nothing else: it makes good for the factor
             assert found and found.guilty is None
             continue
         assert found.guilty == place.name, found
         assert len(found.runs) <= found.bound == math.ceil(math.log2(found.taps)) + 1, found
-        assert found.given.keys() == flow.behind[place.name].keys(), "both sides of the operation were seen"
+        assert found.first.given.keys() == flow.behind[place.name].keys(), "both sides of the operation were seen"
         runs.append(len(found.runs))
     taps = 17 * layers + 3 + 2 * layers * (family == "Qwen2-7B")
     assert len(runs) + 1 == len(flow.places) == taps + 2 * layers and found.taps == taps
@@ -158,12 +160,12 @@ def test_all_inside_of_a_healthy_graph_is_right(tiny_model, tmp_path, monkeypatc
     encodings = None if profile == "plain" else calibrate(model, np.arange(48) % 90)
     parts = emit(model, tokens=(4,), context=12, profile=profile, forms=forms, opset=opset, encodings=encodings)
     folder = parts.save(tmp_path / "x")
-    flow, judge = flow_of(folder), Judge(References(folder, model), flow_of(folder))
+    flow, judge = flow_of(folder), OneGraph(References(folder, model), flow_of(folder))
     (given,) = Engine().run(flow.save(tmp_path / "all", list(flow.places)), [judge.inputs])
-    monkeypatch.setattr(sys.modules["export.search.bisection"], "KEPT", 0)
-    figures = judge.figures(SIMULATION if profile == "qdq" else FLOAT, list(flow.places.values()), given)
+    monkeypatch.setattr(sys.modules["export.search.one_graph"], "KEPT", 0)
+    figures = judge.compared(SIMULATION if profile == "qdq" else FLOAT, list(flow.places.values()), given)
     assert len(figures) == len(flow.places) == (20 if opset else 22)
-    assert {name: one.problem or one.rows for name, one in figures.items() if Thresholds().excess(one) > 1} == {}
+    assert {name: one.problem or one.needs.rows for name, one in figures.items() if Thresholds().excess(one) > 1} == {}
     without = bisect(folder, Engine())
     assert without, without
 
@@ -176,13 +178,13 @@ def test_each_head_is_named(tiny_model, tmp_path, unexplained):
         place = flow.places[f"model.layers.1.self_attn.{tap}"]
         assert len(place.values) == (2 if tap in ("k_proj", "key") else 4)
         found = bisect(folder, Recalled(tmp_path, flow, scaled(place.values[1:2])), model)
-        assert (found.guilty, found.pieces) == (place.name, (f"{place.name}.1",)), found
+        assert (found.guilty, found.first.pieces) == (place.name, (f"{place.name}.1",)), found
         assert len(found.runs) <= found.bound and f"wrong only in {place.name}.1" in str(found)
         others = [
             node.name for node in flow.nodes[place.name] if ({*place.values} - {place.values[1]}) & {*node.output}
         ]
         gives = [node.name for node in flow.nodes[place.name] if place.values[1] in node.output]
-        named = [name for _, name in found.nodes]
+        named = [name for _, name in found.first.nodes]
         assert set(gives) <= set(named) and not set(others) & set(named), "the operations of that head alone"
 
 
@@ -251,8 +253,8 @@ def test_wrong_operations_are_named(saved, tmp_path, unexplained, at, fault):
     else:
         name = node_of(flow, place, op)
     device = Faulty(tmp_path, changed(name, change))
-    found = bisect(folder, device, model, until=until)
-    assert found.guilty == place and name in [name for _, name in found.nodes], found
+    found = bisect(folder, device, model, how=Probing(until=until))
+    assert found.guilty == place and name in [name for _, name in found.first.nodes], found
     assert len(device.runs) == len(found.runs) <= found.bound
     assert not list((folder).glob(".bisect-*")), "what was sent is not left behind"
     assert all(("logits" in run) != until for run in device.runs[1:])
@@ -263,7 +265,7 @@ def test_what_is_printed(saved, tmp_path, capsys):
     found = bisect(folder, Faulty(tmp_path, scaled([f"{LAYER}.mlp.act_fn"])), model)
     text = str(found)
     assert not found and found.summary in text and found.spread == ("lm_head",)
-    assert "What follows from it is wrong anyway; others may hide there. Mend it" in text
+    assert "Outputs that follow from it are wrong anyway, so other faults may hide there. Mend it" in text
     assert "layer 1, mlp.act_fn: SiLU of the gate" in text and "computed by Sigmoid Sigmoid_1, Mul" in text
     assert f"from what is right: {LAYER}.mlp.gate_proj (" in text
     assert "Likely cause: all values are 1.3 times" in text and "at most 7 for one fault among 37 taps" in text
@@ -317,7 +319,7 @@ def test_several_faults(saved, tmp_path, unexplained):
     ):  # fmt: skip
         found = bisect(folder, Faulty(tmp_path / guilty, scaled(values)), model)
         assert (found.guilty, found.beside) == (guilty, beside), found
-        assert ("others may hide there" in str(found)) == bool(found.spread)
+        assert ("other faults may hide there" in str(found)) == bool(found.spread)
         assert ("another fault" in str(found)) == bool(beside)
 
 
@@ -335,7 +337,10 @@ def test_a_fault_that_is_gone_when_it_is_shown(saved, tmp_path, unexplained):
     found = bisect(folder, device, model)
     assert set(found.hidden) & inside and "is gone when" in str(found), found
     assert found.guilty == f"{LAYER}.mlp.down_proj", "the first wrong tensor that can be seen"
-    assert set(found.rivals) >= {f"{LAYER}.mlp.product", f"{LAYER}.mlp.down_proj"} and "between" in found.summary
+    assert (
+        set(found.rivals) >= {f"{LAYER}.mlp.product", f"{LAYER}.mlp.down_proj"}
+        and "no run can tell which" in found.summary
+    )
     known = bisect(folder, Engine(), model, outputs={"logits": np.zeros((1, 4, 96), np.float32)})
     assert known.known and known.hidden and "is gone when" in str(known), "another executor does not have the fault"
 
@@ -364,22 +369,22 @@ def test_an_interrupted_search_goes_on(saved, tmp_path, unexplained):
 
     first = Killed(tmp_path / "a", edit)
     with pytest.raises(KeyboardInterrupt):
-        bisect(folder, first, model, label="phone")
+        bisect(folder, first, model, how=Probing(label="phone"))
     assert not list(folder.glob(".bisect-*"))
     (folder / JOURNAL).write_bytes((folder / JOURNAL).read_bytes() + b'{"key": "torn')
     second = Faulty(tmp_path / "b", edit)
-    found = bisect(folder, second, model, label="phone")
+    found = bisect(folder, second, model, how=Probing(label="phone"))
     whole = Faulty(tmp_path / "c", edit)
-    assert str(found) == str(bisect(folder, whole, model, label="another")) != ""
+    assert str(found) == str(bisect(folder, whole, model, how=Probing(label="another"))) != ""
     assert len(first.runs) + len(second.runs) == len(whole.runs) == len(found.runs)
     third = Faulty(tmp_path / "d", edit)
-    assert bisect(folder, third, model, label="phone").guilty == found.guilty
+    assert bisect(folder, third, model, how=Probing(label="phone")).guilty == found.guilty
     assert len(third.runs) <= 1, "once more the run that showed it, for its cause"
 
 
 KILLED = """
 import os, signal, sys
-from export.search.bisection import bisect
+from export.search.bisection import Probing, bisect
 from export.run.engines import Engine
 from refimpl import load
 
@@ -393,7 +398,7 @@ class Killed:
         outputs[0]["logits"] = outputs[0]["logits"] * 2
         return outputs
 
-bisect(sys.argv[1], Killed(), load(sys.argv[2]), label="phone")
+bisect(sys.argv[1], Killed(), load(sys.argv[2]), how=Probing(label="phone"))
 """
 
 
@@ -419,7 +424,7 @@ def test_what_a_killed_search_has_left_is_removed(tiny_folder, saved, unexplaine
     in_use.mkdir()
     with open(in_use / "lock", "ab") as file:
         lock(file)
-        found = bisect(folder, Twice(), model, label="phone")
+        found = bisect(folder, Twice(), model, how=Probing(label="phone"))
         assert in_use.exists(), "another search works there"
     assert found.guilty == "lm_head" and Twice.runs == len(found.runs) - 2, "two runs were kept"
     bisect(folder, Engine(), model)
@@ -476,14 +481,14 @@ def test_encodings_may_come_from_a_file(tiny_model, tmp_path, unexplained):
             return [dict(zip(names, engine.run(names, inputs[0]), strict=True))]
 
     ort = pytest.importorskip("onnxruntime")
-    found = bisect(folder, Quantized(), model, label="phone", encodings=encodings)
+    found = bisect(folder, Quantized(), model, encodings=encodings, how=Probing(label="phone"))
     assert found.guilty == place and found.kind in (SIMULATION, EVEN), found
     before = Quantized.runs
-    again = bisect(folder, Quantized(), model, label="phone", encodings=encodings)
+    again = bisect(folder, Quantized(), model, encodings=encodings, how=Probing(label="phone"))
     assert str(again) == str(found) and Quantized.runs <= before + 1, "once more the run that showed it"
     before = Quantized.runs
     for other in (others, None):  # without any, it is wrong from its first operation on
-        found = bisect(folder, Quantized(), model, label="phone", encodings=other)
+        found = bisect(folder, Quantized(), model, encodings=other, how=Probing(label="phone"))
         assert Quantized.runs >= before + len(found.runs), "nothing of another search is taken for this one's"
         before = Quantized.runs
     assert found.guilty != place
@@ -520,7 +525,7 @@ def test_a_quantized_device_behind_the_hub(tiny_model, tmp_path, monkeypatch, un
             sent = Counter(hub.kinds())
             with Session(folder, "Loopback Phone", hub.url) as device:
                 found = bisect(folder, device, model)
-            assert (found.guilty, found.pieces) == (place, (f"{place}.2",)), found
+            assert (found.guilty, found.first.pieces) == (place, (f"{place}.2",)), found
             assert found.kind in (SIMULATION, EVEN) and len(found.runs) <= found.bound
         assert hub.kinds() == sent, "a second time sends nothing"
 
@@ -528,11 +533,13 @@ def test_a_quantized_device_behind_the_hub(tiny_model, tmp_path, monkeypatch, un
 def test_bad_input(saved, tmp_path):
     folder, model = saved
     for words, message in (
-        (dict(graph="prompt_ar4_cl12_1_of_2"), "near it are"), (dict(probes=0), "1 or more"),
+        (dict(how=Probing("prompt_ar4_cl12_1_of_2")), "near it are"),
         (dict(executor=Engine("x")), "expected auto"), (dict(model=load()), "another model"),
     ):  # fmt: skip
         with pytest.raises(InputError, match=message):
             bisect(folder, **{"executor": Engine(), "model": model, **words})
+    with pytest.raises(InputError, match="1 or more"):
+        Probing(probes=0)
     with pytest.raises(InputError):
         bisect(tmp_path, Engine())
 
@@ -583,12 +590,12 @@ def test_the_planner_sees_what_is_partial(saved):
     """Keys that are right say nothing of the rows of values in W_pack, but of what W_pack follows from."""
     flow = flow_of(saved[0])
     attention = f"{LAYER}.self_attn"
-    search = Search(flow, {f"{attention}.key": True, f"{attention}.context": False})
+    search = Planner(flow, {f"{attention}.key": True, f"{attention}.context": False})
     assert f"{attention}.W_pack" in search.candidates and f"{LAYER}.input_layernorm" not in search.candidates
     search.seen |= {f"{attention}.query": True, f"{attention}.value": True}
     assert f"{attention}.W_pack" not in search.candidates, "all that follows from it is right"
-    search = Search(flow, {f"{attention}.value": False})
+    search = Planner(flow, {f"{attention}.value": False})
     assert not {f"{attention}.query", f"{attention}.key"} & search.candidates, "they come before it, and not in it"
-    search = Search(flow, {"lm_head": False, f"{LAYER}.post_attention_layernorm": True})
+    search = Planner(flow, {"lm_head": False, f"{LAYER}.post_attention_layernorm": True})
     assert f"{LAYER}.attention_residual" in search.candidates, "a norm does not see a factor"
     assert f"{attention}.o_proj" not in search.candidates

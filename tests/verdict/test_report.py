@@ -2,7 +2,6 @@
 
 import html as parser
 import json
-import math
 import re
 from dataclasses import replace
 from html.parser import HTMLParser
@@ -12,10 +11,11 @@ import numpy as np
 import pytest
 
 from export.causes.evidence import Cause
-from export.measure.figures import BINS, Figures
+from export.measure.figures import BINS, Birth, Codes, Comparison, Figures, Logits, Needs
 from export.measure.kinds import FLOAT, SIMULATION
 from export.verdict.report import COLOURS, DARK, LEVELS, colour, html, junit, level, model_explorer
-from export.verdict.verdict import Verdict, read_run, save_run
+from export.verdict.saved import read_run, save_run
+from export.verdict.verdict import Verdict
 from refimpl.config import Config
 from refimpl.errors import InputError
 
@@ -37,19 +37,24 @@ def verdict(layers=32, tokens=128, wrong=11, remarks=(), about=None):
                 bad = layer >= wrong and (way == "chained" or (layer == wrong and name.endswith("key")))
                 bad |= name == "lm_head" and way == "chained"
                 scale = 50 if bad else 0.4
-                tensors.append(Figures(
+                tensors.append(Comparison(
                     f"{run}_{part}_of_5", way, name, SIMULATION, output=name, shape=(1, heads, count, 128),
-                    rows=4 * scale, typical=scale, reason="noise", sqnr=30.0, cosine=0.99, max_abs=1.0,
-                    index=(0, 1, 2, 3), value=1.0, reference=2.0, cost_sqnr=25.0, cost_cosine=0.99,
-                    total_sqnr=20.0, total_cosine=0.9,
-                    tokens=tuple((scale * rng.random(count)).tolist()), heads=tuple(rng.random(heads).tolist()),
-                    token_sqnr=tuple((40 * rng.random(count)).tolist()),
-                    head_sqnr=tuple((40 * rng.random(heads)).tolist()),
-                    token_cosine=tuple(rng.random(count).tolist()), head_cosine=tuple(rng.random(heads).tolist()),
-                    token_lsb=tuple(rng.integers(0, 9, count).astype(float).tolist()),
-                    histogram=tuple(rng.integers(0, 4000, BINS).tolist()), bits=8, step=0.1, lsb_max=3.0, lsb_over=0.01,
-                    born="" if not bad else "here" if way == "isolated" else "inherited",
-                    **(dict(kl=0.1, top1=0.9, cost_kl=0.05, cost_top1=0.95) if name == "lm_head" else {}),
+                    needs=Needs(
+                        4 * scale, scale, tokens=tuple((scale * rng.random(count)).tolist()),
+                        heads=tuple(rng.random(heads).tolist()),
+                        histogram=tuple(rng.integers(0, 4000, BINS).tolist()), reason="noise",
+                    ),
+                    device=Figures(
+                        30.0, 0.99, 1.0, (0, 1, 2, 3), 1.0, 2.0,
+                        token_sqnr=tuple((40 * rng.random(count)).tolist()),
+                        head_sqnr=tuple((40 * rng.random(heads)).tolist()),
+                        token_cosine=tuple(rng.random(count).tolist()),
+                        head_cosine=tuple(rng.random(heads).tolist()),
+                    ),
+                    cost=Figures(25.0, 0.99), total=Figures(20.0, 0.9),
+                    codes=Codes(8, 0.1, 3.0, 0.01, tuple(rng.integers(0, 9, count).astype(float).tolist())),
+                    born=Birth.UNKNOWN if not bad else Birth.HERE if way == "isolated" else Birth.INHERITED,
+                    logits=Logits(0.1, 0.9, 0.05, 0.95) if name == "lm_head" else None,
                 ))  # fmt: skip
     guilty = next(t for t in tensors if t.born == "here")
     causes = {guilty.name: Cause("RoPE", "RoPE has the base 1e+06, expected 10000")}
@@ -101,7 +106,7 @@ def test_a_person_can_read_it():
         assert contrast(background, ink) > 3, background
     assert f"background:{COLOURS[0]};color:#fff" in text and f"background:{COLOURS[2]};color" not in text
     assert '<th title="self_attn.key">key' in text
-    broken = replace(verdict().tensors[1], problem="NaN or infinity on one side", sqnr=math.inf, cosine=math.nan)
+    broken = replace(verdict().tensors[1], problem="NaN or infinity on one side", device=Figures())
     text = html(replace(verdict(), tensors=(broken,)))
     assert "<td>–<td>–<td>–<td>–" in text and "<td>nan" not in text and "<td>inf" not in text
 
@@ -118,7 +123,7 @@ def contrast(a, b):
 
 def test_names_are_escaped():
     text = html(verdict(layers=8, wrong=3, remarks=[HOSTILE], about={HOSTILE: HOSTILE}))
-    tensor = Figures(HOSTILE, "isolated", "lm_head", FLOAT, problem=HOSTILE)
+    tensor = Comparison(HOSTILE, "isolated", "lm_head", FLOAT, problem=HOSTILE)
     text += html(Verdict((tensor,), FLOAT, Config(num_hidden_layers=1), {tensor.name: Cause(HOSTILE, HOSTILE)}))
     page = Page(text)
     assert page.tags.count("script") == 4 and "img" not in page.tags and not page.handlers
@@ -127,7 +132,7 @@ def test_names_are_escaped():
 
 
 def test_a_way_is_escaped():
-    tensor = Figures("g", HOSTILE, "lm_head", FLOAT, kl=0.1, top1=0.5, cost_kl=0.1, cost_top1=0.5)
+    tensor = Comparison("g", HOSTILE, "lm_head", FLOAT, logits=Logits(0.1, 0.5, 0.1, 0.5))
     page = Page(html(Verdict((tensor,), FLOAT, Config(num_hidden_layers=1))))
     assert page.tags.count("script") == 2 and "img" not in page.tags and not page.handlers
 
@@ -173,7 +178,7 @@ def test_junit_says_what_failed():
     (case,) = [c for c in suites["prompt_ar128_cl4096_3_of_5/isolated"] if c.find("failure") is not None]
     assert case.get("name") == "model.layers.11.self_attn.key"
     assert "RoPE has the base" in case.find("failure").get("message") and "It begins in" in case.find("failure").text
-    tensor = Figures(HOSTILE, "isolated", "lm_head", FLOAT, problem=HOSTILE)
+    tensor = Comparison(HOSTILE, "isolated", "lm_head", FLOAT, problem=HOSTILE)
     ElementTree.fromstring(junit(Verdict((tensor,), FLOAT, Config(num_hidden_layers=1))))
 
 

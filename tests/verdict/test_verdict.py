@@ -23,13 +23,16 @@ from export.files.entries import of_mapping
 from export.graphs.plan import carry
 from export.hub import connection, session
 from export.measure.device import fit
-from export.measure.figures import Figures, Thresholds
+from export.measure.figures import Birth, Comparison, Figures, Needs
+from export.measure.flat import from_flat, to_flat
 from export.measure.kinds import FLOAT, KINDS, SIMULATION
+from export.measure.limits import Terms, Thresholds
 from export.measure.references import References
+from export.measure.standard import shown_dtype
 from export.search.bisection import bisect
 from export.verdict.report import html
-from export.verdict.trial import judge, shown_dtype
-from export.verdict.verdict import read_run, save_run
+from export.verdict.saved import read_run, save_run
+from export.verdict.trial import judge
 from refimpl.checkpoint.weights import Weight
 from refimpl.cli import main
 from refimpl.errors import InputError
@@ -403,11 +406,11 @@ def test_token_and_head_are_named(world):
     verdict = world.judged(at(3, "past_key_1_out", one)(world, "simulation", "isolated"))
     assert len(verdict.failures) == 1
     (wrong,) = verdict.failures
-    worst = [np.argmin(wrong.token_sqnr), np.argmin(wrong.token_cosine), np.argmax(wrong.token_lsb)]
-    assert worst == [5, 5, 5] and np.argmin(wrong.head_cosine) == np.argmax(wrong.head_lsb) == 2
+    worst = [np.argmin(wrong.device.token_sqnr), np.argmin(wrong.device.token_cosine), np.argmax(wrong.codes.tokens)]
+    assert worst == [5, 5, 5] and np.argmin(wrong.device.head_cosine) == np.argmax(wrong.codes.heads) == 2
     assert f"Wrong in token 5 of {world.references.plan.prompt}, head 2 of 4" in verdict.story
     assert verdict.suspects == [KEY.format(1)]  # the layer's output, which is made of it, is right
-    assert "its output alone is wrong" in verdict.story
+    assert "only this output is wrong" in verdict.story
 
 
 def test_what_a_softmax_hides_is_not_only_in_the_output(world):
@@ -443,9 +446,9 @@ def test_logits_that_cannot_be_compared_are_told(world):
     verdict = world.judged(outputs)
     lines = [line for line in str(verdict).split("\n") if line.startswith("logits of ")]
     assert lines == [
-        f"logits of {P.format(4)}, isolated: no KL and no top-1, for they are not to be compared: NaN or infinity on "
+        f"logits of {P.format(4)}, isolated: no KL and no top-1, because they cannot be compared: NaN or infinity on "
         "one side",
-        f"logits of {T.format(4)}, isolated: no KL and no top-1, for they are not to be compared: missing",
+        f"logits of {T.format(4)}, isolated: no KL and no top-1, because they cannot be compared: missing",
     ]
     assert all(line in html(verdict) for line in lines)
 
@@ -486,7 +489,7 @@ def test_a_right_sibling_clears_the_norm(world):
     assert verdict.suspects == [f"model.layers.1.self_attn.{name}" for name in ("W_pack", "key")]
     layer["past_value_1_out"] = layer["past_value_1_out"] * np.float32(1.5)
     verdict = world.judged(outputs)
-    assert verdict.suspects[0] == "model.layers.1.input_layernorm" and "output alone" not in verdict.story
+    assert verdict.suspects[0] == "model.layers.1.input_layernorm" and "only this output" not in verdict.story
 
 
 def test_what_does_not_follow_from_a_tensor_clears_nothing(world):
@@ -500,7 +503,7 @@ def test_what_does_not_follow_from_a_tensor_clears_nothing(world):
     outputs = world.references.run(FLOAT, spec, world.references.inputs(spec), wanted=[f"{tap}.probs"], change=wrong)
     verdict = world.judged({name: outputs})
     assert verdict.guilty.tap == f"{tap}.value" and verdict.failures[-1].born == "inherited"
-    assert "output alone" not in verdict.story and verdict.suspects == [f"{tap}.W_pack", f"{tap}.value"]
+    assert "only this output" not in verdict.story and verdict.suspects == [f"{tap}.W_pack", f"{tap}.value"]
 
 
 def test_many_suspects_are_a_range(world):
@@ -548,8 +551,8 @@ def test_missing_and_absent_outputs(world):
     assert [(tensor.name, tensor.problem) for tensor in verdict.failures] == [
         (f"{P.format(3)}/isolated/{VALUE.format(1)}", "missing")
     ]
-    assert verdict.remarks == (f"not judged, without outputs: {T.format(1)}",)
-    assert verdict.story == f"{verdict.guilty.name} is not among the outputs; nothing can be said of it."
+    assert verdict.remarks == (f"not judged, because there are no outputs: {T.format(1)}",)
+    assert verdict.story == f"{verdict.guilty.name} is not among the outputs, so it cannot be judged."
 
     outputs = world.healthy("simulation", "isolated")
     graph = outputs["isolated"][P.format(3)]
@@ -581,12 +584,12 @@ def test_float16_devices_have_their_own_tolerance(world):
         return {name: array.astype(np.float16).astype(np.float32) for name, array in outputs.items()}
 
     outputs = world.run("float", "isolated", fault=rounded)
-    assert not judge(world.folder, outputs, dtype="float32")
+    assert not judge(world.folder, outputs, terms=Terms("float32"))
     for dtype in (None, "float16"):
-        assert (verdict := judge(world.folder, outputs, dtype=dtype)), verdict
+        assert (verdict := judge(world.folder, outputs, terms=Terms(dtype))), verdict
         assert verdict.about["dtype"] == "float16" and len(verdict.remarks) == (not dtype)
     outputs["isolated"][P.format(3)]["past_key_1_out"] *= np.float32(1.2)
-    assert judge(world.folder, outputs, dtype="float16").guilty.tap == KEY.format(1)
+    assert judge(world.folder, outputs, terms=Terms("float16")).guilty.tap == KEY.format(1)
 
 
 HALF = float(np.float16(0.3))  # and no bfloat16
@@ -608,11 +611,13 @@ def test_the_dtype_is_what_most_outputs_show(device, golden, grids, dtype):
 def test_the_kind_is_not_taken_for_a_fault(world):
     """What quantization costs is stated, and is no fault of the device's."""
     verdict = world.judged(world.healthy("simulation", "isolated"))
-    assert max(t.cost_sqnr for t in verdict.tensors if t.layer is not None) < 60
-    assert min(t.sqnr for t in verdict.tensors) > 100
-    logits = [t for t in verdict.tensors if t.kl is not None]
-    assert all(t.kl == pytest.approx(t.cost_kl) and t.kl > 0 for t in logits)
-    assert all(t.kl == pytest.approx(np.mean(t.token_kl)) and len(t.token_kl) == t.shape[1] for t in logits)
+    assert max(t.cost.sqnr for t in verdict.tensors if t.layer is not None) < 60
+    assert min(t.device.sqnr for t in verdict.tensors) > 100
+    logits = [t for t in verdict.tensors if t.logits is not None]
+    assert all(t.logits.kl == pytest.approx(t.logits.cost_kl) and t.logits.kl > 0 for t in logits)
+    assert all(
+        t.logits.kl == pytest.approx(np.mean(t.logits.tokens)) and len(t.logits.tokens) == t.shape[1] for t in logits
+    )
 
 
 @pytest.fixture(scope="module")
@@ -642,16 +647,16 @@ def test_a_run_is_saved_and_judged_again(world, faulty, tmp_path):
 @pytest.mark.parametrize("limits", [Thresholds(max_lsb=3), Thresholds(max_over=0.5), Thresholds(max_lsb=0, max_over=0)])
 def test_limits_in_codes_let_nothing_pass_that_has_none(world, limits):
     """Floats have no codes to count, so the rule judges them; and so it does what has no grid beside what has one."""
-    right = world.healthy("float", "isolated")
-    assert "explains, for none has codes" in judge(world.folder, right, thresholds=limits).summary
+    right, terms = world.healthy("float", "isolated"), Terms(thresholds=limits)
+    assert "explains, for none has codes" in judge(world.folder, right, terms=terms).summary
     wrong = {"isolated": {P.format(2): {name: 0 * x + 9 for name, x in right["isolated"][P.format(2)].items()}}}
-    for verdict in (judge(world.folder, wrong, thresholds=limits), judge(world.folder, wrong).judged(limits)):
+    for verdict in (judge(world.folder, wrong, terms=terms), judge(world.folder, wrong).judged(limits)):
         assert len(verdict.failures) == len(verdict.tensors) and "Wrong in all" in verdict.story
-    healthy = world.judged(world.healthy("simulation", "isolated"), thresholds=Thresholds(max_lsb=1))
+    healthy = world.judged(world.healthy("simulation", "isolated"), terms=Terms(thresholds=Thresholds(max_lsb=1)))
     [*codes, bare] = healthy.tensors[:3]
-    mixed = replace(healthy, tensors=(*codes, replace(bare, lsb_max=None, lsb_over=None)))
+    mixed = replace(healthy, tensors=(*codes, replace(bare, codes=replace(bare.codes, largest=None, over=None))))
     assert mixed and "the given limits, 1 without codes within what rounding explains" in mixed.summary
-    assert not replace(mixed, tensors=(*codes, replace(mixed.tensors[-1], rows=1e3)))
+    assert not replace(mixed, tensors=(*codes, replace(mixed.tensors[-1], needs=Needs(rows=1e3))))
 
 
 def test_another_model_is_refused(world, tmp_path):
@@ -684,9 +689,10 @@ def test_the_model_is_what_it_was_before_the_export(world, tmp_path):
 
 
 def test_figures_survive_json():
-    figures = Figures("g", "isolated", "lm_head", FLOAT, tokens=(0.5, 2.0), sqnr=31.25, born="here")
-    again = Figures.from_json(json.loads(json.dumps(figures.to_json())))
-    assert (again.tokens, again.sqnr, again.born, again.rows) == ((0.5, 2.0), 31.25, "here", np.inf)
+    needs, device = Needs(tokens=(0.5, 2.0)), Figures(sqnr=31.25)
+    one = Comparison("g", "isolated", "lm_head", FLOAT, needs=needs, device=device, born=Birth.HERE)
+    again = from_flat(json.loads(json.dumps(to_flat(one))))
+    assert (again.needs.tokens, again.device.sqnr, again.born, again.needs.rows) == ((0.5, 2.0), 31.25, "here", np.inf)
 
 
 def test_what_no_pattern_explains_has_no_cause(world):

@@ -1,0 +1,167 @@
+"""The standard that a device is held to: what is right, how far off it may be, and how it computes.
+
+The verdict on given outputs (`export/verdict/trial.py`) and the search for an operation (`export/search/one_graph.py`)
+judge by the same one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cache, cached_property
+from typing import Any, NamedTuple
+
+import ml_dtypes
+import numpy as np
+from tqdm import tqdm
+
+from export.graphs.plan import Arrays, GraphSpec, Value, Way, unpadded
+from export.measure.device import Answer
+from export.measure.figures import Comparison, Sides, Spot, compared
+from export.measure.kinds import ENDS, FLOAT, Kind
+from export.measure.limits import DERIVED, Thresholds
+from export.measure.references import References
+from golden.tolerance import Tolerance, tolerances
+from refimpl.errors import InputError
+from refimpl.names import taps
+
+
+class Right(NamedTuple):
+    """What an answer should be, and what that would be without the rounding of activations, if that adds anything."""
+
+    outputs: Arrays
+    unrounded: Arrays | None
+
+
+@dataclass(frozen=True, eq=False)
+class Standard:
+    """What a device should answer, for an export. `dtype`: the floats that the device computes in."""
+
+    references: References
+    dtype: str = "float32"
+
+    def right(
+        self, kind: Kind, spec: GraphSpec, inputs: Mapping[str, np.ndarray], way: Way, wanted: Collection[str] = ()
+    ) -> Arrays:
+        """The right outputs, and `wanted` taps: stored ones where the export has them, else computed."""
+        if kind == FLOAT and not wanted:  # linking the oracle's graphs changes nothing in their outputs
+            return self.references.golden(spec)
+        if kind.on_grids and self.references.model is None:
+            return self.references.stored(spec, way)
+        return self.references.run(kind, spec, inputs, wanted=wanted)
+
+    def alone(self, kind: Kind, answer: Answer) -> Right:
+        """What a graph should answer to golden inputs."""
+        spec, other = answer.spec, self.unrounded(kind, "isolated")
+        inputs, wanted = self.references.inputs(spec), answer.probed
+        base = self.right(other, spec, inputs, "isolated", wanted) if other else None
+        return Right(self.right(kind, spec, inputs, "isolated", wanted), base)
+
+    def beside(self, kind: Kind, answer: Answer, right: Right) -> Iterator[Comparison]:
+        """The tensors of an answer beside what they should be."""
+        spec, golden = answer.spec, self.references.golden(answer.spec)
+        if any(name not in golden for name in answer.values):
+            golden = golden | self.references.run(FLOAT, spec, self.references.inputs(spec), wanted=answer.probed)
+        for tap, value in answer.in_order:
+            name = value.name
+            spot = Spot(spec, answer.way, tap, name)
+            if name not in answer.arrays:
+                yield spot.nothing(kind, "missing")
+                continue
+            if name not in right.outputs:
+                raise InputError(f"{tap} of {spec.name} is no output of the graph; give the model that computes it")
+            arrays = [answer.arrays[name], right.outputs[name], golden[name]]
+            arrays += [right.unrounded[name]] if right.unrounded else []
+            yield self.compared(kind, spot, Sides(*(unpadded(value, x, spec) for x in arrays)))
+
+    def unrounded(self, kind: Kind, way: Way) -> Kind | None:
+        """The kind that shows what the rounding of activations adds; None if that is nothing.
+
+        Between quantized ends, a graph computes floats from golden inputs as the golden does: nothing is added there.
+        """
+        return None if kind == ENDS and way == "isolated" else kind.unrounded(self.references.model is not None)
+
+    def limit(self, spot: Spot) -> Tolerance:
+        """The tolerance of a tensor in floats."""
+        spec, tap = spot.spec, spot.tap
+        if self.dtype == "float32" and tap in self.references.limits:
+            return self.references.limits[tap]
+        key = (spec.part.number, spot.way)
+        if key not in self._tolerances:
+            inside = {f"model.layers.{layer}" for layer in spec.part.layers}
+            outside = [name for name in taps(spec.config) if ".".join(name.split(".")[:3]) not in inside]
+            fed = outside if spot.way == "isolated" else ()
+            scores = self.references.scores
+            self._tolerances[key] = tolerances(spec.config, self.dtype, spec.real + spec.past, fed, scores)
+        return self._tolerances[key][tap]
+
+    @cached_property
+    def _tolerances(self) -> dict[tuple[int, Way], dict[str, Tolerance]]:
+        return {}
+
+    def compared(self, kind: Kind, spot: Spot, sides: Sides) -> Comparison:
+        """A device's tensor beside what it should be."""
+        return compared(spot, kind, sides, self.limit(spot), self.references.grids.get(spot.tap))
+
+    def likeliest(
+        self, compare: Callable[[Kind], Iterable[Comparison]], thresholds: Thresholds
+    ) -> tuple[Kind, list[Comparison]]:
+        """How a device computes, and its tensors beside the right ones of that kind: the first kind that fits, or else
+        the nearest.
+        """
+        found: dict[Kind, list[Comparison]] = {}
+        for kind in tqdm(self.references.kinds, "judging", unit="reference", disable=None, leave=False):
+            found[kind] = list(compare(kind))
+            if all(map(thresholds.within, found[kind])):
+                return kind, found[kind]
+        nearest = min(found, key=lambda kind: misfit(found[kind], thresholds))
+        return nearest, found[nearest]
+
+    def needs(self, kind: Kind, spot: Spot, value: Value, inputs: Mapping[str, np.ndarray]) -> Callable:
+        """What a device needs over what rounding explains, were what is right another tensor; see `Evidence`."""
+        spec, other = spot.spec, kind.unrounded(self.references.model is not None)
+
+        @cache
+        def added() -> np.ndarray | None:
+            """What the rounding of activations adds to the right tensor."""
+            if other is None or self.references.model is None:
+                return None
+            right, base = (self.references.run(k, spec, inputs, wanted=[spot.tap])[value.name] for k in (kind, other))
+            return unpadded(value, right, spec).astype(np.float64) - unpadded(value, base, spec)
+
+        def needs(device: np.ndarray, right: np.ndarray, tokens: tuple[slice, ...]) -> float:
+            noise = added()
+            unrounded = None if noise is None else right - noise[tokens]
+            return DERIVED.excess(self.compared(kind, spot, Sides(device, right, right, unrounded)))
+
+        return needs
+
+
+def misfit(found: list[Comparison], thresholds: Thresholds) -> tuple[bool, float]:
+    """How badly a run fits a kind of device: whether a tensor fails, then how far it is away, on average in dB.
+
+    What a fault has changed is far from the references of all kinds, and all else is near to those of the right kind.
+    """
+    fails = not all(map(thresholds.within, found))
+    return fails, -float(np.mean([np.clip(np.nan_to_num(one.device.sqnr), 0, 120) for one in found]))
+
+
+def shown_dtype(references: References, answers: Iterable[Answer]) -> str:
+    """The floats of a device without grids: float16 where most outputs are float16 numbers and their goldens are not.
+
+    Most, and not all: an engine may keep the last operation of a graph in float32. Numbers that fit bfloat16, too, are
+    no sign of float16.
+    """
+    if references.grids:
+        return "float32"
+    pairs = ((golden, answer.arrays.get(name)) for answer in answers
+             for name, golden in references.golden(answer.spec).items())  # fmt: skip
+    halves = [_fits(device, np.float16) and not _fits(device, ml_dtypes.bfloat16)
+              for golden, device in pairs if device is not None and not _fits(golden, np.float16)]  # fmt: skip
+    return "float16" if 2 * sum(halves) > len(halves) else "float32"
+
+
+def _fits(x: np.ndarray, dtype: Any) -> bool:
+    """Whether all numbers are of a narrower dtype."""
+    with np.errstate(over="ignore"):
+        return np.array_equal(x.astype(dtype).astype(x.dtype), x, equal_nan=True)
