@@ -18,7 +18,7 @@ from onnx import helper, numpy_helper
 from export import emit
 from export.files.encodings import write_encodings
 from export.folder.manifest import read_manifest
-from export.hub import session
+from export.hub import connection, session
 from export.hub.session import Session
 from export.measure.kinds import EVEN, FLOAT, SIMULATION
 from export.measure.limits import Thresholds
@@ -499,8 +499,8 @@ def test_a_quantized_device_behind_the_hub(tiny_model, tmp_path, monkeypatch, un
     import backoff._sync
     import qai_hub.util.session
 
-    for name in ("POLL", "PATIENCE"):
-        monkeypatch.setattr(session, name, 0.0)
+    monkeypatch.setattr(session, "POLL", 0.0)
+    monkeypatch.setattr(connection, "PATIENCE", 0.0)
     monkeypatch.setattr(qai_hub.util.session, "BACKOFF_FACTOR", 0.0)
     monkeypatch.setattr(backoff._sync.time, "sleep", lambda _: None)
     monkeypatch.setenv("QAIHUB_CLIENT_INI", str(tmp_path / "client.ini"))

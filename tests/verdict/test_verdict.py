@@ -846,7 +846,7 @@ def test_the_command(world, faulty, tmp_path, capsys):
             ["verify", run, "--engine", "reference", "--graph", "nope"],
             "--engine, --graph belongs to a device's outputs",
         ),
-        (["verify", parts, "--chained", "--dtype", "float16"], "--chained, --dtype belongs to a device's outputs"),
+        (["verify", parts, "--chained", "--max-over", "0"], "--chained, --max-over belongs to a device's outputs"),
         (["verify", parts, "--max-lsb", "0"], "--max-lsb belongs to a device's outputs"),
         (["verify", run, "--html", new, "--junit", str(tmp_path / "no" / "x")], "no is no folder; choose another"),
         (["verify", run, "--html", new, "--save", str(tmp_path)], "it is a folder"),
