@@ -44,7 +44,7 @@ def test_what_counts_as_the_same(shown, printed, agree):
 
 
 def test_the_picture_is_the_verdict_that_the_readme_shows():
-    assert PICTURE.read_text(encoding="utf-8") == picture(ENGLISH)
+    assert PICTURE.read_text(encoding="utf-8") == picture(ENGLISH), "draw it anew: python tests/readme.py"
 
 
 def bare(path):
@@ -53,7 +53,7 @@ def bare(path):
 
 
 def test_the_chinese_readme_has_the_same_blocks():
-    assert bare(CHINESE) == bare(ENGLISH)
+    assert bare(CHINESE) == bare(ENGLISH), "copy the block that changed from README.md"
 
 
 def test_the_chinese_readme_is_complete():
@@ -64,6 +64,15 @@ def test_the_chinese_readme_is_complete():
         pair = [["README" if found in ("README.md", "README.zh.md") else found for found in side] for side in pair]
         assert pair[0] == pair[1], pattern
     assert "](README.zh.md)" in english.split("\n\n")[1] and "](README.md)" in chinese.split("\n\n")[1]
+
+
+def test_the_map_shows_every_room():
+    linked = {
+        ROOT / link.removesuffix("/README.md") for link in re.findall(r"\]\(([^)#]+)", ENGLISH.read_text("utf-8"))
+    }
+    packages = (ROOT / "kernels", ROOT / "refimpl", ROOT / "golden", ROOT / "export")
+    rooms = {file.parent for package in packages for file in package.rglob("__init__.py")}
+    assert not rooms - linked - {ROOT / "kernels" / "refimpl_kernels"}
 
 
 @pytest.mark.parametrize("path", [ENGLISH, CHINESE])
