@@ -1,9 +1,10 @@
-"""Who computes a model: NumPy, which says what each operation means, or Numba, at the speed of memory.
+"""What computes a model: NumPy, which defines what each operation means, or Numba, at the speed of memory.
 
-NumPy computes every number format. Numba computes float32; for the others, it too leaves the work to NumPy.
+NumPy computes every number format. Numba computes float32 and leaves the other formats to NumPy.
 
-`numba` keeps activations as they are. `numba-int16` and `numba-int8` round them to integers, a scale for each 32, where
-they meet 4-bit blocks, as other engines do: faster for prompts, and no longer what the weights alone say.
+`numba` keeps activations in float32. `numba-int16` and `numba-int8` round them to integers, with a scale for each 32,
+before they are multiplied by 4-bit blocks. Other engines do the same: it is faster for prompts, and adds an error that
+the weights alone do not have.
 """
 
 from __future__ import annotations
@@ -19,17 +20,18 @@ from refimpl.errors import InputError
 from refimpl_kernels.ops import DTYPES, NumPyOps
 
 NAMES = ("numpy", "numba", "numba-int16", "numba-int8")
-# From so many weights on, one pass saves what importing Numba and its kernels costs. Measured on a Zen 5 core: 0.35 s,
-# and 4 ns for each 4-bit weight (11 ns in a prompt of 128 tokens). Compiling, once and for all, costs seconds more.
+# With this many weights, one pass saves as much time as importing Numba and its kernels takes. Measured on a Zen 5
+# core: the import takes 0.35 s, and a pass saves 4 ns for each 4-bit weight (11 ns in a prompt of 128 tokens).
+# Compiling takes seconds more, but once only.
 LARGE = 1 << 26
 
 
 def choose(asked: str | None, weights: Mapping[str, Any]) -> str:
-    """The backend that is asked for, else that of REFIMPL_BACKEND, else the one that suits the weights.
+    """The backend that is asked for, else the one that REFIMPL_BACKEND names, else the one that suits the weights.
 
-    Numba suits large matrices: blocks and 16-bit formats, which NumPy must convert to float32 for every token, and
-    float32, whose products it computes no slower than PyTorch does.
-    Raises InputError for a name that is not known.
+    Numba suits large matrices. NumPy has to convert blocks and 16-bit formats to float32 for every token, and float32
+    products take Numba no longer than they take PyTorch.
+    Raises InputError for an unknown name.
     """
     name = asked or os.environ.get("REFIMPL_BACKEND")
     if name:

@@ -1,4 +1,4 @@
-"""Keys and values of the tokens so far, so that each new token costs one column of attention and not all of it."""
+"""Keys and values of the tokens so far: with them, a new token costs one row of attention instead of all rows."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ DTYPES = ("float32", "float16", "int8")  # what a cache may keep, and as what a 
 def room(shape: tuple[int, ...], dtype: Any) -> Any:
     """Room for keys or values (B, K, S, D): an array, or Q8_0's blocks of 32 for int8.
 
-    NumPy asks for huge pages, of 2 MiB: the first token of each head would have all of its room filled with zeros,
-    which takes longer than all other work on a short prompt. A mapping of one's own comes in pages of 4 KiB.
+    NumPy asks the system for huge pages of 2 MiB. Then the first token of each head has all of its room filled with
+    zeros, which takes longer than all other work on a short prompt. A mapping made here comes in pages of 4 KiB.
     """
     if dtype == "int8":
         return Q8Rows(room(shape, np.int8), room((*shape[:-1], shape[-1] // BLOCK), np.float16))
@@ -39,17 +39,17 @@ def room(shape: tuple[int, ...], dtype: Any) -> Any:
 
 
 def expect_dtype(dtype: str | None, head_dim: int) -> None:
-    """Raises InputError for what no cache of heads of this size keeps. None: what is computed."""
+    """Raises InputError for a dtype that a cache with heads of this size cannot keep. None: the dtype of the run."""
     if dtype is not None and dtype not in DTYPES:
         raise InputError(f"the cache's dtype is {dtype!r}, expected one of {', '.join(DTYPES)}")
     if dtype == "int8" and head_dim % BLOCK:
         raise InputError(
-            f"an int8 cache keeps blocks of {BLOCK}, and heads of {head_dim} are no multiple; take float16"
+            f"an int8 cache keeps blocks of {BLOCK}, and head_dim {head_dim} is not a multiple; use float16"
         )
 
 
 def no_cache(layer: int, key: np.ndarray, value: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """What stands in for a cache when there is no past: attention may see the new keys and values."""
+    """In the place of a cache when there is no past: attention sees the new keys and values alone."""
     return key, value
 
 
@@ -57,9 +57,9 @@ class KVCache:
     """Room for `capacity` tokens of `batch` sequences, filled in place and handed out as views.
 
     `length` tokens are in it; `mask` (batch, length) says which of them are padding. The arrays (batch, K, capacity, D)
-    are made when the first keys arrive, in their number format or in `dtype`; the operating system gives memory to
-    what is written only. What a narrower `dtype` keeps is rounded when it is written, once; a token sees itself as
-    later ones will see it. A call that fails changes nothing that counts: `advance` comes last.
+    are made when the first keys arrive, in their number format or in `dtype`. They take memory only as they are
+    written. A narrower `dtype` rounds once, on writing, so that a token sees itself as later tokens will see it. A
+    call that fails leaves the cache as it was, for `advance` comes last.
     """
 
     def __init__(self, layers: int, capacity: int, batch: int = 1, dtype: str | None = None):
@@ -95,8 +95,8 @@ class KVCache:
     def extended_mask(self, mask: np.ndarray | None, tokens: int) -> np.ndarray:
         """The mask (B, S) of the past and `tokens` more. Raises InputError if they do not fit.
 
-        `mask` (B, S) covers both, as in transformers; None keeps what was said of the past and takes all new tokens
-        for real ones.
+        `mask` (B, S) covers both, as in transformers. None keeps the mask of the past, and none of the new tokens is
+        padding.
         """
         if self.length + tokens > self.capacity:
             raise InputError(
@@ -106,5 +106,5 @@ class KVCache:
         return np.pad(self.mask, ((0, 0), (0, tokens)), constant_values=1) if mask is None else mask
 
     def advance(self, mask: np.ndarray) -> None:
-        """The tokens that were taken are now part of the past, with this mask (B, S) of all."""
+        """Makes the new tokens part of the past. `mask` (B, S) covers all of it."""
         self.mask, self.length = mask, mask.shape[1]

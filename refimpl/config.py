@@ -1,6 +1,6 @@
-"""What a checkpoint is: one frozen `Config`, read from Hugging Face's own `config.json` keys.
+"""One frozen `Config` for a checkpoint, read from the keys of Hugging Face's `config.json`.
 
-The five families are facts, not subclasses: each is a row of `FAMILIES`, and everything they differ in is a field.
+The five families are rows of `FAMILIES`, not subclasses. Whatever they differ in is a field.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ class Config:
 
 OURS = {"quant_method": "refimpl"}  # the quantization_config of a folder that `refimpl quantize` has written
 FACTS = ("family", "qkv_packed", "qkv_bias", "norm_head", "rope_upcast", "fused_attention", "quantized")
-# No model is larger, and what is built from a hostile file stays small.
+# No model is larger. The limits keep small what is built from a hostile file.
 _SIZES = {
     "vocab_size": 1 << 22, "hidden_size": 1 << 17, "intermediate_size": 1 << 19, "num_hidden_layers": 1 << 10,
     "num_attention_heads": 1 << 12, "num_key_value_heads": 1 << 12, "max_position_embeddings": 1 << 24,
@@ -141,7 +141,7 @@ _NEUTRAL = {
     "tf_legacy_loss", "tie_encoder_decoder", "torchscript", "typical_p", "use_bfloat16",
 }  # fmt: skip
 
-# Keys that would change the numbers: understood only with these values, `None` standing for "not there".
+# Keys that would change the numbers. Only these values are understood; None means that the key is not there.
 _ONLY: dict[str, tuple] = {
     "hidden_act": ("silu", None),
     "rope_scaling": (None, {"type": "default"}, {"rope_type": "default"}),

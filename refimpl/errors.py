@@ -2,10 +2,10 @@
 
 
 class InputError(ValueError):
-    """What you were given is wrong: says what is, what was expected and what to do, in one line.
+    """A file, an argument or a tensor from outside is wrong. One line says what is, what was expected, what to do.
 
-    Raised for files, arguments and tensors that come from outside. The command line prints the message alone
-    and exits with code 2; every other exception is a bug of ours and shows its traceback.
+    The command line prints this line alone and exits with code 2. Every other exception is a bug of ours and shows
+    its traceback.
 
     >>> print(InputError("the file has a tensor '\\x1b[2J\\n'"))
     the file has a tensor '\\x1b[2J\\n'
@@ -16,11 +16,11 @@ class InputError(ValueError):
 
 
 class Remark(UserWarning):
-    """What was given can be used, but is not what it seems: a line that the command line prints as it stands."""
+    """A warning: the input can be used, but is not what it seems. The command line prints it as one line."""
 
 
 def one_line(text: str) -> str:
-    """The text with escapes for what a terminal would obey or break a line at: names come from files, too."""
+    """The text with control characters and line breaks escaped, for names may come from hostile files."""
     return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
@@ -32,7 +32,7 @@ def at_most(items, limit: int = 5) -> str:
 
 
 def near(name: str, known: set[str]) -> str:
-    """The end of an error message about an unknown name: the known names that look like it, else some of them."""
+    """The end of an error message about an unknown name: known names that resemble it, else some of all."""
     import difflib
 
     close = difflib.get_close_matches(name, known, 3, 0.6) if len(name) < 200 else []

@@ -1,4 +1,4 @@
-"""Files that somebody else has made (small ones, links, pipes, digests), and files that are written whole."""
+"""Reading files that may be damaged or hostile, and writing files that are whole or not there."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SMALL = 64 << 20  # bytes of a file that is read at once; the largest is Qwen2's
 def read_small(path: Path, limit: int = SMALL) -> bytes:
     """The bytes of a small untrusted file. Raises InputError if it cannot be read, is a pipe or too big."""
     try:
-        if path.exists() and not path.is_file():  # a pipe would be waited for
+        if path.exists() and not path.is_file():  # reading a pipe would wait for ever
             raise InputError(f"{path} is not a file; expected one")
         if path.stat().st_size > limit:
             raise InputError(f"{path} has {path.stat().st_size} bytes, expected at most {limit}; is it another file?")
@@ -42,14 +42,14 @@ def read_json(path: Path, limit: int = SMALL) -> dict[str, Any]:
 
 
 def inside(folder: Path, name: str) -> Path:
-    """A folder's file, links followed: inside the folder and into the `blobs` of the Hugging Face cache it lies in.
+    """A folder's file, its links followed, which may lead into the `blobs` of the Hugging Face cache around it.
 
-    Raises InputError for what is no file, or leads elsewhere: a folder that was downloaded says nothing of your disk.
+    Raises InputError if it is not a file, or if a link leads elsewhere: a downloaded folder must not read your disk.
     """
     path, home = (folder / name).resolve(), folder.resolve()
     caches = [above / "blobs" for above in home.parents if above.name.startswith("models--")]
     if path.parent not in (home, *caches) or not path.is_file():
-        raise InputError(f"{folder / name} is not a file of this folder, but leads to {path}; put the file there")
+        raise InputError(f"{folder / name} is not a file of this folder: it leads to {path}; put the file there")
     return path
 
 
@@ -63,12 +63,12 @@ def sha256(path: str | Path) -> str:
 
 
 def write_whole(path: str | Path, text: str) -> None:
-    """Writes a file, whole or not at all. Raises InputError where that cannot be done."""
+    """Writes a file, whole or not at all. Raises InputError if it cannot be written."""
     write_all([(path, text)])
 
 
 def write_all(texts: Iterable[tuple[str | Path, str]]) -> None:
-    """Writes files, pairs of path and text, all of them or none. Raises InputError where that cannot be done."""
+    """Writes files, pairs of path and text, all of them or none. Raises InputError if one cannot be written."""
     made: dict[Path, Path] = {}
     path = Path()
     try:
@@ -86,13 +86,13 @@ def write_all(texts: Iterable[tuple[str | Path, str]]) -> None:
 
 
 def expect_writable(paths: Iterable[str | Path]) -> None:
-    """Raises InputError unless each is a place of its own for a file: what takes long shall not end at that."""
+    """Raises InputError unless a file can be written at each path. Long work asks before it begins."""
     places = [Path(path).absolute() for path in paths]
     for path in places:
         problem = (
-            "it is a folder" if path.is_dir() else f"{path.parent} is no folder" if not path.parent.is_dir()
+            "it is a folder" if path.is_dir() else f"{path.parent} is not a folder" if not path.parent.is_dir()
             else "permission denied" if not os.access(path.parent, os.W_OK | os.X_OK)
-            else "two are to be there" if places.count(path) > 1 else ""
+            else "two files would have this name" if places.count(path) > 1 else ""
         )  # fmt: skip
         if problem:
             raise InputError(f"cannot write {path}: {problem}; choose another place")
@@ -100,9 +100,9 @@ def expect_writable(paths: Iterable[str | Path]) -> None:
 
 @contextmanager
 def whole_folder(folder: Path) -> Iterator[Path]:
-    """A folder to be filled, which has its name only when it is full: with `whole_folder(out) as partial`.
+    """`with whole_folder(out) as partial`: fill `partial`, which becomes `out` at the end.
 
-    Raises InputError where it cannot be made or filled, and leaves nothing then.
+    Raises InputError if it cannot be made or filled, and then leaves nothing.
     """
     partial = _beside(folder.resolve())
     try:

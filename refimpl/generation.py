@@ -151,7 +151,7 @@ def _next_scores(
     scores = logits[:, -1].astype(np.float32)
     if not np.isfinite(scores).all():
         raise InputError(
-            "the logits of the next token are NaN or infinite, so some weight or scale may be; refimpl info looks at "
+            "the next token's logits are NaN or infinite, so a weight or a scale may be, too; refimpl info looks at "
             "scales and norms, and refimpl trace shows the first tensor that is"
         )
     return scores

@@ -1,4 +1,4 @@
-"""What a checkpoint is, in a few lines: its family and sizes, its memory in each format, and what is wrong with it."""
+"""A checkpoint in a few lines: its family and sizes, its memory in each format, and what is wrong with it."""
 
 from __future__ import annotations
 
@@ -65,11 +65,11 @@ def _facts(config: Config) -> dict[str, Any]:
 def examine(folder: str | Path) -> dict[str, Any]:
     """The facts of a checkpoint's folder; `remarks` and `problems`, lists of lines, come last.
 
-    With a problem, the checkpoint does not load; what could be told without its weights is there. A folder that
-    holds one checkpoint in each subfolder, such as the intermediate ones, or a model's folder in Hugging Face's cache,
-    gives `checkpoints`, a list of these.
+    A checkpoint with a problem does not load; its facts are then those that its config tells. A folder with a
+    checkpoint in each subfolder, such as the intermediate ones or a model's folder in Hugging Face's cache, gives
+    `checkpoints`, a list of facts.
 
-    Raises InputError for a folder without a config, or with one that is not understood.
+    Raises InputError if there is no config, or one that is not understood.
     """
     folder = Path(folder)
     if folder.suffix == ".gguf":
@@ -127,7 +127,7 @@ def _examine_gguf(path: Path) -> dict[str, Any]:
 
 
 def _examine_step(folder: Path) -> dict[str, Any]:
-    """What `examine` finds of one checkpoint of several; that it cannot be told is a problem like another."""
+    """What `examine` finds of one checkpoint of several. If it fails, that is the checkpoint's problem."""
     try:
         return examine(folder)
     except InputError as error:
@@ -135,7 +135,7 @@ def _examine_step(folder: Path) -> dict[str, Any]:
 
 
 def table(facts: dict[str, Any]) -> str:
-    """What `examine` found of one checkpoint, a line a fact; problems are left to the caller."""
+    """What `examine` found of one checkpoint, one line for each fact. The caller prints the problems."""
     rows = []
     for name, value in facts.items():
         if name == "problems":
@@ -200,7 +200,7 @@ def _bits(matrices: Sequence[formats.Blocks]) -> float:
 
 
 def _revision(folder: Path) -> str:
-    """What the folder's name says: a commit in Hugging Face's cache, or how many tokens were trained on."""
+    """What the folder's name says: a commit of Hugging Face's cache, or how many tokens it was trained on."""
     folder = folder.resolve()
     if folder.parent.name == "snapshots":
         return f"commit {folder.name}"

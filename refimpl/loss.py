@@ -17,7 +17,7 @@ IGNORE = -100  # the label of a position that does not count
 
 
 def cross_entropy(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """-log p(label) in nats, 0 where the label is -100: logits (..., V), labels (...) -> (...) in logits' dtype."""
+    """-log p(label) in nats, and 0 where the label is -100: logits (..., V), labels (...) -> (...) in logits' dtype."""
     top = logits.max(-1, keepdims=True)
     total = np.log(np.exp(logits - top).sum(-1)) + top[..., 0]
     right = np.take_along_axis(logits, np.maximum(labels, 0)[..., None], -1)[..., 0]
@@ -25,7 +25,7 @@ def cross_entropy(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
 
 
 def expect_labels(labels, ids: np.ndarray, vocabulary: int) -> np.ndarray:
-    """Labels (B, T) that fit the ids. Raises InputError for another shape, ids outside, and if none counts."""
+    """The labels (B, T). Raises InputError unless they are one for each id, in the vocabulary, and some count."""
     labels = np.asarray(labels)
     if labels.size == ids.size:  # a plain list of one text, say
         labels = labels.reshape(ids.shape)
@@ -33,9 +33,9 @@ def expect_labels(labels, ids: np.ndarray, vocabulary: int) -> np.ndarray:
         raise InputError(f"the labels are {labels.dtype} {labels.shape}, expected one for each id, {ids.shape}")
     counted = labels != IGNORE
     if (wrong := labels[counted & ((labels < 0) | (labels >= vocabulary))]).size:
-        raise InputError(f"the labels are token ids, or {IGNORE} where they do not count, but one is {wrong[0]}")
+        raise InputError(f"the labels are token ids, or {IGNORE} for what does not count, but one is {wrong[0]}")
     if not counted[:, 1:].any():
-        raise InputError("no label counts: all are -100 or the text is shorter than two tokens")
+        raise InputError("no label counts: all are -100, or the text is shorter than two tokens")
     return labels.astype(np.int64)
 
 
@@ -64,7 +64,7 @@ def predictions(
     piece: int = 128,
     cache_dtype: str | None = None,
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """The model's predictions over a long text: pieces of logits (n, V) and of the ids (n,) that did follow.
+    """The model's predictions over a long text: logits (n, V) and the ids (n,) that did follow, piece by piece.
 
     The text is cut into `windows`; the first token of each is not predicted. A window is fed `piece` tokens at a
     time, so that logits never pile up. `cache_dtype`: see `Model.new_cache`.

@@ -1,7 +1,7 @@
-"""Every tensor that the decoder shows, and the one name it has everywhere.
+"""Every tensor that the decoder shows, and the one name that it has everywhere.
 
-A tensor is called by its PyTorch module path, which is its weight's name less `.weight`. This table drives the
-NumPy trace and the test of its shapes, the hooks on PyTorch, the ONNX value names and the documentation.
+A tensor's name is its PyTorch module path: the weight's name without `.weight`. This table drives the NumPy trace and
+the test of its shapes, the hooks on PyTorch, the ONNX value names and the documentation.
 
 The letters of a shape: B batch · T tokens · S keys (past + T) · C hidden · F intermediate · H heads · K key/value
 heads · D head dim · V vocabulary.
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Tap:
+class Row:
     """One row of the table: `name` (`{i}` is the layer), `shape` in letters, `meaning`, and where PyTorch shows it.
 
     `observed` is "output" (of the module of that name), "input MODULE" (the module whose first input it is) or
@@ -46,45 +46,45 @@ _LAYER = "model.layers.{i}"
 _ATTN = _LAYER + ".self_attn"
 _MLP = _LAYER + ".mlp"
 
-EMBED = (Tap("model.embed_tokens", "B T C", "the embedding row of each token"),)
-QKV_PACKED = (Tap(f"{_ATTN}.W_pack", "B T H*D+2*K*D", "queries, keys and values side by side, before RoPE"),)
+EMBED = (Row("model.embed_tokens", "B T C", "the embedding row of each token"),)
+QKV_PACKED = (Row(f"{_ATTN}.W_pack", "B T H*D+2*K*D", "queries, keys and values side by side, before RoPE"),)
 QKV_SEPARATE = (
-    Tap(f"{_ATTN}.q_proj", "B T H*D", "queries before RoPE"),
-    Tap(f"{_ATTN}.k_proj", "B T K*D", "keys before RoPE"),
-    Tap(f"{_ATTN}.v_proj", "B T K*D", "values"),
+    Row(f"{_ATTN}.q_proj", "B T H*D", "queries before RoPE"),
+    Row(f"{_ATTN}.k_proj", "B T K*D", "keys before RoPE"),
+    Row(f"{_ATTN}.v_proj", "B T K*D", "values"),
 )
 ATTENTION = (
-    Tap(f"{_ATTN}.query", "B H T D", "queries as attention uses them (after RoPE, if the model has it)", ""),
-    Tap(f"{_ATTN}.key", "B K T D", "the new keys as the cache keeps them (after RoPE, if the model has it)", ""),
-    Tap(f"{_ATTN}.value", "B K T D", "the new values as the cache keeps them", ""),
-    Tap(f"{_ATTN}.scores", "B H T S", "query times key over the root of D, before mask and ALiBi", ""),
-    Tap(f"{_ATTN}.probs", "B H T S", "softmax of scores + mask", ""),
-    Tap(f"{_ATTN}.context", "B T H*D", "probs times value, heads side by side", f"input {_ATTN}.o_proj"),
-    Tap(f"{_ATTN}.o_proj", "B T C", "what attention adds to the residual stream"),
-    Tap(f"{_LAYER}.attention_residual", "B T C", "the stream after it", f"input {_LAYER}.post_attention_layernorm"),
+    Row(f"{_ATTN}.query", "B H T D", "queries as attention uses them (after RoPE, if the model has it)", ""),
+    Row(f"{_ATTN}.key", "B K T D", "the new keys as the cache keeps them (after RoPE, if the model has it)", ""),
+    Row(f"{_ATTN}.value", "B K T D", "the new values as the cache keeps them", ""),
+    Row(f"{_ATTN}.scores", "B H T S", "query times key over the root of D, before mask and ALiBi", ""),
+    Row(f"{_ATTN}.probs", "B H T S", "softmax of scores + mask", ""),
+    Row(f"{_ATTN}.context", "B T H*D", "probs times value, heads side by side", f"input {_ATTN}.o_proj"),
+    Row(f"{_ATTN}.o_proj", "B T C", "what attention adds to the residual stream"),
+    Row(f"{_LAYER}.attention_residual", "B T C", "the stream after it", f"input {_LAYER}.post_attention_layernorm"),
 )
 MLP = (
-    Tap(f"{_LAYER}.post_attention_layernorm", "B T C", "RMSNorm before the MLP"),
-    Tap(f"{_MLP}.gate_proj", "B T F", "the gate before SiLU"),
-    Tap(f"{_MLP}.act_fn", "B T F", "SiLU of the gate"),
-    Tap(f"{_MLP}.up_proj", "B T F", "what the gate lets through"),
-    Tap(f"{_MLP}.product", "B T F", "act_fn times up_proj", f"input {_MLP}.down_proj"),
-    Tap(f"{_MLP}.down_proj", "B T C", "what the MLP adds to the residual stream"),
-    Tap(_LAYER, "B T C", "the stream after the layer"),
+    Row(f"{_LAYER}.post_attention_layernorm", "B T C", "RMSNorm before the MLP"),
+    Row(f"{_MLP}.gate_proj", "B T F", "the gate before SiLU"),
+    Row(f"{_MLP}.act_fn", "B T F", "SiLU of the gate"),
+    Row(f"{_MLP}.up_proj", "B T F", "what the gate lets through"),
+    Row(f"{_MLP}.product", "B T F", "act_fn times up_proj", f"input {_MLP}.down_proj"),
+    Row(f"{_MLP}.down_proj", "B T C", "what the MLP adds to the residual stream"),
+    Row(_LAYER, "B T C", "the stream after the layer"),
 )
 HEAD = (
-    Tap("model.norm", "B T C", "the final RMSNorm"),
-    Tap("lm_head", "B T V", "the logits"),
+    Row("model.norm", "B T C", "the final RMSNorm"),
+    Row("lm_head", "B T V", "the logits"),
 )
 
 
-def layer_taps(config: Config) -> tuple[Tap, ...]:
+def layer_taps(config: Config) -> tuple[Row, ...]:
     """The rows of one layer, in computing order, with `{i}` still in their names."""
-    norm = Tap(f"{_LAYER}.input_layernorm", "B T C", "RMSNorm before attention")
+    norm = Row(f"{_LAYER}.input_layernorm", "B T C", "RMSNorm before attention")
     return (norm, *(QKV_PACKED if config.qkv_packed else QKV_SEPARATE), *ATTENTION, *MLP)
 
 
-def taps(config: Config) -> dict[str, Tap]:
+def taps(config: Config) -> dict[str, Row]:
     """Full name -> row for every tap of this model, in computing order."""
     layers = [(t.name.format(i=i), t) for i in range(config.num_hidden_layers) for t in layer_taps(config)]
     return dict([(t.name, t) for t in EMBED] + layers + [(t.name, t) for t in HEAD])
@@ -105,7 +105,7 @@ def input_of(module: str) -> str:
     return found.get(kind, f"{layer}.input_layernorm")
 
 
-def shape(tap: Tap, config: Config, batch: int, tokens: int, keys: int) -> tuple[int, ...]:
+def shape(tap: Row, config: Config, batch: int, tokens: int, keys: int) -> tuple[int, ...]:
     """The numbers behind a tap's letters.
 
     >>> from refimpl.config import Config

@@ -1,6 +1,7 @@
-"""How a token knows where it is: RoPE's tables, ALiBi's slopes, and the mask that both pass through.
+"""How a token knows where it is: RoPE's tables, ALiBi's slopes, and the mask.
 
-All of it is input to the decoder, so prefill, decoding, padding and a phone's static cache are the same code there.
+All of these are inputs of the decoder, so that prefill, decoding, padding and a phone's static cache are the same
+code there.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ def rope_tables(positions: np.ndarray, head_dim: int, theta: float, dtype) -> tu
     """cos and sin of each pair's angle: positions (B, T) -> two arrays (B, 1, T, D/2) of `dtype`.
 
     Pair i turns by position * theta^(-2i/D). Frequencies and angles are computed in `dtype`: the official float32
-    tables carry the error of a float32 angle (1e-4 at position 4000), and the float64 oracle does not.
+    tables have the error of a float32 angle (1e-4 at position 4000), from which the float64 oracle is free.
 
     Source: `RotaryEmbedding` in the official modeling_baichuan.py (7B), whose tables hold each column twice.
     """
@@ -32,10 +33,11 @@ def rope_tables(positions: np.ndarray, head_dim: int, theta: float, dtype) -> tu
 def alibi_slopes(heads: int) -> np.ndarray:
     """How steeply each head forgets: (H,) float64, a geometric series from 2^(-8/H) to 2^-8.
 
-    8 heads have 1/2, 1/4 … 1/256. A key 10 tokens back has 5 taken off its score in the first head, which makes it
-    e^5 = 148 times less likely to be looked at, and 0.04 in the last, which hardly forgets.
+    8 heads have 1/2, 1/4 … 1/256. The first head takes 5 off the score of a key 10 tokens back, so that this key gets
+    e^5 = 148 times less attention. The last head takes off 0.04 and hardly forgets.
 
-    If H is not a power of two: the series of the largest power of two below H, then every second term of the next.
+    If H is not a power of two, the largest power of two below H has its series, and the other heads have every second
+    term of the next power's series.
 
     Source: Press, Smith, Lewis, "Train Short, Test Long" (2022); `_get_interleave` in modeling_baichuan.py (13B).
     """
@@ -55,15 +57,15 @@ def token_positions(mask: np.ndarray) -> np.ndarray:
 def attention_bias(config: Config, mask: np.ndarray, tokens: int, dtype) -> np.ndarray:
     """What is added to the scores of the last `tokens` positions: (B or 1, H or 1, T, S) of `dtype`.
 
-    0, or ALiBi's slope * (key's position - query's), where a query may look: at keys that are not later than it, not
-    padding, and of the same value in `mask` (B, S). The values are 0 for padding and 1 for tokens; others keep packed
-    sequences apart, as the official 13B code has it. Elsewhere the bias is so low that softmax gives exactly 0.
+    A query may look at keys that are not later than it, are not padding, and have the same value in `mask` (B, S): 0
+    for padding, 1 for tokens, others to keep packed sequences apart, as in the official 13B code. There the bias is 0,
+    or ALiBi's slope * (key's position - query's). Elsewhere it is LOWEST, for which softmax gives exactly 0.
 
-    The lowest value, LOWEST, is finite, because a row of padding looks at nothing, and softmax of nothing but -inf is
-    NaN; and float16 holds it, because a device may compute in that.
+    LOWEST is finite, because padding looks at nothing, and the softmax of a row of -inf is NaN. It fits into float16,
+    because a device may compute in that format.
 
-    The official 13B code adds slope * key, the same after softmax, but rounds it to the model's 16-bit format, so that
-    at key 2000 steep heads lose their locality (bfloat16 has steps of 8 there). We keep the bias in `dtype`.
+    The official 13B code adds slope * key, which is the same after softmax. But it rounds the bias to the model's
+    16-bit format, where steep heads lose their locality: at key 2000, bfloat16 has steps of 8. We keep it in `dtype`.
     """
     size = mask.shape[1]
     queries, keys = np.arange(size - tokens, size)[:, None], np.arange(size)[None, :]           # (T, 1), (1, S)

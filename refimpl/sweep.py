@@ -1,14 +1,14 @@
-"""Long work cut into pieces: computed here, by other processes or by a cluster, and resumed where it stopped.
+"""Long work in pieces, which this process, others or a cluster compute, and which is resumed where it stopped.
 
-A sweep is a function and the arguments of each piece. Results come in the order of the pieces and are put together in
-that order, and a piece gives one thread to NumPy's BLAS, whose last bits depend on how many it has. So it does not
-matter who computes what: the outcome is the same to the bit. (On machines of one kind: a BLAS has other kernels for
-other processors. The Numba backend has the same bits everywhere, at any number of threads.)
+A sweep is a function and the arguments of each piece. Results come in the order of the pieces. NumPy's BLAS has one
+thread for each piece, because its last bits depend on the number of threads. So the outcome has the same bits, whoever
+computes which piece, on machines of one kind. (A BLAS has other kernels for other processors. The Numba backend has the
+same bits everywhere, at any number of threads.)
 
-An executor is anything with `submit(function, *arguments)` whose futures have `result()` and `cancel()`, as Python's
-concurrent.futures has it: `ProcessPoolExecutor`, `dask.distributed.Client(...).get_executor()`, and Ray's and others'
-by their adapters. What is sent is light: a model travels as the calls that made it (see `Model.__reduce__`), and each
-process loads it, mapped, and quantizes for itself. All of them must see the same files under the same paths.
+An executor is anything with the `submit(function, *arguments)` of Python's concurrent.futures: `ProcessPoolExecutor`,
+`dask.distributed.Client(...).get_executor()`, adapters of Ray and others. Little is sent: a model travels as the calls
+that made it (see `Model.__reduce__`), and each process maps the files and quantizes for itself. So all processes must
+see the same files under the same paths.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ from refimpl.errors import InputError
 from refimpl.version import __version__
 
 Result = Mapping[str, np.ndarray]
-IN_FLIGHT = 128  # pieces that are under way at a time, at most: so many results may wait for one before them
+IN_FLIGHT = 128  # the most pieces under way at a time, and so the most results that wait for an earlier one
 PATIENCE = 10  # seconds until a Dask scheduler answers
 THREADS = "NUMBA_NUM_THREADS"
 
 
 class Pool(Protocol):
-    """Who computes pieces."""
+    """What computes pieces: an executor."""
 
     def submit(self, function: Callable, /, *arguments: Any) -> Any: ...
 
@@ -54,8 +54,8 @@ def sweep(
 ) -> Iterator[Result]:
     """`function(*piece)` of each piece, in order. `what` is shown beside the progress, which None leaves out.
 
-    `executor`: None computes here. `resume`: a folder that keeps what is finished; who sweeps again with the same
-    models, files and options takes it up from there. Raises InputError if a worker dies.
+    `executor`: None computes here. `resume`: a folder that keeps what is finished; another sweep
+    with the same models, files and options reads them there. Raises InputError if a worker dies.
     """
     from threadpoolctl import threadpool_limits
 
@@ -68,9 +68,10 @@ def sweep(
 
 
 def elsewhere(home: tuple[str, int], sent: bytes) -> Result | tuple[Exception, str]:
-    """A pickled piece, wherever this is called: its result, or what it raised, which is not the executor's doing.
+    """Computes a pickled piece in whatever process this is called, and gives BLAS one thread there.
 
-    Not in the process `home`? There, too, BLAS has one thread.
+    What the piece raises is returned, with its traceback, so that it differs from an exception of the executor.
+    `home` is the process that sent the piece.
     """
     try:
         function, piece = pickle.loads(sent)
@@ -88,10 +89,10 @@ def elsewhere(home: tuple[str, int], sent: bytes) -> Result | tuple[Exception, s
 
 
 class _Sent:
-    """A piece with an executor. Whatever that raises by itself means that nobody computes the piece."""
+    """A piece that an executor has. An exception of the executor means that the piece will not be computed."""
 
     def __init__(self, executor: Pool, function: Callable, piece: tuple):
-        sent = pickle.dumps((function, piece))  # what cannot be sent is an error of its own
+        sent = pickle.dumps((function, piece))  # an argument that cannot be pickled is not the executor's fault
         with self._asking():
             self.future = executor.submit(elsewhere, here(), sent)
 
@@ -104,7 +105,7 @@ class _Sent:
         return found
 
     def cancel(self) -> None:
-        with suppress(Exception):  # of who is gone
+        with suppress(Exception):  # the executor may be gone
             self.future.cancel()
 
     @staticmethod
@@ -149,7 +150,7 @@ def _results(function, pieces, executor, store) -> Iterator[Result]:
 
 
 class _Store:
-    """A folder of results, each in a safetensors file named by the hash of what it is the result of."""
+    """A folder of results. Each is a safetensors file, whose name is the hash of the function and its arguments."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -184,7 +185,7 @@ class _Store:
 
 
 def _described(argument: Any) -> Any:
-    """What tells an argument from others, in plain values whose repr is the same in every process."""
+    """Plain values that identify an argument, with the same repr in every process."""
     if isinstance(argument, type):
         return argument.__qualname__, _source(argument)
     if hasattr(argument, "identity"):  # a model
@@ -207,16 +208,16 @@ def _source(decoder: type) -> str:
         return "".join(map(inspect.getsource, bases))
     except (OSError, TypeError):
         raise InputError(
-            f"nobody can tell later whether {decoder.__qualname__} has changed, for its source is in no file; put it "
-            "into a module, or sweep without resume"
+            f"the source of {decoder.__qualname__} is in no file, so a later run cannot tell whether it has changed; "
+            "put it into a module, or sweep without resume"
         ) from None
 
 
 @contextmanager
 def workers(jobs: int = 1, dask: str | None = None) -> Iterator[Pool | None]:
-    """An executor: of a Dask cluster at an address (extra: dask), else of `jobs` processes here, None if that is one.
+    """An executor: a Dask cluster at an address (extra: dask), or `jobs` processes here, or None for one job.
 
-    The processes here share the cores among them. Raises InputError for a number below one, and if no cluster answers.
+    The processes here share the cores. Raises InputError for fewer than one job, and if no cluster answers.
     """
     if jobs < 1:
         raise InputError(f"jobs is {jobs}, expected how many processes to use")
@@ -244,7 +245,7 @@ def _dask_client(address: str):
         await comm.close()
 
     try:
-        asyncio.run(knock())  # a client that nobody answers takes longer to end than to begin
+        asyncio.run(knock())  # without an answer, a client takes longer to end than to begin
         return Client(address, timeout=PATIENCE, set_as_default=False)
     except (OSError, ValueError, TypeError, RuntimeError) as error:  # an address of another kind, without TLS' keys, …
         hint = "give one such as tcp://10.0.0.1:8786"

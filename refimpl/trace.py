@@ -1,10 +1,9 @@
-"""A trace: the tensors of one run in computing order, and the sinks that a tap may drain into.
+"""A trace: the tensors of one run in computing order; and what a tap may do with each tensor.
 
-Everything that computes the model (NumPy, PyTorch with hooks, ONNX Runtime, a phone) ends in a `Trace`, and
-comparing knows nothing else.
+NumPy, PyTorch with hooks, ONNX Runtime and a phone all end in a `Trace`. Comparing needs nothing else.
 
-A tap is a function `tap(name, x) -> x` that the forward calls on each tensor and whose return value it goes on
-with. So one mechanism records a run, replaces its values, quantizes them or breaks them on purpose:
+A tap is a function `tap(name, x) -> x`. The forward calls it on each tensor and goes on with what it returns. So one
+mechanism records a run, replaces its values, quantizes them or breaks them on purpose:
 
 >>> trace = Trace()
 >>> tap = recording(trace, then=feeding({"b": 5.0}))
@@ -41,28 +40,28 @@ class Trace(dict):
 
 
 def prompt_of(ids: np.ndarray) -> list | str:
-    """Token ids (B, T) as a trace's `meta["ids"]` has them: in full, or, where there are many, their sha256."""
+    """Token ids (B, T) as a trace's `meta["ids"]` has them: up to 512 in full, more as their sha256."""
     if ids.size <= 512:
         return ids.tolist()
     return f"{ids.shape} sha256 {hashlib.sha256(ids.astype('<i8').tobytes()).hexdigest()}"
 
 
 def expect_same_prompt(a: Mapping, b: Mapping) -> None:
-    """Raises InputError if two traces say that they are of different token ids; one that says nothing fits all."""
+    """Raises InputError if two traces name different token ids. A trace that names none fits any other."""
     one, other = (getattr(side, "meta", {}).get("ids") for side in (a, b))
     if one is not None and other is not None and one != other:
         raise InputError(f"one trace is of the ids {one!s:.40}, the other of {other!s:.40}; run both on the same ids")
 
 
 def silent(name: str, x):
-    """The tap that nobody listens to."""
+    """The tap that only passes tensors on."""
     return x
 
 
 def feeding(values: Mapping, then: Tap = silent) -> Tap:
-    """Replaces each tensor that `values` names by the value there, so that errors are not inherited.
+    """Replaces each tensor that is in `values` by its value there, so that errors are not inherited.
 
-    Raises InputError when the shapes differ: a trace of another prompt cannot be fed.
+    Raises InputError if the shapes differ, as those of a trace of another prompt do.
     """
 
     def tap(name, x):

@@ -158,7 +158,7 @@ def test_a_changed_decoder_is_not_resumed(tiny_folder, tmp_path, monkeypatch):
     quality(loud, model, TEXT[:50], Reading(resume=tmp_path))
     assert len(list(tmp_path.iterdir())) == 2
     monkeypatch.undo()
-    with pytest.raises(InputError, match="nobody can tell later whether Typed has changed"):
+    with pytest.raises(InputError, match="the source of Typed is in no file"):
         quality(model.with_decoder(type("Typed", (Decoder,), {})), model, TEXT[:50], Reading(resume=tmp_path))
 
 

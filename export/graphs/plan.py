@@ -111,7 +111,7 @@ class GraphSpec:
         return [name for name in self._rows if stage(name, layers) in stages]
 
     @cached_property
-    def _rows(self) -> dict[str, names.Tap]:
+    def _rows(self) -> dict[str, names.Row]:
         return names.taps(self.config)
 
     def value(self, tap: str) -> Value:

@@ -28,7 +28,7 @@ from export.measure.kinds import Kind
 from golden.compare import Difference, compare
 from golden.cost.quality import log_softmax
 from golden.tolerance import Tolerance
-from refimpl.names import Tap, taps
+from refimpl.names import Row, taps
 from refimpl_kernels.affine import Encoding
 
 ROWS, TYPICAL = 4.0, 1.5  # how many yards one row in thousands, and the median row, may be off
@@ -198,7 +198,7 @@ def compared(spot: Spot, kind: Kind, sides: Sides, limit: Tolerance, grid: Encod
     )
 
 
-def _incomparable(nothing: Comparison, found: Difference, sides: Sides, row: Tap | None) -> Comparison:
+def _incomparable(nothing: Comparison, found: Difference, sides: Sides, row: Row | None) -> Comparison:
     """Where numbers are not finite, or that the shape is another."""
     needs = nothing.needs
     if sides.device.shape == sides.reference.shape:
@@ -208,12 +208,12 @@ def _incomparable(nothing: Comparison, found: Difference, sides: Sides, row: Tap
     return replace(nothing, problem=found.problem, shape=sides.device.shape, needs=needs, device=device)
 
 
-def _in_floats(sides: Sides, limit: Tolerance, worst: float, row: Tap | None) -> Needs:
+def _in_floats(sides: Sides, limit: Tolerance, worst: float, row: Row | None) -> Needs:
     error = np.abs(sides.device - sides.reference).max(-1)
     return _needs(_over(error, limit.relative * _scale(sides.reference)), worst, 0.0, limit.reason, row)
 
 
-def _on_grids(sides: Sides, limit: Tolerance, grid: Encoding | None, row: Tap | None) -> Needs:
+def _on_grids(sides: Sides, limit: Tolerance, grid: Encoding | None, row: Row | None) -> Needs:
     scale = _scale(sides.reference)
     noise = np.zeros_like(scale) if sides.unrounded is None else _rms(sides.reference - sides.unrounded)
     step = float(grid.scale) if grid is not None else 0.0
@@ -224,7 +224,7 @@ def _on_grids(sides: Sides, limit: Tolerance, grid: Encoding | None, row: Tap | 
     return _needs(yards / ROWS, float(yards.max()), float(np.median(yards)), reason, row)
 
 
-def _needs(excess: np.ndarray, worst: float, typical: float, reason: str, row: Tap | None) -> Needs:
+def _needs(excess: np.ndarray, worst: float, typical: float, reason: str, row: Row | None) -> Needs:
     """`excess`: of each row, over what is allowed."""
     power = np.floor(np.log2(np.maximum(np.nan_to_num(excess, nan=0.0), 1e-30))).astype(int)
     histogram = np.bincount(np.clip(power + BINS // 2, 0, BINS - 1).reshape(-1), minlength=BINS)
@@ -232,7 +232,7 @@ def _needs(excess: np.ndarray, worst: float, typical: float, reason: str, row: T
     return Needs(worst, typical, tokens, heads, tuple(histogram.tolist()), reason)
 
 
-def _figures(found: Difference, sides: Sides, row: Tap | None) -> Figures:
+def _figures(found: Difference, sides: Sides, row: Row | None) -> Figures:
     a, b = sides.device, sides.reference
     return Figures(
         found.sqnr, found.cosine, found.max_abs, found.index, found.value, found.reference,
@@ -241,7 +241,7 @@ def _figures(found: Difference, sides: Sides, row: Tap | None) -> Figures:
     )  # fmt: skip
 
 
-def _codes(sides: Sides, grid: Encoding | None, kind: Kind, row: Tap | None) -> Codes:
+def _codes(sides: Sides, grid: Encoding | None, kind: Kind, row: Row | None) -> Codes:
     if grid is None:
         return Codes()
     step = float(grid.scale)
@@ -289,7 +289,7 @@ def _over(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return np.divide(a, b, out=np.where(a > 0, np.inf, 0.0), where=b > 0)
 
 
-def _along(x: np.ndarray, row: Tap | None, letters: str, function: Callable) -> tuple[float, ...]:
+def _along(x: np.ndarray, row: Row | None, letters: str, function: Callable) -> tuple[float, ...]:
     """A number for each token or head: `function` over all other axes. Heads may lie side by side in the last axis."""
     axes = row.shape.split() if row else []
     at = next((i for i, axis in enumerate(axes) if axis in letters), None)
@@ -298,13 +298,13 @@ def _along(x: np.ndarray, row: Tap | None, letters: str, function: Callable) -> 
     return tuple(np.atleast_1d(function(np.moveaxis(x, at, 0).reshape(x.shape[at], -1), axis=1)).tolist())
 
 
-def _sqnrs(signal: np.ndarray, error: np.ndarray, row: Tap | None, letters: str) -> tuple[float, ...]:
+def _sqnrs(signal: np.ndarray, error: np.ndarray, row: Row | None, letters: str) -> tuple[float, ...]:
     powers = (_along(np.square(x), row, letters, np.sum) for x in (signal, error))
     return tuple(10 * math.log10(s / e) if s and e else math.inf if s or not e else -math.inf
                  for s, e in zip(*powers, strict=True))  # fmt: skip
 
 
-def _cosines(a: np.ndarray, b: np.ndarray, row: Tap | None, letters: str) -> tuple[float, ...]:
+def _cosines(a: np.ndarray, b: np.ndarray, row: Row | None, letters: str) -> tuple[float, ...]:
     sums = (_along(x, row, letters, np.sum) for x in (a * b, np.square(a), np.square(b)))
     return tuple(
         ab / math.sqrt(aa) / math.sqrt(bb) if aa and bb else math.inf for ab, aa, bb in zip(*sums, strict=True)

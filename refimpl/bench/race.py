@@ -50,14 +50,14 @@ LAYERS = {"decode": 32, "prefill": 32, "float32": 2, "attention": 16}
 
 
 @dataclass
-class Row:
+class Timing:
     """The seconds that an engine took, round by round."""
 
     name: str
     seconds: list[float] = field(default_factory=list)
     resident: float | None = None  # bytes of memory after the first pass, if it was measured
 
-    def facts(self, tokens: int, reference: Row, nbytes: int) -> dict[str, Any]:
+    def facts(self, tokens: int, reference: Timing, nbytes: int) -> dict[str, Any]:
         """Tokens a second and, relative to `reference` round by round, how many times as fast."""
         ratios = [r / s for r, s in zip(reference.seconds, self.seconds, strict=True)]
         median = statistics.median(self.seconds)
@@ -109,7 +109,7 @@ def run(
     return [row.facts(tokens, references[name], nbytes[name]) for name, row in rows.items()]
 
 
-def race(makers: dict[str, Callable[[], Callable]], rounds: int) -> dict[str, Row]:
+def race(makers: dict[str, Callable[[], Callable]], rounds: int) -> dict[str, Timing]:
     """Each engine made, warmed up and timed in turns; one that is not installed is left out.
 
     A pass may return by how much its time is to be multiplied.
@@ -124,7 +124,7 @@ def race(makers: dict[str, Callable[[], Callable]], rounds: int) -> dict[str, Ro
         except ImportError as error:
             _say(f"{name} is left out: {error}")
             continue
-        passes[name], rows[name] = once, Row(name)
+        passes[name], rows[name] = once, Timing(name)
         _say(f"{name} is ready after {time.perf_counter() - start:.1f} s")
         if name == "refimpl":
             rows[name].resident = resident()

@@ -32,7 +32,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from refimpl.bench.race import Row, synthetic
+from refimpl.bench.race import Timing, synthetic
 from refimpl.blocks.quantize import Scheme, plan, quantizing
 from refimpl.blocks.save import quantize_checkpoint, save
 from refimpl.checkpoint import shards
@@ -98,7 +98,7 @@ def show(facts: dict) -> str:
 
 
 @dataclass
-class Timed(Row):
+class Timed(Timing):
     """The seconds that something took, by the clock and of this process's cores, round by round."""
 
     cpu: list[float] = field(default_factory=list)

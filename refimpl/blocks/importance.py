@@ -1,8 +1,8 @@
 """What an error in each input column of a matrix costs, from the activations of a text, in one pass.
 
-An output of a linear is Σ_j w_j x_j. An error e_j of the weights then costs Σ_j e_j² E[x_j²], if columns are taken as
-uncorrelated: so the importance of column j is the mean of x_j² over a text. A search for scales (`formats.search`)
-weighs errors with it. llama.cpp keeps the same numbers in its imatrix; AWQ scales columns by them.
+An output of a linear is Σ_j w_j x_j. If columns are uncorrelated, an error e_j of the weights costs Σ_j e_j² E[x_j²].
+So the importance of column j is the mean of x_j² over a text. A search for scales (`formats.search`) weighs errors with
+it. llama.cpp keeps the same numbers in its imatrix, and AWQ scales columns by them.
 
 **Source**: Lin 2023, "AWQ"; llama.cpp tools/imatrix.
 
@@ -34,7 +34,7 @@ KIND = "importance of input columns: mean squares"
 
 
 class Importance(dict):
-    """The module of a matrix -> the mean square of each of its inputs, (I,) float32; `meta`: of what text."""
+    """A matrix's module -> the mean square of each of its inputs, (I,) float32. `meta` describes the text."""
 
     def __init__(self, columns: dict[str, np.ndarray], meta: dict[str, Any] | None = None):
         super().__init__(columns)
@@ -44,7 +44,7 @@ class Importance(dict):
         return f"Importance of {len(self)} matrices, from {self.meta.get('tokens', '?')} tokens"
 
     def columns(self, name: str, count: int) -> np.ndarray:
-        """The numbers of a matrix of so many columns. Raises InputError if there are none, or others."""
+        """The numbers of a matrix with `count` columns. Raises InputError if there are none, or not so many."""
         module = name.removesuffix(".weight")
         if module not in self:
             raise InputError(f"there is no importance of {module}; collect it from this model")
@@ -87,7 +87,7 @@ def observe_importance(
     means = {name: (total / len(ids)).astype(np.float32) for name, total in squares.items()}
     for name, mean in means.items():
         if not np.isfinite(mean).all():
-            raise InputError(f"{name}: NaN or infinity was computed; no importance can be told")
+            raise InputError(f"{name}: the text makes this NaN or infinite, so nothing says how important it is")
     digest = hashlib.sha256(ids.astype("<i8").tobytes()).hexdigest()
     meta = {"family": model.config.family, "tokens": len(ids), "ids_sha256": digest, "window": window}
     return Importance({module: means[tap] for module, tap in inputs.items()}, meta)
@@ -124,7 +124,7 @@ def write_importance(path: str | Path, importance: Importance) -> None:
 
 
 def read_importance(path: str | Path) -> Importance:
-    """What `write_importance` has written. Raises InputError for any other file."""
+    """The Importance in a file that `write_importance` has written. Raises InputError for any other file."""
     from safetensors import safe_open
 
     path = Path(path)
@@ -136,8 +136,8 @@ def read_importance(path: str | Path) -> Importance:
     except (ValueError, RecursionError):
         meta = None
     if not isinstance(meta, dict) or meta.pop("kind", None) != KIND:
-        raise InputError(f"{path} is no file of importance; make one with refimpl importance")
+        raise InputError(f"{path} holds no importance; make such a file with refimpl importance")
     for module, numbers in columns.items():
         if numbers.ndim != 1 or numbers.dtype != np.float32 or not (np.isfinite(numbers) & (numbers >= 0)).all():
-            raise InputError(f"{path}: {module!a:.99} is no row of finite numbers that are not negative, in float32")
+            raise InputError(f"{path}: {module!a:.99} is not a row of finite numbers from 0 on in float32")
     return Importance(columns, meta)

@@ -1,15 +1,15 @@
 """Which matrices become blocks of which number format: a recipe, and the blocks, tile by tile on all cores.
 
-A recipe is the name of a format, for all linears, or a mapping of patterns to formats, of which the first that matches
-a module decides; what none matches, or what a pattern gives None, stays as it is:
+A recipe is the name of a format, for all linears, or a mapping of patterns to formats. The first pattern that matches a
+module decides. A module stays unquantized if no pattern matches it, or if its pattern's format is None:
 
     "q4_0"
     {"lm_head": "q8_0", "*.mlp.*": {"format": "q4_k", "search": "mse"}, "*": "q4_0"}
 
-The embedding is a table that is looked up, and stays. The head is quantized as it is used: after NormHead. The
-formats of bitsandbytes are applied as the official code does it: by their bare names to the matrices of the layers
-alone, read as float16, in NF4 and FP4 with scales of 8 bits, and read back as float16; with LLM.int8 a linear
-quantizes its input, too.
+The embedding is looked up, not multiplied, and stays unquantized. The head is quantized after NormHead, as it is used.
+The formats of bitsandbytes follow the official code: their bare names quantize the matrices of the layers alone, which
+are read as float16 before and after; NF4 and FP4 have scales of 8 bits; and with LLM.int8, a linear quantizes its
+input, too.
 
 **Source**: `QLinear` and `quantize_online` in the official quantizer.py.
 """
@@ -45,11 +45,10 @@ EMBED = "model.embed_tokens.weight"
 
 @dataclass(frozen=True)
 class Scheme:
-    """What a matrix becomes: a format of `refimpl_kernels.formats` and its options.
+    """What a matrix becomes: a format of `refimpl_kernels.formats` and its options. None is the format's default.
 
-    `block_size`, `axis`: the format's own if None. `search`: how many scales are tried for each block, "mse" for 16 of
-    them, 0 to round to nearest; None is the format's own way. `symmetric`: False for zero points (INT4, MatMulNBits).
-    `double`: scales of 8 bits (NF4 and FP4, where it is the default).
+    `search`: how many scales to try for each block; "mse" tries 16, and 0 rounds to nearest. `symmetric`: False asks
+    for zero points (INT4, MatMulNBits). `double`: scales of 8 bits (NF4 and FP4, where it is the default).
 
     >>> Scheme("int4", block_size=64, search="mse").to_json()
     {'format': 'int4', 'block_size': 64, 'search': 'mse'}
@@ -98,7 +97,7 @@ class Scheme:
 
     @property
     def official(self) -> bool:
-        """Whether it is a format of bitsandbytes, which reads and gives float16."""
+        """Whether it is a format of bitsandbytes, which quantizes float16 and reads back float16."""
         return formats.FORMATS[self.format].engine == "bitsandbytes"
 
     @property
@@ -108,7 +107,7 @@ class Scheme:
 
     @property
     def takes_importance(self) -> bool:
-        """Whether importance can matter: the format has a search, and it is not turned off."""
+        """Whether importance can matter: only a search for scales uses it."""
         return "importance" in formats.FORMATS[self.format].options and self.search != 0
 
     def layout(self, shape: tuple[int, ...]) -> tuple[dict[str, Any], dict[str, tuple]]:
@@ -118,7 +117,7 @@ class Scheme:
     def quantize(
         self, values: np.ndarray, importance: np.ndarray | None, backend: ModuleType = numpy_search
     ) -> formats.Blocks:
-        """A matrix, or rows of one, in blocks; scales of 8 bits are of whole matrices and made afterwards."""
+        """A matrix, or some of its rows, in blocks. Scales of 8 bits need the whole matrix, and are made afterwards."""
         options: dict[str, Any] = {} if self.symmetric else {"symmetric": False}
         if self.search is not None and "search" in formats.FORMATS[self.format].options:
             options["search"] = TRIES if self.search == "mse" else self.search
@@ -127,7 +126,7 @@ class Scheme:
         return formats.quantize(values, self.format, self.block_size, self.axis, backend=backend, **options)
 
     def tile_rows(self, shape: tuple[int, ...]) -> int:
-        """How many rows a tile has; all of them where a block goes from the first to the last."""
+        """How many rows a tile has: all of them if blocks run down the columns."""
         header, _ = self.layout(shape)
         flat = header["axis"] is None and formats.FORMATS[self.format].axes[0] is not None
         whole = shape[0] if flat else formats.tile_rows(self.format, shape[1], header["block_size"], header["axis"])
@@ -139,7 +138,7 @@ Recipe: TypeAlias = "str | Scheme | Mapping[str, str | Scheme | Mapping[str, Any
 
 @dataclass(frozen=True)
 class Plan:
-    """A recipe laid over a model: `schemes` of the matrices that change, and the recipe itself, as JSON has it."""
+    """A recipe applied to a model: the `schemes` of the matrices that change, and the recipe itself, for JSON."""
 
     schemes: dict[str, Scheme]
     recipe: dict[str, Any]
@@ -151,10 +150,10 @@ class Plan:
 
 
 def plan(weights: Mapping[str, Any], recipe: Recipe, keep: Sequence[str] = (), **options: Any) -> Plan:
-    """What a recipe makes of a model's matrices; nothing is read. `options`: those of `Scheme`, for a format's name.
+    """Which matrix gets which scheme. No weight is read. `options`: the fields of `Scheme`, if a recipe is one name.
 
-    Raises InputError for a pattern that matches nothing, or nothing that is left to it, for an unknown format or
-    option, and for a matrix that does not fit.
+    Raises InputError if a pattern matches nothing or nothing that earlier patterns left, if a format or option is
+    unknown, and if a matrix does not fit its format.
     """
     matrices = {n: w.shape for n, w in weights.items() if len(w.shape) == 2 and n != EMBED}
     rules: list[tuple[str, Scheme | None]] = [
@@ -208,7 +207,7 @@ def read_recipe(path: Any) -> dict[str, Any]:
 def quantize_weights(
     weights: Weights, recipe: Recipe, keep: Sequence[str] = (), importance: Importance | None = None, **options: Any
 ) -> Weights:
-    """`weights` with matrices in blocks as the recipe says (see above), but for modules that a glob in `keep` matches.
+    """`weights` with matrices in blocks, as the recipe says. Modules that a glob in `keep` matches stay unquantized.
 
     `importance`: what an error in each input column costs (`refimpl.blocks.importance`), for the formats that search.
     Raises InputError for what `plan` refuses, importance of another model, and weights that are NaN or infinite.
@@ -228,9 +227,9 @@ def quantizing(
     importance: Importance | None = None,
     threads: int | None = None,
 ) -> Iterator[Any]:
-    """A function name -> blocks, for the names of `schemes` in their order, that works on all cores, one matrix ahead.
+    """A function name -> blocks, to be called in the order of `schemes`. It works on all cores, one matrix ahead.
 
-    The blocks do not depend on the number of threads: tiles are cut by shape alone, and each has its place.
+    The blocks do not depend on the number of threads, for tiles depend on the matrix's shape alone.
     """
     columns = _columns(weights, schemes, importance)
     backend: ModuleType = numpy_search

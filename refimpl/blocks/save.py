@@ -1,9 +1,9 @@
-"""A quantized model into a folder: `refimpl quantize MODEL --out DIR`, or `model.save(DIR)` of one in memory.
+"""Writing a quantized model into a folder: `refimpl quantize MODEL --out DIR`, or `model.save(DIR)` from memory.
 
-Matrices are read from the mapped checkpoint tile by tile, quantized on all cores, and written in the model's order, so
-that memory holds two quantized matrices and some tiles, whatever the size of the model. The same model and recipe give
-the same bytes, at any number of threads, interrupted or not, and whether the model was quantized in memory before. The
-layout is that of `refimpl.checkpoint.quantized_files`; `refimpl.checkpoint.shards` makes the folder.
+Matrices are read from the mapped checkpoint tile by tile, quantized on all cores, and written in the model's order.
+Memory holds two quantized matrices and some tiles, whatever the size of the model. The same model and recipe give the
+same bytes: at any number of threads, after an interruption, and from memory as from a folder. The layout is described
+in `refimpl.checkpoint.quantized_files`; `refimpl.checkpoint.shards` writes the folder.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ from refimpl.config import OURS
 from refimpl.errors import InputError
 from refimpl.files import read_json
 
-SHARD_BYTES = 500_000_000  # what an interrupted run does again at most
+SHARD_BYTES = 500_000_000  # the most that is done again after an interruption
 
 
 class Stored(Weight):
-    """An array to be written as it is."""
+    """An array that is written unchanged."""
 
     def tiles(self) -> Iterator[np.ndarray]:
         """Its bytes in order, a few MiB at a time."""
@@ -45,8 +45,8 @@ class Stored(Weight):
 
 
 @dataclass(frozen=True)
-class Part:
-    """An array of a matrix that is quantized when it is written."""
+class Pending:
+    """An array of a matrix that is quantized only when it is written."""
 
     shape: tuple[int, ...]
     dtype: np.dtype
@@ -66,10 +66,10 @@ def quantize_checkpoint(
     """Quantizes the checkpoint in `source` into the new folder `out`; gives what the manifest says.
 
     `recipe`, `keep`, `importance` and `options`: see `blocks.quantize`. `threads`: all cores if not given; the bytes
-    do not depend on them. An interrupted run, repeated, goes on after its last complete file.
+    do not depend on them. If a run is interrupted, the next one goes on after its last complete file.
 
-    Raises InputError for a source that cannot be loaded, a recipe that does not fit it, weights that are NaN or
-    infinite, an `out` that exists, and a disk that is too small.
+    Raises InputError if the source cannot be loaded, the recipe does not fit it, a weight is NaN or infinite, `out`
+    exists, or the disk is too small.
     """
     limit = shards.byte_count(shard_size)
     checkpoint = Checkpoint.read(source)
@@ -79,9 +79,9 @@ def quantize_checkpoint(
 
 
 def save(checkpoint: Checkpoint, out: str | Path, shard_size: int | str = SHARD_BYTES) -> dict[str, Any]:
-    """Writes a checkpoint into the new folder `out`, its weights as they are; gives what the manifest says.
+    """Writes a checkpoint into the new folder `out`, its weights unchanged; gives what the manifest says.
 
-    Interrupted, it leaves nothing. Raises InputError for an `out` that exists, and a disk that is too small.
+    An interrupted run leaves nothing. Raises InputError if `out` exists or the disk is too small.
     """
     return _write(checkpoint, Path(out), {}, None, checkpoint.weights.provenance, shards.byte_count(shard_size))
 
@@ -96,7 +96,7 @@ def _write(
 ) -> dict[str, Any]:
     folder, out = checkpoint.folder, Path(os.path.realpath(out))
     if folder.resolve() in out.parents:
-        raise InputError(f"{out} is inside {folder}, which stays as it is; choose another place")
+        raise InputError(f"{out} is inside {folder}, which is only read; choose another place")
     files, matrices = _shards(checkpoint, schemes, blocks, limit)
     report: dict[str, Any] = {
         "version": VERSION,
@@ -123,7 +123,7 @@ def _write(
 def _shards(
     checkpoint: Checkpoint, schemes: Mapping[str, Scheme], blocks: Any, limit: int
 ) -> tuple[shards.Shards, dict[str, dict[str, Any]]]:
-    """The files with what they hold, and what the manifest says of each quantized matrix."""
+    """The files and their entries, and the manifest's entry of each quantized matrix."""
     weights, order = checkpoint.weights, list(expected_shapes(checkpoint.config))
     entries: dict[str, Any] = {}
     matrices: dict[str, dict[str, Any]] = {}
@@ -138,7 +138,7 @@ def _shards(
             header, arrays = schemes[name].layout(weight.shape)
             matrices[name] = describe_matrix(header, rounded_by(header["format"]))
             for part, (size, dtype) in arrays.items():
-                entries[f"{name}.{part}"] = Part(size, dtype, partial(made, name), part)
+                entries[f"{name}.{part}"] = Pending(size, dtype, partial(made, name), part)
         elif isinstance(weight, QuantizedWeight):
             matrices[name] = describe_matrix(weight.blocks.header(), weight.rounded)
             entries |= {f"{name}.{part}": Stored(array) for part, array in weight.blocks.arrays().items()}

@@ -32,7 +32,7 @@ STATE_LIMIT = 4096  # bytes of JSON; bitsandbytes writes about 200
 
 
 def collect(tensors: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, tuple[formats.Blocks, np.dtype]]]:
-    """The tensors that are as they are, and K -> (blocks, format that they are read in) of the quantized matrices.
+    """The tensors that are not quantized; and of the quantized, K -> (blocks, the format they are read in).
 
     Raises InputError for a matrix whose parts are missing, of another size, or not understood.
     """

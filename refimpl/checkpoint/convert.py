@@ -1,12 +1,12 @@
 """A checkpoint in any layout becomes safetensors: `refimpl convert SRC --out DST`.
 
-What is written is what the weights read as, tile by tile, so that memory stays small whatever the size: as they are,
-in another format, with NormHead applied, or with a LoRA adapter merged in. The same tensors and options give the same
-files, byte for byte, however the source was stored; `conversion.json` says what that was, and `SHA256SUMS` has its sum.
+The weights are written unchanged, in another format, with NormHead applied, or with a LoRA adapter merged in. They are
+read and written tile by tile, so memory stays small whatever the size. The same tensors and options give the same
+files, byte for byte, whatever the layout of the source. `conversion.json` records the source, `SHA256SUMS` the sums.
 
-Everything is made in `DST.part`, which becomes DST when it is complete. A conversion that was interrupted, or found the
-disk full, goes on there where it stopped, if its options, its adapter's sha256 and the sizes and times of the source's
-files are the same. The source is only read.
+Everything is written into `DST.part`, which becomes DST when it is complete. If a conversion is interrupted or the disk
+is full, the next one goes on where it stopped, provided that the options, the adapter's sha256 and the sizes and times
+of the source's files are the same. The source is only read.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ REPORT = "conversion.json"
 
 @dataclass(frozen=True)
 class Converted:
-    """A tensor to be written: what its rows read as in `dtype`."""
+    """A tensor to be written: its rows, read in `dtype`."""
 
     weight: Any
     dtype: np.dtype
@@ -62,25 +62,25 @@ def convert(
 ) -> dict[str, Any]:  # fmt: skip
     """Writes the checkpoint in `source` as safetensors into the new folder `out`; gives what `conversion.json` says.
 
-    `dtype`: "float32", "bfloat16" or "float16" for all parameters; as they are if not given. `shard_size`: bytes of
-    tensors in a file at most, unless one has more, such as 5_000_000_000 or "5GB". `lora`: the folder of a peft adapter
-    to merge (`checkpoint.lora`). The folder's other files are copied: not its subfolders, and of links those alone that
-    stay in it or lead into Hugging Face's cache. `sha256sum -c SHA256SUMS` checks all that was written.
+    `dtype`: "float32", "bfloat16" or "float16" for all parameters; without it, formats stay. `shard_size`: the most
+    bytes of tensors in a file, such as 5_000_000_000 or "5GB"; a larger tensor gets a file of its own. `lora`: the
+    folder of a peft adapter to merge (`checkpoint.lora`). Other files of the folder are copied, but not its subfolders,
+    and links only if they lead into the folder or Hugging Face's cache. `sha256sum -c SHA256SUMS` checks the result.
 
-    `normalize_head` applies NormHead, so that what was made for Baichuan 1 runs a Baichuan2: each row of lm_head is
-    divided by its length, in the format that is written, as the official README's script does in the format that it
-    finds. In bfloat16 both the length and the quotient are rounded, and a row's length is 1 only to about 0.4 %
-    (`row lengths` in the result); `dtype="float32"` keeps it to 1e-7. The config then says `lm_head_normalized`,
-    which this package reads and checks; the official Baichuan2 code would normalise, and round, once more.
+    `normalize_head` applies NormHead, so that software for Baichuan 1 runs a Baichuan2. It divides each row of lm_head
+    by its length, in the format that is written; the official README's script does it in the format of the source. In
+    bfloat16, the length and the quotient are rounded, so that a row's length is within 0.4 % of 1 (`row lengths` in
+    the result); with `dtype="float32"` it is within 1e-7. The config then says `lm_head_normalized`, which this
+    package reads and checks. The official Baichuan2 code would normalise, and round, once more.
 
-    Raises InputError for a source that cannot be loaded or leads elsewhere, an `out` that exists, cannot be written or
-    is being written by another, numbers that a format cannot hold, and an adapter that is not understood.
+    Raises InputError if the source cannot be loaded or links lead elsewhere, if `out` exists, cannot be written or is
+    being written by another conversion, if a number does not fit the format, and if the adapter is not understood.
 
     Source: the head as in README.md of baichuan-inc/Baichuan2, "migrating Baichuan 1 optimisations".
     """
     source, out = Path(source), Path(os.path.realpath(out))
     if source.resolve() in out.parents:
-        raise InputError(f"{out} is inside {source}, which stays as it is; choose another place")
+        raise InputError(f"{out} is inside {source}, which is only read; choose another place")
     config = read_config(source)
     tensors = read_checkpoint(source)
     resolve(config, tensors)  # everything is there and fits
@@ -114,7 +114,7 @@ def convert(
 def _entries(
     config: Config, tensors: Mapping[str, Any], dtype: str | None, normalize_head: bool
 ) -> dict[str, Converted]:
-    """What is written of each tensor, in the model's own order: the same for every way in which it was stored."""
+    """What is written for each tensor, in the model's own order, which does not depend on the source's layout."""
     if dtype is not None and dtype not in ("float32", "bfloat16", "float16"):
         raise InputError(f"dtype is {dtype!r}, expected float32, bfloat16 or float16")
     if normalize_head and not config.norm_head:
@@ -126,7 +126,7 @@ def _entries(
         if not isinstance(array, np.ndarray) or array.dtype not in FLOATS or not array.ndim:
             found = f"{array.dtype} {array.shape}" if isinstance(array, np.ndarray) else f"a {type(array).__name__}"
             raise InputError(f"{name} is {found}, expected floats; is it quantized? convert what it was made of")
-        # Buffers such as v1's rotary frequencies are no parameters, and are kept as exact as they are.
+        # Buffers such as the rotary frequencies of Baichuan 1 are not parameters; they keep their format.
         wanted = DTYPES[dtype] if dtype and name in order else array.dtype
         head = normalize_head and name == "lm_head.weight"
         entries[name] = Converted((NormHead if head else Checked)(array), wanted)
@@ -134,7 +134,7 @@ def _entries(
 
 
 class Checked(Weight):
-    """A weight that does not become infinite by being converted."""
+    """A weight that is refused if its conversion makes numbers infinite."""
 
     def _convert(self, values, dtype):
         with np.errstate(over="ignore"):
@@ -146,7 +146,7 @@ class Checked(Weight):
 
 
 def _row_lengths(entry: Converted) -> list[float]:
-    """The shortest and the longest row of the head as written, rows of zeros left out."""
+    """The lengths of the shortest and the longest row of the head as written, without rows of zeros."""
     step = max(1, shards.TILE_BYTES // entry.weight.shape[1])
     lengths = np.concatenate([
         np.linalg.norm(entry.weight.read(entry.dtype, slice(start, start + step)).astype(np.float64), axis=-1)

@@ -1,8 +1,8 @@
-"""What is wrong with a checkpoint, told from the shapes of its tensors: a config that belongs to other weights, and
-weights that have been through something.
+"""What is wrong with a checkpoint, from the shapes of its tensors: a config of another model, or changed weights.
 
-`mismatch` explains tensors that do not fit the config, and `broken_promise` a head; `remarks` are for weights that
-load, but are not what their config makes one expect. All read shapes, and a few rows at most.
+`mismatch` explains tensors that do not fit the config, `broken_promise` a head that is not normalised as the config
+says. `remarks` are about weights that load, but are not what their config says. All of them read shapes and a few
+rows.
 """
 
 from __future__ import annotations
@@ -90,8 +90,11 @@ def broken_promise(config: Config, tensors: Mapping[str, Any]) -> str | None:
 
 
 def remarks(config: Config, tensors: Mapping[str, Any]) -> list[str]:
-    """What to know about weights that load: other numbers of heads than the official ones, a head that is normalised
-    although its config does not say so, one that is not read, and saved frequencies that are not RoPE's."""
+    """What to know about weights that load.
+
+    Their heads are not as many as in the official checkpoint; their head is normalised although the config does not
+    say so, or is not read; or their saved frequencies are not RoPE's.
+    """
     found = []
     if official_sizes(config) and not official_heads(config):
         said, right = (", ".join(map(str, n)) for n in ([getattr(config, k) for k in HEAD_KEYS], HEADS[config.family]))
@@ -109,7 +112,7 @@ def remarks(config: Config, tensors: Mapping[str, Any]) -> list[str]:
 
 
 def not_finite(tensors: Mapping[str, Any]) -> list[str]:
-    """Which scales, norms and biases are NaN or infinite: small arrays, all of which are read."""
+    """Which scales, norms and biases hold NaN or infinity. These arrays are small, and read whole."""
     found = []
     for name, value in tensors.items():
         parts = value.blocks.parts if hasattr(value, "blocks") else {"": value}

@@ -3,7 +3,7 @@
     W' = W + scale * B @ A        scale = lora_alpha / r, or lora_alpha / sqrt(r) with use_rslora
 
 A (r, I) and B (O, r) come from `adapter_model.safetensors` or `.bin`, the numbers from `adapter_config.json`. The sum
-is made in float32 and rounded once to the weight's format; peft rounds the product first, in 16-bit formats.
+is computed in float32 and rounded once to the weight's format. In 16-bit formats, peft also rounds the product.
 
 Source: `LoraLayer.update_layer` and `Linear.get_delta_weight` in peft's src/peft/tuners/lora/layer.py; Hu 2021, "LoRA".
 """
@@ -32,7 +32,7 @@ NEUTRAL = {
     "base_model_name_or_path", "revision", "task_type", "inference_mode", "lora_dropout", "auto_mapping",
     "peft_version", "megatron_core", "qalora_group_size",
 }  # fmt: skip
-# Keys that would change them: understood only with these values. Others that are off (null, false, empty) pass.
+# Keys that would change the numbers: only these values are understood. Any other key may be null, false or empty.
 ONLY: dict[str, tuple] = {
     "bias": ("none",), "init_lora_weights": (True, "gaussian", "orthogonal"), "layers_pattern": ("layers", ["layers"]),
 }  # fmt: skip
@@ -73,10 +73,10 @@ def adapter_files(folder: Path) -> tuple[Path, Path]:
 
 
 def merge(folder: Path, weights: Mapping[str, Weight]) -> dict[str, MergedWeight]:
-    """The weights that the adapter in `folder` changes, changed.
+    """The weights that the adapter in `folder` changes, with the adapter merged.
 
-    Raises InputError for an adapter of another kind than plain LoRA on linears, for keys that are not understood, for
-    tensors without a partner, without a weight, or of another shape, and for other linears than the config says.
+    Raises InputError unless the adapter is plain LoRA on linears, its keys are understood, its tensors come in pairs
+    that fit a weight, and the pairs are those of the linears that its config names.
     """
     config, file = adapter_files(folder)
     keys = read_json(config)
@@ -87,7 +87,7 @@ def merge(folder: Path, weights: Mapping[str, Weight]) -> dict[str, MergedWeight
         if not name.startswith(PREFIX) or not dot or end not in ("A.weight", "B.weight"):
             raise InputError(f"{file} has {name}, expected lora_A.weight and lora_B.weight of linears")
         if not isinstance(array, np.ndarray) or array.dtype not in FLOATS:
-            raise InputError(f"{file} has {name} in another format than floating point")
+            raise InputError(f"{file} has {name} in {getattr(array, 'dtype', 'a list')}, expected floating point")
         pairs.setdefault(f"{target}.weight", {})[end[0]] = array
     strange = [name for name in pairs if name not in weights or len(weights[name].shape) != 2]
     if strange or not pairs:
@@ -95,7 +95,7 @@ def merge(folder: Path, weights: Mapping[str, Weight]) -> dict[str, MergedWeight
     targets = {name for name, weight in weights.items() if len(weight.shape) == 2 and _targeted(config, keys, name)}
     if targets != set(pairs):
         differing = at_most(sorted(targets ^ set(pairs)), 3)
-        raise InputError(f"{config} and {file.name} differ in whether {differing} is changed; get both once more")
+        raise InputError(f"{config} and {file.name} disagree on whether {differing} is changed; download both again")
     merged = {}
     for name, pair in pairs.items():
         (rows, columns), shapes = weights[name].shape, {part: pair[part].shape for part in sorted(pair)}

@@ -1,4 +1,4 @@
-"""What the operating system may be told of a file that is mapped: read on, or forget."""
+"""Advice to the operating system about a mapped file: fetch these bytes soon, or let them go."""
 
 import mmap
 
@@ -6,15 +6,15 @@ import numpy as np
 
 
 def read_ahead(array: np.ndarray) -> None:
-    """Asks the system to fetch a mapped array from the disk by now, where it can be asked; else nothing happens.
+    """Asks the system to fetch a mapped array from the disk, for pages take several times as long one by one.
 
-    Pages that are fetched one by one, as they are touched, take several times as long.
+    Where a system cannot be asked, or the array is not mapped, nothing happens.
     """
     _advise(array, getattr(mmap, "MADV_WILLNEED", None))
 
 
 def let_go(array: np.ndarray) -> None:
-    """Tells the system that a mapped array has been read, so that it does not count as this process's memory."""
+    """Tells the system that a mapped array has been read. It then no longer counts as memory of this process."""
     _advise(array, getattr(mmap, "MADV_DONTNEED", None))
 
 

@@ -1,9 +1,9 @@
 """A pickle machine that builds data and calls nothing.
 
-Python's own unpickler imports what a file names and calls it: who loads a checkpoint runs its author's program. This
-one knows the opcodes that `torch.save` writes (protocol 2) and builds numbers, strings, tuples, lists and dicts. A
-name in the file is looked up in a table that the caller passes, by the exact pair (module, name), and stands for an
-inert value or for one of the caller's own constructors; nothing is imported, no attribute is looked up.
+Python's own unpickler imports and calls what a file names, so whoever loads a checkpoint runs its author's program.
+This machine knows the opcodes that `torch.save` writes (protocol 2) and builds numbers, strings, tuples, lists and
+dicts. It looks a name up in a table of the caller's, by the exact pair (module, name). There it stands for an inert
+value or for one of the caller's own constructors. Nothing is imported, and no attribute is looked up.
 
     pickle   = PROTO 2, value, STOP
     value    = NONE | NEWTRUE | NEWFALSE | BININT | BININT1 | BININT2 | LONG1 (to 16 bytes) | BINFLOAT | BINUNICODE
@@ -17,8 +17,8 @@ inert value or for one of the caller's own constructors; nothing is imported, no
              | BINGET, LONG_BINGET: a string or an object of the table again, never a tuple, list or dict
     memo     = BINPUT, LONG_BINPUT: numbered 0, 1, 2, ... without gaps or repeats
 
-As containers are never fetched again, values are trees with at most one node a byte: neither they nor a walk over them
-can grow beyond the pickle, and none contains itself. Anything else is refused with the name of what was found.
+Containers are never fetched again. So values are trees with at most one node for each byte: they cannot outgrow the
+pickle, and none contains itself. Anything else is refused, and the message names what was found.
 
 Source: the opcodes as documented in CPython's Lib/pickletools.py.
 """

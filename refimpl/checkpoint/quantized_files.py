@@ -6,8 +6,8 @@
                           all other parameters as they are
     config.json           the source's, with a quantization_config that keeps other software from reading it wrongly
 
-What is read is what was saved, bit for bit, mapped: a 7B opens at once. The manifest is checked like any other
-untrusted file: whatever it says has to fit the arrays that are there.
+Arrays are read as they were saved, bit for bit, and mapped, so that a 7B opens at once. The manifest is an untrusted
+file like any other: all that it says has to fit the arrays.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ from refimpl.files import read_json
 from refimpl_kernels import formats
 
 MANIFEST, VERSION = "quantization.json", 1
-# What a matrix reads as, where its engine gives another format than float32.
+# The format that a matrix is rounded to, if its engine does not give float32.
 ROUNDED = {"float16": np.float16, "bfloat16": ml_dtypes.bfloat16, "float32": np.float32}
 HEADER = {"format", "shape", "block_size", "axis"}
 
 
 def describe_matrix(header: Mapping[str, Any], rounded: np.dtype | None) -> dict[str, Any]:
-    """What the manifest says of a matrix with this `Blocks.header()`."""
+    """The manifest's entry of a matrix with this `Blocks.header()`."""
     return dict(header) if rounded is None else {**header, "rounded": rounded.name}
 
 
 def provenance(folder: Path) -> dict[str, Any]:
-    """How the matrices of a folder were made, as its manifest says; nothing where there is none."""
+    """How the matrices of a folder were made, from its manifest; empty without one."""
     said = read_json(folder / MANIFEST) if (folder / MANIFEST).exists() else {}
     return {key: said[key] for key in ("recipe", "importance") if key in said}
 
@@ -43,9 +43,9 @@ def provenance(folder: Path) -> dict[str, Any]:
 def collect(
     manifest: Path, tensors: Mapping[str, Any]
 ) -> tuple[dict[str, Any], dict[str, tuple[formats.Blocks, np.dtype | None]]]:
-    """The tensors that are as they are, and name -> (blocks, what they are rounded to) of the quantized matrices.
+    """The tensors that are not quantized; and of the quantized, name -> (blocks, the format they are rounded to).
 
-    Raises InputError for a manifest of another version, and where it and the arrays do not fit together.
+    Raises InputError for a manifest of another version, and if manifest and arrays do not fit together.
     """
     said = read_json(manifest)
     if type(said.get("version")) is not int or said["version"] != VERSION:
@@ -62,13 +62,13 @@ def collect(
         else:
             rest[name] = array
     if both := [name for name in matrices if name in rest]:
-        raise InputError(f"{manifest} says that {at_most(both, 1)} is quantized, but it is stored as it is, too")
+        raise InputError(f"{manifest} says that {at_most(both, 1)} is quantized, but it is stored unquantized, too")
     found = {}
     for name, entry in matrices.items():
         try:
             found[name] = _matrix(entry, parts[name])
         except ValueError as error:
-            raise InputError(f"{manifest}: {name!a:.99} is not what it says: {error}") from None
+            raise InputError(f"{manifest}: {name!a:.99} does not fit: {error}") from None
     return rest, found
 
 

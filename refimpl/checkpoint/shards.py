@@ -1,7 +1,7 @@
-"""Safetensors files written tile by tile into a new folder: all of it or nothing, and what was done stays done.
+"""Safetensors files, written tile by tile into a new folder: whole or not there, and resumed after an interruption.
 
-Everything is made in `OUT.part`, which becomes OUT when it is complete. Work that was interrupted, or found the disk
-full, goes on there after its last complete file, if its plan is the same. Memory holds a few tiles, whatever the size.
+Everything is written into `OUT.part`, which becomes OUT when it is complete. If work is interrupted or the disk is
+full, the next run with the same plan goes on after the last complete file. Memory holds a few tiles, whatever the size.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ MADE = {SUMS, JOURNAL, LOCK, "config.json", "conversion.json", "quantization.jso
 TILE_BYTES = 8 << 20  # that are read, converted, hashed and written at a time
 WAITING = 8  # tiles that may wait for their hash
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
-# Weights of any kind: they are what is replaced. All other files of a checkpoint go along as they are.
+# Files of weights, which are written anew. All other files of a checkpoint are copied.
 WEIGHT_FILES = (".bin", ".safetensors", ".index.json", ".pt", ".pth", ".h5", ".msgpack", ".gguf", ".onnx", ".part")
 
 
@@ -57,7 +57,7 @@ def size_of(entry: Entry) -> int:
 
 
 def byte_count(size: int | str) -> int:
-    """5_000_000_000 of that number or of "5GB"."""
+    """A number of bytes from a number or a text such as "5GB", which is 5_000_000_000."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]I?B)?", str(size).upper())
     number = int(float(match[1]) * UNITS[match[2] or ""]) if match else 0
     if number < 1:
@@ -66,7 +66,7 @@ def byte_count(size: int | str) -> int:
 
 
 def cut(entries: Mapping[str, Entry], limit: int) -> dict[str, dict[str, Entry]]:
-    """The entries under the names of the files that hold them, cut in order: `limit` bytes of tensors in each."""
+    """File name -> its entries, in order, each file with up to `limit` bytes of tensors."""
     shards: list[dict[str, Entry]] = [{}]
     for name, entry in entries.items():
         if shards[-1] and sum(map(size_of, shards[-1].values())) + size_of(entry) > limit:
@@ -78,9 +78,9 @@ def cut(entries: Mapping[str, Entry], limit: int) -> dict[str, dict[str, Entry]]
 
 
 def _ordered(shard: Mapping[str, Entry]) -> dict[str, Entry]:
-    """In their order, if every tensor then begins at a multiple of its numbers' size; else wide numbers first.
+    """The entries in an order in which every tensor begins at a multiple of its numbers' size.
 
-    So a tensor never begins within a number, and the parts of a quantized matrix stay together where they can.
+    That is their own order if possible, which keeps the parts of a quantized matrix together; else wide numbers first.
     """
     at = 0
     for entry in shard.values():
@@ -93,7 +93,7 @@ def _ordered(shard: Mapping[str, Entry]) -> dict[str, Entry]:
 
 
 def _header(shard: Mapping[str, Entry]) -> bytes:
-    """The beginning of a safetensors file: its length in 8 bytes, and JSON filled up to a multiple of 8."""
+    """The beginning of a safetensors file: the length of its JSON in 8 bytes, and the JSON, padded."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers insists on it
     names = {np.dtype(dtype): name for name, dtype in DTYPES.items()}
     at = 0
@@ -117,11 +117,11 @@ def files_of(folder: Path) -> list[Path]:
 
 @contextmanager
 def workplace(out: Path, shards: Shards, about: Mapping[str, Any], resumable: bool = True) -> Iterator[Path]:
-    """The folder `OUT.part` with a journal of what is done, which becomes OUT when the block has written it.
+    """The folder `OUT.part`, with a journal of the files that are done. It becomes OUT when the block ends.
 
-    One of earlier, equal work is taken up again: of the same shards, and `about` says all else that they depend on.
-    It stays if the block ends in any way but by an InputError, which would come again; if not `resumable`, it never
-    stays. Raises InputError in one line for whatever the file system says.
+    A folder that earlier work left is used again if its shards and `about`, all else that they depend on, are the same.
+    If the block fails, the folder stays, except after an InputError, which would come again, and if not `resumable`.
+    Raises InputError, in one line, for whatever the file system says.
     """
     headers = {name: hashlib.sha256(_header(shard)).hexdigest() for name, shard in shards.items()}
     plan = json.loads(json.dumps({**about, "headers": headers}))
@@ -139,7 +139,9 @@ def workplace(out: Path, shards: Shards, about: Mapping[str, Any], resumable: bo
         work.mkdir(parents=True, exist_ok=True)
         found = {path.name for path in work.iterdir()}
         if found - {LOCK} and JOURNAL not in found:
-            raise InputError(f"{work} is no conversion's, and is needed for this one; move it, or choose another place")
+            raise InputError(
+                f"{work} was not left by a conversion, but this one needs the name; move it, or choose another place"
+            )
         with _alone(work):
             if not (work / JOURNAL).exists():
                 write_json(work / JOURNAL, {"plan": plan, "done": {}})
@@ -178,9 +180,9 @@ def _alone(work: Path) -> Iterator[None]:
 
 
 def write_shards(work: Path, shards: Shards, verb: str) -> dict[str, str]:
-    """Writes the shards that are not there as the journal has them, and an index of several; gives each one's sha256.
+    """Writes the shards that the journal does not list, and the index of several; gives the sha256 of each.
 
-    `verb` is said beside the progress.
+    `verb` stands beside the progress.
     """
     journal = read_json(work / JOURNAL)
     done: dict[str, str] = journal["done"]
@@ -229,14 +231,14 @@ def _tiles(shard: Mapping[str, Entry]) -> Iterator[np.ndarray]:
 
 
 def copy_others(source: Path, work: Path) -> None:
-    """Copies a checkpoint's other files: not its subfolders, and of links those alone that stay in it or its cache."""
+    """Copies a checkpoint's other files, without subfolders and without links that lead out of it and its cache."""
     for name in (path.name for path in files_of(source)):
         if not name.endswith(WEIGHT_FILES) and name not in MADE and name[0] != ".":
             shutil.copyfile(inside(source, name), work / name)
 
 
 def write_sums(work: Path, sums: Mapping[str, str]) -> None:
-    """Writes SHA256SUMS, which `sha256sum -c` checks: of the shards as given, and of all other files."""
+    """Writes SHA256SUMS, which `sha256sum -c` checks. The sums of shards are given, the others computed."""
     rest = {path.name: sha256(path) for path in files_of(work) if path.name not in (*sums, JOURNAL, LOCK)}
     every = {**sums, **rest}
     (work / SUMS).write_text("".join(f"{every[name]}  {name}\n" for name in sorted(every)))

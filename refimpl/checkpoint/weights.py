@@ -14,13 +14,13 @@ from refimpl_kernels import formats
 from refimpl_kernels.formats import int8
 
 FLOATS = (np.float64, np.float32, np.float16, ml_dtypes.bfloat16)  # what parameters may be stored as
-# A converted copy up to this many elements is kept: it makes small models fast and is nothing beside a large one.
+# Converted copies of up to this many elements are kept: small models are faster, and large ones hardly larger.
 KEEP_ELEMENTS = 1 << 20
 
 
 @dataclass(frozen=True, eq=False)
 class Weight:
-    """A parameter as stored: `array` is mapped from disk, and only what is read is touched."""
+    """A parameter as stored. `array` is mapped: only the rows that are read are fetched from the disk."""
 
     array: np.ndarray
 
@@ -60,17 +60,17 @@ class Weight:
 class NormHead(Weight):
     """The head of Baichuan2: each row divided by its Euclidean length, in the format that is computed in.
 
-    A logit is then the cosine between the hidden state and the token's row, times the hidden state's length: a rare
-    token, whose row training has left short, is not held back for it. What divides is known before any token is: so
-    dividing once, offline, gives a plain head that answers the same (`refimpl convert --normalize-head`).
+    A logit is then the cosine between the hidden state and the token's row, times the length of the hidden state. So a
+    rare token is not held back because training left its row short. The lengths do not depend on the tokens: dividing
+    once, offline, gives a plain head with the same answers (`refimpl convert --normalize-head`).
 
-    Source: `NormHead` in the official modeling_baichuan.py, `nn.functional.normalize(weight)`, whose length is
-    rounded to the weight's format and kept from falling below 1e-12: a row of zeros stays zero. (In float16 the
-    official code makes such a row NaN, because 1e-12 is zero there; here it stays zero.)
+    Source: `NormHead` in the official modeling_baichuan.py, `nn.functional.normalize(weight)`. It rounds the length to
+    the weight's format and does not let it fall below 1e-12, so that a row of zeros stays zero. (In float16, the
+    official code makes such a row NaN, because 1e-12 is zero there. Here it stays zero.)
     """
 
     def read(self, dtype, rows=slice(None)):
-        """As of any parameter, divided: the lengths are computed once for each format and kept."""
+        """These rows, divided. The lengths are computed once for each format and kept."""
         if self.array.size <= KEEP_ELEMENTS:
             return super().read(dtype, rows)
         return self._divided(self.array[rows], dtype, self._lengths(dtype)[rows])
@@ -107,10 +107,10 @@ def _lengths(values: np.ndarray, dtype: np.dtype) -> np.ndarray:
 
 @dataclass(frozen=True, eq=False)
 class QuantizedWeight:
-    """A matrix in blocks of a number format. It reads like any other: as the values that the blocks stand for."""
+    """A matrix in blocks of a number format. It is read like any other: as the values that the blocks stand for."""
 
     blocks: formats.Blocks
-    rounded: np.dtype | None = None  # what they are rounded to: bitsandbytes reads a matrix back in its own format
+    rounded: np.dtype | None = None  # what values are rounded to: bitsandbytes reads a matrix back in its old format
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -125,27 +125,27 @@ class QuantizedWeight:
 
 
 class Int8Weight(QuantizedWeight):
-    """A matrix of LLM.int8, which quantizes what it is multiplied with, too. It reads as its own values alone."""
+    """A matrix of LLM.int8. Its `linear` quantizes the input, too; `read` gives the values of the matrix alone."""
 
     def linear(self, x: np.ndarray, bias: np.ndarray | None) -> np.ndarray:
-        """x (..., I) @ weight.T + bias -> (..., O) in the format of x, outliers of 6.0 and more apart."""
+        """x (..., I) @ weight.T + bias -> (..., O) in the format of x; outliers from 6.0 on are multiplied apart."""
         return int8.linear(x, self.blocks.packed, self.blocks.scales, bias=bias)
 
 
 def quantized_weight(blocks: formats.Blocks, rounded: np.dtype | None = None) -> QuantizedWeight:
-    """The weight that reads blocks as their engine does; `rounded`: to what, if not to what is usual."""
+    """The weight that reads blocks as their engine does. `rounded`: the format to round to, if not the usual one."""
     return (Int8Weight if blocks.format == "int8" else QuantizedWeight)(blocks, rounded or rounded_by(blocks.format))
 
 
 def rounded_by(format: str) -> np.dtype | None:
-    """What the engine of a format rounds a matrix to as it reads it back; None where float32 is the format's answer."""
+    """The format that an engine rounds to when it reads its blocks back; None if it gives float32."""
     return np.dtype(np.float16) if formats.FORMATS[format].engine == "bitsandbytes" else None
 
 
 class Weights(Mapping[str, Any]):
     """Parameter name -> what `ops` reads. Immutable; `replace` makes another with some entries changed.
 
-    `provenance`: how the quantized ones were made (`recipe`, `importance`: see `blocks.quantize`), where it is known.
+    `provenance`: how quantized weights were made, if that is known (`recipe`, `importance`: see `blocks.quantize`).
     """
 
     def __init__(self, entries: Mapping[str, Any], provenance: Mapping[str, Any] | None = None):
@@ -165,6 +165,6 @@ class Weights(Mapping[str, Any]):
         return Weights({**self._entries, **entries}, self.provenance if provenance is None else provenance)
 
     def without(self, prefixes: tuple[str, ...]) -> Weights:
-        """These, less those whose names begin like that."""
+        """These weights without those whose names begin with a prefix."""
         kept = {name: weight for name, weight in self._entries.items() if not name.startswith(prefixes)}
         return Weights(kept, self.provenance)

@@ -1,8 +1,8 @@
-"""Where the members of an uncompressed zip archive lie, in an archive that can be read in one way only.
+"""Where the members of an uncompressed zip archive lie. An archive that could be read in two ways is refused.
 
-Zip says everything twice: in a local header before each member, and in the central directory at the end. Programs
-that believe different copies see different archives, and scanners of checkpoints have been led around that way. Here
-both copies must agree, and every byte of the file must belong to exactly one record:
+Zip says everything twice: in a local header before each member, and in the central directory at the end. Programs that
+read different copies see different archives, which has been used to hide checkpoints from scanners. Here both copies
+must agree, and every byte of the file must belong to exactly one record:
 
     archive  = member* entry* end
     member   = local-header name extra data [descriptor]       one after the other from byte 0, no gaps, no overlaps
@@ -42,7 +42,7 @@ def stored_members(data: np.ndarray, ahead: Callable[[int], None] = lambda at: N
 
     `ahead` is called with the place of every local header before the first is read.
 
-    Raises InputError for anything but the archives that this module's grammar describes.
+    Raises InputError for an archive that this module's grammar does not describe.
     """
     entries, directory = _entries(data)
     for entry in entries:

@@ -62,10 +62,10 @@ class Seen:
     counts: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
 
     def add(self, x: np.ndarray, histogram: bool = True) -> None:
-        """Takes in an array of any shape. Raises InputError for NaN and infinity."""
+        """Adds the values of an array of any shape. Raises InputError for NaN and infinity."""
         low, high = float(x.min()), float(x.max())
         if not math.isfinite(low) or not math.isfinite(high):
-            raise InputError("NaN or infinity was computed; a range cannot hold it")
+            raise InputError("the text makes this NaN or infinite, which no range can hold")
         self.low, self.high, self.count = min(self.low, low), max(self.high, high), self.count + x.size
         if histogram:
             self._make_room()
@@ -75,7 +75,7 @@ class Seen:
                 self.counts += np.bincount(at, minlength=len(self.counts))
 
     def merge(self, other: Seen) -> None:
-        """Takes in what another has seen of the same tensor; both with a histogram, or both without."""
+        """Adds what another has seen of the same tensor. Both have a histogram, or neither has."""
         self.low, self.high, self.count = min(self.low, other.low), max(self.high, other.high), self.count + other.count
         if other.width:
             self._make_room(other.width)
@@ -83,7 +83,7 @@ class Seen:
 
     def _make_room(self, least: float = 0.0) -> None:
         """Widens the bins to `least`, and until `low` and `high` are within BINS of them."""
-        # not so narrow, for values that are far from 0 and alike, that a bin's number would lose its last digits
+        # bins of values that are alike and far from 0 must not be so narrow that their numbers lose digits
         narrowest = max((self.high - self.low) / BINS, max(-self.low, self.high) * 2.0**-40, 1e-30)
         width = max(least, self.width or least or 2.0 ** math.floor(math.log2(narrowest)))
         while math.floor(self.high / width) - math.floor(self.low / width) >= BINS:
@@ -95,12 +95,12 @@ class Seen:
             self._add_bins(before)
 
     def _add_bins(self, other: Seen) -> None:
-        """The counts of another, whose bins are as wide or narrower."""
+        """Adds the counts of another, whose bins are as wide or narrower."""
         bins = np.floor((other.first + np.arange(len(other.counts))) / (self.width / other.width))  # powers of two
         np.add.at(self.counts, bins.astype(np.int64) - self.first, other.counts)
 
     def to_array(self) -> np.ndarray:
-        """All of it as float64 (5 + bins,), in which whole numbers to 2^53 are exact; `from_array` reads it back."""
+        """As float64 (5 + bins,), where whole numbers to 2^53 are exact. `from_array` reads it back."""
         return np.array([self.low, self.high, self.count, self.width, self.first, *self.counts], np.float64)
 
     @classmethod
@@ -150,7 +150,7 @@ class Seen:
 
 
 def observing(seen: dict[str, Seen], histogram: bool, then: Tap = silent) -> Tap:
-    """Takes note of each tensor's values and passes it on."""
+    """A tap that adds each tensor's values to what was seen of it, and passes the tensor on."""
 
     def tap(name, x):
         try:
@@ -171,7 +171,7 @@ def observe(
     executor: Pool | None = None,
     resume: str | Path | None = None,
 ) -> dict[str, Seen]:
-    """What every tap takes on over a text or its ids: name -> Seen, from one pass window by window.
+    """The values of every tap over a text or its ids: name -> Seen, from one pass, window by window.
 
     `attention_mask` is there, too: how far the largest hidden score lies above the largest visible one of its row.
     Windows do not overlap and are no longer than the context. Memory holds a few tensors of one of them. `executor`,
@@ -187,7 +187,7 @@ def observe(
 
 
 def observe_window(model: Forward, ids: np.ndarray, dtype: str, histogram: bool) -> Result:
-    """What every tap takes on in one forward: name -> `Seen.to_array()`."""
+    """The values of every tap in one forward: name -> `Seen.to_array()`."""
     seen: dict[str, Seen] = {}
     model.forward(ids, dtype, None, None, observing(seen, histogram, then=comparing(seen, model.config)))
     return {name: one.to_array() for name, one in seen.items()}
@@ -230,7 +230,7 @@ def encode(
     method: str = "minmax",
     percent: float = 99.99,
 ) -> Encodings:
-    """The grids that the recipe gives a model for what was seen. Weights are covered whole, whatever the method.
+    """The grids that a recipe gives a model for the values seen. Weights are not clipped, whatever the method.
 
     Raises InputError for an unknown method, and where the recipe does not fit the model.
     """

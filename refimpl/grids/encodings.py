@@ -22,7 +22,7 @@ TILE_ELEMENTS = 4 << 20  # of a weight that is read at a time
 
 @dataclass(frozen=True)
 class Float16:
-    """In the place of an `Encoding`: kept as a 16-bit float."""
+    """Stands for an `Encoding` where a tensor is kept as a 16-bit float."""
 
     bits: int = 16
 
@@ -32,7 +32,7 @@ Grid: TypeAlias = Encoding | Float16
 
 @dataclass(frozen=True)
 class Encodings:
-    """The grids of a model. A tensor that is in neither mapping stays as it is.
+    """The grids of a model. A tensor in neither mapping is not quantized.
 
     `activations`: a tap's name, or an input's (`attention_mask`, `position_ids_cos`, `position_ids_sin`) -> its grid.
     `parameters`: a weight's name -> its grids.
@@ -52,7 +52,7 @@ class Encodings:
         return self.activations[name] if name in self.activations else self.parameters[name]
 
     def check(self, config: Config, weights: Mapping) -> Encodings:
-        """These encodings, if they can be a model's. Raises InputError for names and counts that are not its own."""
+        """These encodings, if names and counts fit a model. Raises InputError if they do not."""
         shapes = {name: weights[name].shape for name in weights}
         known = {*taps(config), *INPUTS}
         for name, where in [(n, known) for n in self.activations] + [(n, set(shapes)) for n in self.parameters]:
@@ -67,16 +67,16 @@ class Encodings:
         return self
 
     def of(self, config: Config, weights: Mapping) -> Encodings:
-        """Those that a model has tensors for."""
+        """These encodings without those of tensors that a model lacks."""
         known = {*taps(config), *INPUTS}
         return Encodings({name: e for name, e in self.activations.items() if name in known},
                          {name: e for name, e in self.parameters.items() if name in weights})  # fmt: skip
 
     def raised(self, pattern: str, bits: int, weights: Weights) -> Encodings:
-        """These encodings with all that the glob matches on grids of at least `bits`, over the range that they have.
+        """These encodings, in which all that the glob matches has at least `bits`, over the same range.
 
-        The grids of matrices are made anew from `weights`, the model's own, in rows or blocks as before.
-        Raises InputError if the glob matches nothing, or for bits that are no whole number from 2 to 16.
+        The grids of matrices are made anew from `weights`, which are the model's, in rows or blocks as before.
+        Raises InputError if the glob matches nothing, or if bits is not a whole number from 2 to 16.
         """
         if not 2 <= bits <= 16:
             raise InputError(f"bits is {bits}, expected 2 to 16")
@@ -98,18 +98,19 @@ class Encodings:
 
 
 def moves_data(config: Config, kind: str) -> bool:
-    """Whether a tap only shows another tensor's values in another order: it stands on that one's grid.
+    """Whether a tap shows another tensor's values in another order. It then stands on that tensor's grid.
 
-    Queries do without RoPE, and v_proj's output is the values, which have a grid of their own.
+    Without RoPE, queries are such a tap. v_proj is one, too: its output is the values, which have their own grid.
     """
     return kind == "v_proj" or (kind == "query" and not config.rope_theta)
 
 
 def feature_grids(encodings: Encodings, config: Config, tap: str) -> list[tuple[int, Grid | None]]:
-    """The grids of a tap's features, with how many stand on each; -1 is all.
+    """The grids of a tap's features, and how many features stand on each; -1 is all.
 
-    W_pack has up to three: what only moves on, to be values or, without RoPE, keys, is on that one's grid from the
-    start. A device has W_pack as three linears, and moving data is no reason to round it twice.
+    W_pack has up to three grids. Its values, and without RoPE its keys, are only moved to become `value` and `key`, so
+    they stand on those grids from the start: moving data is no reason to round it twice. (A device computes W_pack as
+    three linears.)
     """
     own, (at, _, kind) = encodings.activations.get(tap), tap.rpartition(".")
     if kind != "W_pack":
@@ -155,7 +156,7 @@ def weight_range(name: str, weight) -> tuple[float, float]:
 
 
 def rows_at_a_time(weight) -> int:
-    """How many rows of a parameter are read at once, so that memory does not grow with it."""
+    """How many rows of a parameter are read at once, so that memory does not grow with its size."""
     return max(1, TILE_ELEMENTS // int(np.prod(weight.shape[1:])))
 
 

@@ -1,6 +1,4 @@
-"""The recipe by which a w4a16 model gets its grids.
-
-The recipe is what Qualcomm's model zoo does with its language models, stated for our tensors:
+"""The recipe for the grids of a w4a16 model, as Qualcomm's model zoo quantizes its language models:
 
     weights of linears      int4, symmetric, a step for each output row (or block of a row, or LPBQ)
     lm_head                 int8, symmetric, a step for each row: the words' logits
@@ -11,8 +9,8 @@ The recipe is what Qualcomm's model zoo does with its language models, stated fo
     all other tensors       uint16 on the range that was seen
     none at all             what a Gather gives (its table has one), what only moves data, all inside an RMSNorm
 
-A device multiplies 16 by 8 bits and not 16 by 16, which is why keys and values, the second operands of attention's
-products, are the tensors with 8.
+Keys and values have 8 bits because they are the second operands of attention's products, and a device multiplies 16 by
+8 bits, but not 16 by 16.
 
 **Source**: AI Hub Models 0.46, `models/_shared/llm` and `utils/aimet/default_config_llama.json`.
 """
@@ -52,7 +50,7 @@ class Recipe:
             raise InputError("LPBQ is made of blocks; give a block_size, such as 64")
 
     def activation(self, config: Config, tap: str) -> GridSpec | None:
-        """What the recipe says of a tap, or None if it gets no encoding of its own."""
+        """What the recipe asks for a tap, or None if the tap gets no encoding of its own."""
         kind = tap.rpartition(".")[2]
         if tap == "model.embed_tokens" or moves_data(config, kind):
             return None
@@ -88,7 +86,7 @@ class Recipe:
 
 @dataclass(frozen=True)
 class GridSpec:
-    """What a recipe asks for a tensor: bits, kind, and a range if it is the same for every model."""
+    """What a recipe asks for a tensor: bits, symmetry, and a fixed range if every model has the same."""
 
     bits: int
     symmetric: bool = False

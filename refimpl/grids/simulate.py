@@ -1,16 +1,16 @@
 """The model as a quantized device computes it: the same forward, whose taps quantize and dequantize.
 
-Three things differ from the model as it is, and nothing in the decoder: the tap puts each tensor on its grid before
-anybody sees it, `SimulatedWeight` reads as values of its grid, and `SimulatedOps` puts what no tap shows on grids
-that follow from those: sigmoid's output on [0, 1], scores + mask on the sum of both ranges, and RoPE's products with
-cos and sin on a range no larger than that of what is turned. The mask is clipped
-to its range, so that -50 and not minus infinity stands for "not here".
+The decoder does not change. Three things differ: the tap puts each tensor on its grid before anything else sees it.
+`SimulatedWeight` reads as values of its grid. And `SimulatedOps` puts tensors that no tap shows on grids that follow
+from the others: sigmoid's output on [0, 1], scores + mask on the sum of both ranges, and RoPE's products with cos and
+sin on the range of the tensor that is turned. The mask is clipped to its range, so that a number such as -50, not minus
+infinity, hides a key.
 
-What is left alone, and why: all inside an RMSNorm, one operation on a device; q kᵀ before its scale, on whose grid it
-stands but for a constant.
+Two things are not quantized. The inside of an RMSNorm is one operation on a device. And q kᵀ before its scale stands on
+the grid of the scores, except for a constant factor.
 
-Sums are float32, as in AIMET's simulation, and so depend in their last bits on the order that a BLAS takes. With
-`integer=True` the codes themselves are multiplied and summed, exactly, and scaled once: then every bit is defined.
+Sums are float32, as in AIMET's simulation, so their last bits depend on the order in which a BLAS adds. With
+`integer=True`, the codes themselves are multiplied and summed exactly, and scaled once. Then every bit is defined.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from refimpl_kernels.ops import TILE_BYTES, NumPyOps, Readable
 
 
 class Simulated(Forward):
-    """A forward whose tensors stand on grids: all that differs from the one it is made of."""
+    """A forward whose tensors stand on grids. It takes config, weights and decoder from `plain`."""
 
     def __init__(self, plain: Forward, encodings: Encodings, rounding: Rounding = "away", integer: bool = False):
         if rounding not in get_args(Rounding):
@@ -52,12 +52,12 @@ class Simulated(Forward):
         )
 
     def decoder(self, ops: NumPyOps, tap: Tap, cache: KVCache | None) -> Decoder:
-        """The forward with taps and operations that quantize; `tap` sees what comes of it."""
+        """The decoder with operations and a tap that quantize; `tap` sees the quantized tensors."""
         simulated = self.operations(ops.dtype)
         return super().decoder(simulated, simulated.quantizing(then=tap), cache)
 
     def operations(self, dtype="float32") -> SimulatedOps:
-        """The operations, and with `quantizing()` the tap, of one run; for a run of a part of the model, too."""
+        """The operations of one run, and with `quantizing()` its tap. A run may be of a part of the model."""
         return SimulatedOps(dtype, self.encodings, self.config, self.rounding, self.integer)
 
     def position_tables(self, positions, dtype):
@@ -74,16 +74,16 @@ class Simulated(Forward):
         return x if x is None or encoding is None else on_grid(x, encoding, self.rounding)
 
     def new_cache(self, batch: int = 1, capacity: int | None = None, dtype: str | None = None) -> KVCache:
-        """An empty cache, which keeps what stands on grids. Raises InputError for a dtype that would round it again."""
+        """An empty cache. Raises InputError for a dtype that would round keys and values once more."""
         if dtype not in (None, "float32"):
             raise InputError(f"the cache's dtype is {dtype!r}, but a simulation keeps keys and values on its grids")
         return super().new_cache(batch, capacity)
 
 
 class SimulatedOps(NumPyOps):
-    """The operations over values that stand on grids. One object serves one forward: its tap tells it what it sees.
+    """The operations on values that stand on grids. One object serves one forward, for its tap notes the grids.
 
-    `grids`: the last part of a tap's name -> the grid of the last tensor so called, None if it has none.
+    `grids`: the last part of a tap's name -> the grid of the latest tensor with that name, None if it has no grid.
     """
 
     def __init__(self, dtype, encodings: Encodings, config: Config, rounding: Rounding = "away", integer: bool = False):
@@ -115,7 +115,7 @@ class SimulatedOps(NumPyOps):
         return super().softmax(x)
 
     def split(self, x: np.ndarray, sizes: Sequence[int]) -> list[np.ndarray]:
-        """As ever; halves are RoPE's, of the query first and then of the key."""
+        """The pieces, as usual. Two halves are RoPE's, of the query first and then of the key: they become `Turned`."""
         pieces = super().split(x, sizes)
         if len(sizes) != 2:
             return pieces
@@ -129,7 +129,7 @@ class SimulatedOps(NumPyOps):
         return [Turned.of(piece, product, self.rounding) for piece in pieces]
 
     def linear(self, x: np.ndarray, weight: Readable, bias: Readable | None = None) -> np.ndarray:
-        """As ever, or with exact sums of integers where both sides have them."""
+        """The product, as usual; or, with `integer`, exact sums of codes where both sides have codes."""
         if not (self.integer and isinstance(weight, SimulatedWeight) and isinstance(weight.input, Encoding)):
             return super().linear(x, weight, bias)
         if not isinstance(weight.encoding, Encoding):
@@ -148,11 +148,11 @@ class SimulatedOps(NumPyOps):
         return out.astype(x.dtype).reshape(*x.shape[:-1], -1)
 
     def matmul(self, a: np.ndarray, b: np.ndarray) -> np.ndarray:
-        """query by key."""
+        """The product of query and key."""
         return self._product(a, b, "query", "key")
 
     def weighted_sum(self, probs: np.ndarray, value: np.ndarray) -> np.ndarray:
-        """probs by value."""
+        """The product of probs and value."""
         return self._product(probs, value, "probs", "value")
 
     def _product(self, a: np.ndarray, b: np.ndarray, first: str, second: str) -> np.ndarray:
@@ -163,7 +163,7 @@ class SimulatedOps(NumPyOps):
         return (sums * (float(grid_a.scale) * float(grid_b.scale))).astype(b.dtype)
 
     def _integers(self, x: np.ndarray, encoding: Encoding) -> np.ndarray:
-        """As float64, whose sums are exact below 2^53: 17 bits by 16 and a million terms stay there."""
+        """As float64, whose sums are exact below 2^53: a million products of 17 by 16 bits stay below it."""
         return integers(x, encoding, self.rounding).astype(np.float64)
 
 
@@ -178,7 +178,7 @@ class Turned(np.ndarray):
 
     @classmethod
     def of(cls, x: np.ndarray, grid: Encoding, rounding: Rounding) -> Turned:
-        """The same numbers, that will be multiplied so."""
+        """The same numbers, whose products will be put on this grid."""
         half = x.view(cls)
         half.grid, half.rounding = grid, rounding
         return half
@@ -224,7 +224,7 @@ def on_grids(x: np.ndarray, grids: Sequence[tuple[int, Grid | None]], rounding: 
 
 
 def on_grid(x: np.ndarray, encoding: Grid, rounding: Rounding) -> np.ndarray:
-    """x in its own number format, with values of the grid: rounded in float32, as the simulation is defined."""
+    """x rounded to the grid, in its own number format. The rounding is computed in float32, as the simulation says."""
     if isinstance(encoding, Float16):
         return x.astype(np.float16).astype(x.dtype)
     return fake_quantize(x, encoding, rounding).astype(x.dtype, copy=False)
@@ -233,7 +233,7 @@ def on_grid(x: np.ndarray, encoding: Grid, rounding: Rounding) -> np.ndarray:
 def integer_product(a: np.ndarray, w: np.ndarray, encoding: Encoding) -> np.ndarray:
     """a (n, I) @ w (O, I).T of whole numbers, times the steps of w: (n, O) in float64.
 
-    Sums are exact, of a row or of a block of it. In LPBQ the integer scales of a row's blocks are part of the sum.
+    The sum over a row, or over each block of a row, is exact. In LPBQ, a block's integer scale is part of the sum.
     """
     if not encoding.block_size:
         return a @ w.T * encoding.scale
@@ -245,7 +245,7 @@ def integer_product(a: np.ndarray, w: np.ndarray, encoding: Encoding) -> np.ndar
 
 
 def input_grid(encodings: Encodings, config: Config, parameter: str) -> Grid | None:
-    """The grid of what the linear of a parameter multiplies it by, or None if it has none or is no linear."""
+    """The grid of what the linear of a parameter multiplies it by, or None without a grid or without a linear."""
     module = parameter.removesuffix(".weight")
     at, _, kind = module.rpartition(".")
     if kind == "lm_head":

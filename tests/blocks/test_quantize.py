@@ -352,7 +352,7 @@ NF4 = dict(format="nf4", axis=None)
         (lambda said: said["tensors"][UP].update(rounded="float8"), "it is rounded to 'float8'"),
         (lambda said: said["tensors"][UP].pop("axis"), "expected axis, block_size, format, shape"),
         (lambda said: said["tensors"].update({UP: 5}), "its entry is 5"),
-        (lambda said: said["tensors"].update({"model.norm.weight": said["tensors"][UP]}), "stored as it is, too"),
+        (lambda said: said["tensors"].update({"model.norm.weight": said["tensors"][UP]}), "stored unquantized, too"),
     ],
 )
 def test_hostile_manifests(tmp_path, folder, edit, message):
@@ -499,13 +499,13 @@ def test_a_file_of_importance(tmp_path, tiny_model):
     with pytest.raises(InputError, match="not a valid safetensors file"):
         read_importance(tmp_path / "c")
     save_file({"a": np.ones(3, np.float32)}, tmp_path / "d")
-    with pytest.raises(InputError, match="is no file of importance"):
+    with pytest.raises(InputError, match="holds no importance"):
         read_importance(tmp_path / "d")
     with pytest.raises(InputError, match="cannot write"):
         write_importance(tmp_path / "no" / "where", found)
     for bad in (np.array([np.nan], np.float32), np.array([-1], np.float32), np.ones((2, 2), np.float32), np.ones(2)):
         write_importance(tmp_path / "e", Importance({"lm_head": bad}, {}))
-        with pytest.raises(InputError, match="'lm_head' is no row of finite numbers"):
+        with pytest.raises(InputError, match="'lm_head' is not a row of finite numbers"):
             read_importance(tmp_path / "e")
 
 

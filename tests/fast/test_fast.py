@@ -354,7 +354,7 @@ def test_a_cache_may_keep_less(family, backend, dtype, step, tmp_path):
 
 def test_an_int8_cache_needs_whole_blocks(tiny_model):
     model = tiny_model("Qwen2-7B")
-    with pytest.raises(InputError, match=f"keeps blocks of 32, and heads of {model.config.head_dim} are no multiple"):
+    with pytest.raises(InputError, match=f"keeps blocks of 32, and head_dim {model.config.head_dim} is not a multiple"):
         model.generate(IDS, cache_dtype="int8")
 
 

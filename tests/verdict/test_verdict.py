@@ -848,9 +848,9 @@ def test_the_command(world, faulty, tmp_path, capsys):
         ),
         (["verify", parts, "--chained", "--max-over", "0"], "--chained, --max-over belongs to a device's outputs"),
         (["verify", parts, "--max-lsb", "0"], "--max-lsb belongs to a device's outputs"),
-        (["verify", run, "--html", new, "--junit", str(tmp_path / "no" / "x")], "no is no folder; choose another"),
+        (["verify", run, "--html", new, "--junit", str(tmp_path / "no" / "x")], "no is not a folder; choose another"),
         (["verify", run, "--html", new, "--save", str(tmp_path)], "it is a folder"),
-        (["verify", run, "--html", new, "--save", new], "two are to be there"),
+        (["verify", run, "--html", new, "--save", new], "two files would have this name"),
         (["verify", run, "--min-sqnr", "nan"], "min_sqnr is nan"),
     ]:
         assert main(arguments) == 2, arguments
