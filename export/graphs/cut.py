@@ -158,8 +158,8 @@ def substituting(inputs: Mapping[str, Tensor], then: Tap) -> Tap:
         fed = inputs[name]
         if isinstance(x, Stack):
             many = x.pieces[0].shape[x.axis]
-            pieces = (fed.cut(x.axis, i * many, (i + 1) * many) for i in range(len(x.pieces)))
-            return Stack(tuple(pieces), x.axis, x.group)
+            pieces = tuple(fed.heads(x.axis, i, many) for i in range(len(x.pieces)))
+            return Stack(pieces, x.axis, x.group)
         return sliceable(fed) if x.features else fed
 
     return tap

@@ -95,6 +95,20 @@ class Tensor:
         numbers = [self.graph.constant(np.array([n], np.int32)) for n in (start, stop, axis)]
         return self.graph.add("Slice", (self, *numbers), shape)
 
+    def heads(self, axis: int, piece: int, many: int) -> Tensor:
+        """`many` heads of those along an axis: a Slice for one of them, a share of one Split for groups.
+
+        An NPU's compiler slices no cache of 16 MB, but splits it.
+        """
+        if many == 1:
+            return self.cut(axis, piece)
+        count = self.shape[axis] // many
+        shape = (*self.shape[:axis], many, *self.shape[axis + 1 :])
+        if count == 1:
+            return self
+        sizes = self.graph.constant(np.array([many] * count, np.int64))
+        return self.graph.add("Split", (self, sizes), *[shape] * count, axis=axis)[piece]
+
     def behind(self, op: str) -> Tensor:
         """The input of the node that computed the tensor, if it is of this kind and nobody named what it gave."""
         return self.node.inputs[0] if self.node and self.node.op == op and not self.name else self
@@ -309,4 +323,4 @@ def piece(operand: Any, stack: Stack, head: int) -> Any:
     rank, many = len(stack.pieces[0].shape), stack.pieces[0].shape[stack.axis]
     shape: Sequence[int] = getattr(operand, "shape", ())
     axis = stack.axis - rank + len(shape)
-    return operand if axis < 0 or shape[axis] == 1 else operand.cut(axis, head * many, (head + 1) * many)
+    return operand if axis < 0 or shape[axis] == 1 else operand.heads(axis, head, many)
