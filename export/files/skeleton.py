@@ -14,15 +14,18 @@ from __future__ import annotations
 import json
 import math
 import re
+import struct
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from export.files.encodings import VERSIONS, named_entries
-from export.files.wire import DamagedError, Wire, mapped
+from export.files.wire import FLOAT32, INTEGER, DamagedError, Wire, mapped
 from refimpl.errors import InputError
 
+RAW = {1: "<f", 2: "<B", 3: "<b", 4: "<H", 5: "<h", 6: "<i", 7: "<q", 10: "<e"}  # elements as raw bytes
+SMALL = 1 << 20  # bytes of a tensor's elements that are looked at
 NESTED = 8  # graphs within graphs
 
 # How many bits an element has, by ONNX's number of its type.
@@ -32,12 +35,17 @@ BITS = {1: 32, 2: 8, 3: 8, 4: 16, 5: 16, 6: 32, 7: 64, 9: 8, 10: 16, 11: 64, 12:
 
 @dataclass(slots=True)
 class TensorInfo:
-    """An initializer, or the value of a Constant: all but its elements. `external` is where they are, as it says."""
+    """An initializer, or the value of a Constant: all but its elements. `external` is where they are, as it says.
+
+    `value`: of a tensor of one element, that element; `zeros`: whether all are 0. None where they lie elsewhere.
+    """
 
     name: str = ""
     dtype: int = 0
     dims: tuple[int, ...] = ()
     external: dict[str, str] | None = None
+    value: float | None = None
+    zeros: bool | None = None
 
     @property
     def nbytes(self) -> int:
@@ -197,6 +205,7 @@ class _Reader(Wire):
 
     def tensor(self, start: int, stop: int) -> TensorInfo:
         found, dims, external = TensorInfo(), [], False
+        elements: list[tuple[int, int, int]] = []
         places: dict[str, str] = {}
         for number, value, end in self.fields(start, stop):
             if number == 1:
@@ -212,11 +221,31 @@ class _Reader(Wire):
                 places[key] = said
             elif number == 14:
                 external = self.integer(value, end) == 1
+            elif number in (4, 5, 7, 9, 11):
+                elements.append((number, value, end))
         if any(size < 0 for size in dims):
             raise DamagedError(f"the tensor {found.name!a:.80} has a negative size")
         found.dims = tuple(dims)
         found.external = places if external else None
+        if not external and len(elements) == 1:
+            self.elements(*elements[0], found)
         return found
+
+    def elements(self, number: int, value: int, stop: int, found: TensorInfo) -> None:
+        """What is kept of the elements of a tensor: whether they are 0, and which it is if there is one."""
+        single = math.prod(found.dims) == 1
+        if stop == INTEGER:
+            found.zeros, found.value = value == 0, float(value) if single else None
+        elif stop == FLOAT32:
+            found.value = self.number(value, stop) if single else None
+        elif stop >= 0 and stop - value <= SMALL:
+            data = bytes(self.data[value:stop])
+            found.zeros = not data.strip(b"\0")
+            kind = RAW.get(found.dtype) if number in (4, 9) else None
+            if single and kind and len(data) == struct.calcsize(kind):
+                found.value = float(struct.unpack(kind, data)[0])
+            elif single and number in (5, 7) and data:
+                found.value = float(self.integer(self.varint(value, stop)[0], INTEGER))
 
     def pair(self, start: int, stop: int) -> tuple[str, str]:
         both = ["", ""]

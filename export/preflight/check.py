@@ -17,11 +17,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from export.files.graph_folder import GraphFolder, read_folders
-from export.preflight import of_all, of_files, of_grids, of_model, of_names
+from export.preflight import of_all, of_files, of_grids, of_model, of_names, of_npu
 from export.preflight.rule import Rule, readable, rules_of
 from refimpl.errors import at_most
 
-OF_ONE_GRAPH = rules_of(of_files, of_model, of_names, of_grids)
+OF_ONE_GRAPH = rules_of(of_files, of_model, of_names, of_grids, of_npu)
 OF_ALL_GRAPHS = rules_of(of_all)
 RULES = OF_ONE_GRAPH + OF_ALL_GRAPHS
 OF_DAMAGED_GRAPHS = (of_files.damaged, of_files.folder_extra_files)  # the others look into what could not be read

@@ -119,3 +119,21 @@ def matmul_16x16(graph: GraphFolder):
         grids = [graph.standing.get(name) for name in node.inputs[:2]]
         if len(grids) == 2 and all(grid and not grid.floating and grid.bits > 8 for grid in grids):
             yield (node.outputs or [node.name])[0], "both operands have more than 8 bits"
+
+
+@rule(
+    "float16-by-8-bit",
+    "error",
+    wrong="probs in float16 times values in 8 bits",
+    source="aimet #4090",
+    remedy="put both operands on grids, or both in float16",
+)
+def float16_by_8_bit(graph: GraphFolder):
+    """In a product of two activations, a float16 operand has no 8-bit one: the converter refuses the pair."""
+    for node in graph.graph.nodes:
+        if node.op != "MatMul" or any(name in graph.constants for name in node.inputs):
+            continue
+        a, b = (graph.standing.get(name) for name in (*node.inputs, "", "")[:2])
+        for half, narrow in ((a, b), (b, a)):
+            if half and narrow and half.floating and not narrow.floating and narrow.bits == 8:
+                yield (node.outputs or [node.name])[0], "one operand is float16, the other has 8 bits"

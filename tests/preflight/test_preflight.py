@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper
+from test_of_npu import FAULTS as ON_GRIDS
 
 from export import emit
 from export.files.skeleton import read_grids, read_onnx
@@ -449,6 +450,10 @@ FAULTS = {
     ],
     "kv-untied": [encode(2, lambda entries: entries["past_key_0_in"].update(scale=[0.02]))],
     "matmul-16x16": [encode(2, lambda entries: entries.update(values=act(16, "values")))],
+    "float16-by-8-bit": [
+        encode(2, lambda entries: entries.update(
+            probs={"name": "probs", "dtype": "FLOAT", "bw": 16, "enc_type": "PER_TENSOR"})),
+    ],
     "encodings-file-missing": [lambda f: [(p / "model.encodings").unlink() for p in graphs(f, 2)]],
     "chain-broken": [
         lambda f: [shutil.rmtree(p) for p in graphs(f, 3)],
@@ -490,7 +495,8 @@ def test_a_fault_is_found_and_no_other(rule, number, folder):
 
 
 def test_every_rule_has_a_fault_and_says_what_it_is():
-    assert set(FAULTS) == {rule.id for rule in RULES} and len(RULES) == len(FAULTS)
+    every = FAULTS.keys() | ON_GRIDS.keys()
+    assert every == {rule.id for rule in RULES} and len(RULES) == len(FAULTS) + len(ON_GRIDS)
     for rule in RULES:
         assert rule.means and rule.wrong and rule.source and rule.remedy
 
