@@ -89,16 +89,21 @@ def _write_gguf(arguments, recipe, options) -> int:
     "refimpl importance weights/Baichuan2-7B-Chat --text wiki.txt --out b2-7b.importance",
     *(MODEL, TEXT, DTYPE, SWEEP, JSON),
     option("--out", required=True, metavar="FILE", help="a new file"),
+    option("--gradients", action="store_true", help="weigh activations by how much the loss depends on the output"),
 )
 def importance(arguments) -> int:
     """Find which input columns of each matrix matter, for refimpl quantize --importance."""
     from refimpl.blocks.importance import observe_importance, write_importance
+    from refimpl.gradients.sensitivity import observe_sensitivity
     from refimpl.sweep import workers
 
     model = load_model(arguments)
     ids = text_ids(arguments, model)
     with workers(arguments.jobs, arguments.dask) as executor:
-        found = observe_importance(model, ids, arguments.window, arguments.dtype, executor, arguments.resume)
+        if arguments.gradients:
+            found = observe_sensitivity(model, ids, arguments.window, executor=executor, resume=arguments.resume)
+        else:
+            found = observe_importance(model, ids, arguments.window, arguments.dtype, executor, arguments.resume)
     write_importance(arguments.out, found)
     if arguments.json:
         print(json.dumps({"out": arguments.out, "matrices": len(found), **found.meta}, ensure_ascii=False))

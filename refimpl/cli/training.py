@@ -65,3 +65,48 @@ def finetune(arguments) -> int:
     print(f"{len(done.losses)} steps on {len(examples)} conversations: the loss went from {done.losses[0]:.4f} to "
           f"{done.losses[-1]:.4f}; {a.out} holds {what}, losses.json and loss.svg")  # fmt: skip
     return 0
+
+
+@verb(
+    "refimpl repair b2-7b-q4_0 --against weights/Baichuan2-7B-Chat --text wiki.txt --out b2-7b-q4_0-repaired",
+    option("model", metavar="MODEL", help="a checkpoint whose matrices are in blocks with scales"),
+    option("--against", metavar="REF", help="the float checkpoint that it was made of (default: the embedded model)"),
+    option("--text", required=True, metavar="FILE", help="UTF-8 text, blank lines between documents"),
+    option("--tokens", type=int, metavar="N", help="read only the first N tokens of it (default: all)"),
+    option("--window", type=int, default=128, metavar="N", help="tokens that are run at a time (default: 128)"),
+    option("--steps", type=int, default=200, metavar="N", help="how many (default: 200)"),
+    option("--batch-size", type=int, default=8, metavar="N", help="windows of a step (default: 8)"),
+    option("--learning-rate", type=float, default=2e-3, metavar="X", help="of the scales' factors (default: 2e-3)"),
+    option("--seed", type=int, default=0, metavar="N", help="of the choice of windows (default: 0)"),
+    option("--out", required=True, metavar="DIR", help="a new folder"),
+    JSON,
+)  # fmt: skip
+def repair(arguments) -> int:
+    """Train the scales of a quantized model towards the float model's predictions."""
+    from pathlib import Path
+
+    from golden.cost.reading import read_documents
+    from refimpl.errors import InputError
+    from refimpl.gradients.optimizer import AdamW
+    from refimpl.gradients.repair import repair
+    from refimpl.model import Model, load
+
+    a = arguments
+    model, teacher, out = load_model(a), load(a.against), Path(a.out)
+    if out.exists():
+        raise InputError(f"{out} is there already; choose another place or delete it")
+    if min(a.steps, a.batch_size) < 1 or a.window < 2:
+        raise InputError("steps and batch size are whole numbers from 1, and a window has two tokens at least")
+    ids = read_documents(Path(a.text), teacher, a.tokens)
+    rows = [teacher.token_ids(ids[i : i + a.window])[0] for i in range(0, len(ids) - a.window + 1, a.window)]
+    if not rows:
+        raise InputError(f"{a.text} has {len(ids)} tokens, fewer than one window of {a.window}; use a smaller one")
+    optimizer = AdamW(learning_rate=a.learning_rate, weight_decay=0.0)
+    weights, losses = repair(model, teacher, rows, None, optimizer, a.steps, a.batch_size, a.seed)
+    Model(model.config, weights, model.folder).save(out)
+    if a.json:
+        print(json.dumps({"out": a.out, "losses": losses}))
+        return 0
+    print(f"{len(losses)} steps: the KL divergence went from {losses[0]:.5f} to {losses[-1]:.5f} nats on the text; "
+          f"judge the model in {a.out} by another text with refimpl quality --against")  # fmt: skip
+    return 0

@@ -127,6 +127,8 @@ class Leaves(Mapping[str, Any]):
             module = name.removesuffix(".weight")
             a, b = (self._leaf(f"{module}.lora_{part}.weight", getattr(weight, part.lower())) for part in "AB")
             return AdaptedLeaf(weight.shape, self._leaf(name, weight.base), a, b, weight.scale)
+        if hasattr(weight, "adjoint"):  # its scales learn
+            return self._leaf(name.removesuffix("weight") + "scales", weight)
         return self._leaf("model.embed_tokens.weight" if self.tied and name == "lm_head.weight" else name, weight)
 
     def _leaf(self, name: str, weight: Any) -> Leaf:
@@ -275,7 +277,9 @@ class Tape:
 def of_weight(g: np.ndarray, x: np.ndarray, leaf: Leaf) -> np.ndarray:
     """The gradient of a matrix (O, I) that took x (..., I) to y, of which g (..., O) is the gradient: gᵀ x."""
     gradient = transposed_product(_rows(g), _rows(x))
-    return through_lengths(leaf.weight, gradient) if isinstance(leaf.weight, NormHead) else gradient
+    if isinstance(leaf.weight, NormHead):
+        return through_lengths(leaf.weight, gradient)
+    return leaf.weight.adjoint(gradient) if hasattr(leaf.weight, "adjoint") else gradient
 
 
 def through_lengths(head: NormHead, g: np.ndarray) -> np.ndarray:
