@@ -146,7 +146,7 @@ class BaichuanForCausalLM(BaichuanPreTrainedModel):
     def __init__(self, config, *arguments, **options):
         super().__init__(config, *arguments, **options)
         self.model = BaichuanModel(config)
-        second = config.z_loss_weight is not None
+        second = config.z_loss_weight is not None or getattr(config, "tokenizer_class", None) == "BaichuanTokenizer"
         head = NormHead if second else lambda hidden, words: nn.Linear(hidden, words, bias=False)
         self.lm_head = head(config.hidden_size, config.vocab_size)
         self.post_init()
