@@ -55,8 +55,8 @@ class Forward:
 
         `dtype`: "float32"; "float64", the oracle, positions included; "bfloat16" or "float16", which round after
         each operation as PyTorch does. `attention_mask` (B, past + T): 0 for padding, which may stand on the left.
-        With a `cache`, `ids` continue what is in it, in pieces of any size. `logits_to_keep`: of how many of the last
-        tokens the logits are wanted, 0 for all; what continues a text is in those of the last.
+        With a `cache`, `ids` continue what is in it, in pieces of any size. `logits_to_keep`: the number
+        of last tokens whose logits are wanted, 0 for all. The last token's logits say what continues a text.
 
         Raises InputError for ids outside the vocabulary, nothing to do, or more tokens than the context holds.
         """
@@ -67,9 +67,9 @@ class Forward:
     ) -> Trace:
         """Every tensor of one forward, in computing order: name (see `refimpl.names`) -> array.
 
-        `taps`: a glob on names, to keep some of them. `feed`: a trace whose values replace the computed ones as soon
-        as they have been computed and recorded, so that each recorded tensor shows its own error and none that it
-        inherited. Raises InputError for one of other token ids, or with names that this model does not have.
+        `taps`: a glob on names, to record some of them. `feed`: a trace of another run. Once a tensor is computed and
+        recorded, the run goes on with the value from `feed`, so that each recorded tensor shows its own error and
+        inherits none. Raises InputError if `feed` is of other token ids, or has names that this model lacks.
         """
         from refimpl.names import taps as known
 
@@ -121,11 +121,11 @@ class Forward:
     def stages(
         self, ids, dtype: str = "float32", tap: Tap = silent, start: int = 0, stream: np.ndarray | None = None
     ) -> Iterator[np.ndarray]:
-        """The forward of a prompt, one step each time that the iterator is asked: the stream (B, T, C) after the
-        embedding and after each layer, and at last the logits (B, T, V).
+        """The forward of a prompt, step by step: the residual stream (B, T, C) after the embedding and each layer, and
+        at last the logits (B, T, V). Each step is computed when the iterator is asked for it.
 
-        So several runs can go side by side and share what each layer shows. With the `stream` that enters layer
-        `start`, it begins there; `start` may be the number of layers. Raises InputError as a call does.
+        So several runs can go side by side, layer by layer. With the `stream` that enters layer `start`, a run begins
+        there; `start` may be the number of layers. Raises InputError as a call does.
         """
         ids, ops = self.token_ids(ids), self.ops(dtype)
         self._expect_room(ids.shape[1])
@@ -148,7 +148,7 @@ class Forward:
             raise InputError(f"{tokens} tokens exceed the context of {self.config.max_position_embeddings}; use fewer")
 
     def decoder(self, ops: NumPyOps, tap: Tap, cache: KVCache | None) -> Decoder:
-        """The forward of this model with `ops`; `tap` sees each tensor as it goes on."""
+        """The decoder over this model's weights, with `ops` and `cache`; each tensor passes through `tap`."""
         return self.decoder_class(self.config, self.weights, ops, tap, cache or no_cache)
 
     def ops(self, dtype: str) -> NumPyOps:
@@ -169,9 +169,9 @@ class Forward:
     def new_cache(self, batch: int = 1, capacity: int | None = None, dtype: str | None = None) -> KVCache:
         """An empty cache for `batch` sequences of up to `capacity` tokens (the model's context if not given).
 
-        `dtype`: None keeps keys and values as they are computed. Those of a float32 run may be rounded: to "float16",
-        which takes half the memory, or to "int8", Q8_0's blocks of 32 with a scale each, which take a quarter, as
-        llama.cpp has them; where contexts are long, it is the memory that takes the time.
+        `dtype`: None keeps keys and values as they are computed. A float32 run may round them: to "float16", which
+        takes half the memory, or to "int8", which takes a quarter (Q8_0's blocks of 32 with a scale each, as in
+        llama.cpp). With long contexts, a run takes as long as reading this memory.
 
         Raises InputError for another dtype, and for one that does not fit the model's heads.
         """

@@ -36,7 +36,7 @@ def load(path: str | Path | None = None, backend: str | None = None) -> Model:
 
     `backend`: see `Model.with_backend`.
 
-    Weights are mapped, not read: a 15 GB checkpoint opens at once and takes the memory of what is used.
+    Weights are mapped, not read: a 15 GB checkpoint opens at once, and only what is used takes memory.
     Raises InputError, in one line, for whatever is missing, damaged or not understood; warns (`refimpl.errors.Remark`)
     of weights that are not what their config makes one expect (`checkpoint.doctor`), and of another model's tokenizer.
     """
@@ -88,18 +88,17 @@ class Model(Forward):
         return self.made
 
     def _then(self, call: tuple, **changed: Any) -> Model:
-        """The model that one more call, (method, *arguments), has made of this one; `changed`: other than here."""
+        """The model that one more call, (method, *arguments), makes of this one, with these parts changed."""
         made = None if self.made is None else (*self.made, call)
         parts = {"config": self.config, "weights": self.weights, "folder": self.folder, "made": made,
                  "backend": self.asked_backend, "decoder_class": self.decoder_class}  # fmt: skip
         return Model(**{**parts, **changed})
 
     def with_backend(self, backend: str) -> Model:
-        """This model computed by "numpy" or by "numba", which is faster where weights are large (float32 only).
+        """This model computed by "numpy" or by "numba", which is faster for large weights in float32.
 
-        "numba-int16" and "numba-int8" round activations, too: see `refimpl.backends`.
-
-        Without this, REFIMPL_BACKEND says which; without that, Numba computes where it helps: see `refimpl.backends`.
+        "numba-int16" and "numba-int8" also round activations. Where nobody chooses, the environment's REFIMPL_BACKEND
+        does; without it, Numba computes models that are large enough: see `refimpl.backends`.
         """
         return self._then(("with_backend", backend), backend=backend)
 
@@ -126,15 +125,17 @@ class Model(Forward):
         self, recipe: Recipe = "int4", block_size: int | str | None = None, keep: Sequence[str] = (),
         importance: Importance | None = None, **options: Any,
     ) -> Model:  # fmt: skip
-        """This model with matrices in blocks of number formats, as a recipe says; `keep`: globs on module names.
+        """This model with matrices in blocks of number formats, as a recipe says.
 
-        The recipe is a format of the table in `formats/table.py`, such as "int4", "q4_0", or "nf4" and "int8", which
-        are the official `quantize(4)` and `quantize(8)`; or a mapping of globs to formats, of which the first that
-        matches decides: `{"lm_head": "q8_0", "*": {"format": "q4_k", "search": "mse"}}`. `options` of a format's name
-        are those of `blocks.quantize.Scheme`: axis, search, symmetric, double. `importance`: what an error in each
-        input column costs (`refimpl.blocks.importance`), for a search.
+        The recipe is a format of the table in `formats/table.py`, such as "int4" or "q4_0". "nf4" and "int8" are the
+        official `quantize(4)` and `quantize(8)`. Or it is a mapping of globs to formats, where the first glob that
+        matches decides: `{"lm_head": "q8_0", "*": {"format": "q4_k", "search": "mse"}}`. `keep`: globs on the names of
+        modules that stay unquantized. `options` go with a format's name and are fields of `blocks.quantize.Scheme`:
+        axis, search, symmetric, double. `importance` tells a search what an error in each input column costs
+        (`refimpl.blocks.importance`).
 
-        Raises InputError for whatever does not exist, matches nothing or does not fit, and for NaN and infinity.
+        Raises InputError for a format or option that does not exist, a glob that matches nothing, a matrix that does
+        not fit its format, and for NaN and infinity.
         """
         from refimpl.blocks.quantize import quantize_weights
 
@@ -174,9 +175,9 @@ class Model(Forward):
         return SimulatedModel(self, encodings, rounding, integer)
 
     def truncated(self, layers: int) -> Model:
-        """This model of its first `layers` layers only, with the final norm and head: to try things cheaply.
+        """The first `layers` layers of this model, then its final norm and head: to try things cheaply.
 
-        Raises InputError for a number of layers that it does not have.
+        Raises InputError for fewer than one layer, and for more than the model has.
         """
         if type(layers) is not int or not 1 <= layers <= self.config.num_hidden_layers:
             raise InputError(f"layers is {layers!r:.40}, expected 1 to {self.config.num_hidden_layers}")
@@ -192,20 +193,20 @@ class Model(Forward):
 
     @property
     def checkpoint(self) -> Checkpoint:
-        """What `save` writes. Raises InputError for a model that no folder belongs to."""
+        """Folder, config and weights, as `save` writes them. Raises InputError for a model without a folder."""
         if self.folder is None:
             raise InputError("the model comes from no folder, so there is no config.json to save with it")
         return Checkpoint(self.folder, self.config, self.weights)
 
     def save(self, out: str | Path) -> dict[str, Any]:
-        """Writes the weights as they are, quantized ones too, into a new folder that `load` reads (`blocks.save`)."""
+        """Writes a new folder that `load` reads, with the weights as this model has them, quantized ones too."""
         from refimpl.blocks.save import save
 
         return save(self.checkpoint, out)
 
 
 class SimulatedModel(Simulated, Model):
-    """A model whose forward is simulated; everything else is `Model`'s. Make one with `model.simulate(encodings)`."""
+    """A model with the forward of `Simulated`. `model.simulate(encodings)` makes one."""
 
     def __init__(self, model: Model, encodings: Encodings, rounding: Rounding = "away", integer: bool = False):
         super().__init__(model, encodings, rounding, integer)
@@ -222,13 +223,13 @@ class SimulatedModel(Simulated, Model):
         return SimulatedModel(plain, self.encodings.of(plain.config, plain.weights), self.rounding, self.integer)
 
     def with_backend(self, backend: str) -> Model:
-        """This model, if it is NumPy that is asked for: no other quantizes on the way."""
+        """This model, for "numpy". Other backends do not quantize between operations, and raise InputError."""
         if backend != "numpy":
             raise InputError(f"the backend is {backend!r}, but a simulation is computed by 'numpy'")
         return self
 
     def quantize(self, *arguments, **options) -> Model:
-        """Not after the simulation: its grids belong to the weights that it was made of."""
+        """Raises InputError: the grids of a simulation belong to the weights that it was made of."""
         raise InputError("a simulated model cannot be quantized or simulated again; take the model that it was made of")
 
     simulate = quantize
@@ -243,7 +244,7 @@ def _importable(module: str, name: str) -> Any:
 
 
 def _stamps(made: tuple) -> tuple:
-    """Sizes and times of the files that a model is loaded from, by which they are seen to change."""
+    """Names, sizes and times of the files that a model is loaded from: if they change, so does the model."""
     folder = Path(made[0][1] or EMBEDDED)
     files = sorted(p for p in folder.glob("*") if p.suffix in (".safetensors", ".bin", ".json"))
     return tuple((p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in files)
@@ -254,7 +255,7 @@ _kept: dict[bytes, Model] = {}
 
 
 def remade(made: tuple, backend: str) -> Model:
-    """The model that these calls make. A process makes it once, and keeps the last few."""
+    """The model that these calls make. A process makes each once, and keeps the last few."""
     classes = [id(value) for call in made for value in call if isinstance(value, type)]  # a name may get another class
     key = hashlib.sha256(pickle.dumps((made, backend, _stamps(made), classes))).digest()
     with _lock:

@@ -24,7 +24,7 @@ from refimpl.checkpoint.folder import read_checkpoint
 from refimpl.checkpoint.lora import adapter_files, merge
 from refimpl.checkpoint.pages import read_ahead
 from refimpl.checkpoint.resolve import expected_shapes, resolve
-from refimpl.checkpoint.weights import FLOATS, NormHead, Weight
+from refimpl.checkpoint.weights import FLOATS, NormHead, Weight, row_lengths
 from refimpl.config import Config, read_config
 from refimpl.errors import InputError
 from refimpl.files import read_json, sha256
@@ -105,7 +105,7 @@ def convert(
         _write_config(source, work, dtype, normalize_head)
         sums = shards.write_shards(work, files, "converting")
         if normalize_head:
-            report["row lengths"] = _row_lengths(entries["lm_head.weight"])
+            report["row lengths"] = _shortest_and_longest(entries["lm_head.weight"])
         shards.write_json(work / REPORT, report)
         shards.write_sums(work, sums)
     return report
@@ -145,11 +145,11 @@ class Checked(Weight):
         return converted
 
 
-def _row_lengths(entry: Converted) -> list[float]:
+def _shortest_and_longest(entry: Converted) -> list[float]:
     """The lengths of the shortest and the longest row of the head as written, without rows of zeros."""
     step = max(1, shards.TILE_BYTES // entry.weight.shape[1])
     lengths = np.concatenate([
-        np.linalg.norm(entry.weight.read(entry.dtype, slice(start, start + step)).astype(np.float64), axis=-1)
+        row_lengths(entry.weight.read(entry.dtype, slice(start, start + step)).astype(np.float64))
         for start in range(0, entry.weight.shape[0], step)
     ])  # fmt: skip
     lengths = lengths[lengths > 0]

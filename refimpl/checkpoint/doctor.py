@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from refimpl.checkpoint.weights import row_lengths
 from refimpl.config import Config
 
 # The official checkpoints: vocabulary, hidden, intermediate, layers; and heads, for queries and for keys and values.
@@ -131,7 +132,7 @@ def _head_lengths(config: Config, tensors: Mapping[str, Any]) -> np.ndarray | No
     head = tensors.get("lm_head.weight")
     if not config.family.startswith("Baichuan2") or config.tie_word_embeddings or not isinstance(head, np.ndarray):
         return None
-    lengths = np.linalg.norm(_sample(head), axis=-1)
+    lengths = row_lengths(_sample(head))
     return lengths[lengths > 0] if lengths.any() else None
 
 

@@ -24,7 +24,7 @@ import ml_dtypes
 import numpy as np
 
 from refimpl.checkpoint.resolve import HEAD, expected_shapes
-from refimpl.checkpoint.weights import Weight, Weights
+from refimpl.checkpoint.weights import Weight, Weights, row_lengths
 from refimpl.config import FAMILIES, Config
 from refimpl.errors import InputError, Remark, at_most
 from refimpl.gguf_files import GGUF, Stored, read_gguf
@@ -243,7 +243,7 @@ def read_weights(file: GGUF, config: Config) -> tuple[Config, Weights]:
 def normalized(head: Any) -> bool:
     """Whether the rows of a head have length 1, by some hundred of them; rows of zeros tell nothing."""
     rows = np.arange(0, head.shape[0], max(1, head.shape[0] // 256))
-    lengths = np.linalg.norm(head.read(np.dtype(np.float32), rows), axis=1)
+    lengths = row_lengths(head.read(np.dtype(np.float32), rows))
     lengths = lengths[lengths > 0]
     return bool(len(lengths) and np.abs(lengths - 1).mean() < NEAR_ONE)
 

@@ -101,8 +101,12 @@ def _wide(values: np.ndarray, dtype: np.dtype) -> np.ndarray:
 def _lengths(values: np.ndarray, dtype: np.dtype) -> np.ndarray:
     """The lengths (O, 1) of rows, rounded to `dtype` and at least 1e-12."""
     wide = _wide(values, dtype)
-    length = np.sqrt((wide * wide).sum(-1, keepdims=True)).astype(dtype).astype(wide.dtype)
-    return np.maximum(length, 1e-12)
+    return np.maximum(row_lengths(wide)[:, None].astype(dtype).astype(wide.dtype), 1e-12)
+
+
+def row_lengths(rows: np.ndarray) -> np.ndarray:
+    """The Euclidean length of each row (O, I) -> (O,), computed in the rows' own format."""
+    return np.sqrt((rows * rows).sum(-1))
 
 
 @dataclass(frozen=True, eq=False)
