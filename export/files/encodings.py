@@ -90,7 +90,7 @@ def _entry_1(name: str, encoding: Encoding | Float16) -> dict[str, Any]:
     entry: dict[str, Any] = {"name": name, "dtype": "INT", "bw": encoding.bits, "is_sym": encoding.symmetric}
     scale, offset = np.ravel(encoding.scale).tolist(), np.ravel(encoding.offset).astype(int).tolist()
     if encoding.block_scale is not None:
-        # bw is that of code * block scale, which the offset belongs to as well
+        # bw and the offset are those of the product code * block scale
         bits = encoding.bits + int(math.log2(LPBQ_STEPS))
         steps = np.ravel(encoding.block_scale).astype(int).tolist()
         entry |= {"enc_type": "LPBQ", "bw": bits, "compressed_bw": encoding.bits, "per_block_int_scale": steps}

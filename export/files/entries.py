@@ -1,7 +1,7 @@
 """Arrays in files that a device left, before any of them is read: names, shapes, and a function that reads.
 
-All of it is untrusted. A reader tells what a file says of its arrays, so that sizes can be held against a manifest
-first; reading then takes no more bytes than were said. Nothing is executed, and no link out of a file is followed.
+No file is trusted. A reader first tells the names and shapes that a file states, so that they can be compared with a
+manifest; reading then takes no more bytes than stated. Nothing is executed, and no link out of a file is followed.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ from refimpl.errors import InputError, at_most
 
 SUFFIXES = {".h5", ".hdf5", ".npz", ".npy", ".raw", ".bin", ".pb"}
 ENTRIES = 100_000  # of a file or a folder: more is no run of one model
-HEADER = 1 << 16  # bytes of what a file says beside its numbers
+HEADER = 1 << 16  # bytes of a file beside its numbers
 NPY_HEADER = 10_000  # of a .npy, as NumPy itself has it; it looks only after it has read what the file claims
 GZIP, SHUFFLE = 1, 2  # HDF5's numbers of these filters
 
 
 @dataclass(frozen=True)
 class Entry:
-    """An array that has not been read: `shape` is None and `dtype` unknown where a file says nothing but its size."""
+    """An array that has not been read. `shape` and `dtype` are None if the file tells only its size."""
 
     name: str
     source: str
@@ -105,7 +105,7 @@ def _of_folder(path: Path, graphs: Collection[str], largest: int, way: Way, grap
         return
     devices = [str(child) for child in inside if any((child / name).is_dir() for name in get_args(Way))]
     if devices:
-        raise InputError(f"{path} holds what several runs may have given; give one of them: {at_most(devices, 3)}")
+        raise InputError(f"{path} holds the outputs of several runs; give one of them: {at_most(devices, 3)}")
     yield graph or _called(path, graphs), way, list(in_folder(path, largest))
 
 
@@ -152,12 +152,12 @@ def _told(path: Path, read: Callable[[], np.ndarray]) -> np.ndarray:
 
 
 class UnfitError(ValueError):
-    """What a file holds is whole, and of a kind that no output is."""
+    """The file is whole, but its kind of array cannot be an output."""
 
 
 @contextmanager
 def telling(path: Path) -> Iterator[None]:
-    """What goes wrong in reading a file that is damaged, or holds something else, as an InputError."""
+    """Turns any error of reading a damaged or unfit file into an InputError."""
     try:
         yield
     except InputError:
@@ -186,7 +186,7 @@ def in_folder(path: Path, largest: int) -> Iterator[Entry]:
 
 def _expect_samples(found: int, source: str, given: int = 1) -> None:
     if found != given:
-        raise InputError(f"{source} has {found} samples, but there were inputs for {given}; give what they gave")
+        raise InputError(f"{source} has {found} samples, but inputs had {given}; give the outputs of those inputs")
 
 
 def _of_npy(path: Path) -> Iterator[Entry]:
@@ -246,7 +246,7 @@ def _npy_body(file: Any, dims: tuple[int, ...], dtype: np.dtype, source: str) ->
 
 
 def _of_raw(path: Path) -> Iterator[Entry]:
-    """Nothing but numbers. qnn-net-run adds `_native` to the name of what it leaves as codes."""
+    """A file of bare numbers. qnn-net-run adds `_native` to the name of a file that holds codes."""
     size = path.stat().st_size
 
     def read() -> np.ndarray:
@@ -343,7 +343,7 @@ def _attribute(group: Any, key: str, kind: type, default: Any = None) -> Any:
 
 
 def _expect_harmless(stored: Any, source: str) -> None:
-    """Raises InputError for a dataset whose numbers are not simply in this file."""
+    """Raises InputError for a dataset that keeps its numbers elsewhere, or in a filter that is not read."""
     plist = stored.id.get_create_plist()
     filters = [plist.get_filter(i)[0] for i in range(plist.get_nfilters())]
     if stored.is_virtual or stored.external:

@@ -1,6 +1,6 @@
-"""A graph's folder as anybody may have made it: `model.onnx`, beside it weights and encodings, and what its name says.
+"""A graph's folder, whoever made it: `model.onnx`, weights and encodings beside it, and what its name says.
 
-Weights are never read, and a damaged file is a fact about the folder, not an end of reading it.
+Weights are never read. A damaged file is a fact about the folder; the rest of the folder is read all the same.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ HOST = ("attention_mask", "position_ids_cos", "position_ids_sin")
 
 @dataclass
 class GraphFolder:
-    """A graph's folder and what is known of it. `damage` is why one of its files cannot be read."""
+    """A graph's folder and what is known of it. `damage` tells why files of it cannot be read."""
 
     folder: Path
     damage: list[str] = field(default_factory=list)
@@ -93,7 +93,7 @@ class GraphFolder:
 
     @cached_property
     def standing(self) -> dict[str, GridInfo]:
-        """Name -> the grid that the values stand on: the tensor's own, or that of what they are moved from."""
+        """Name -> the grid of a tensor: its own, or that of the tensor which was moved there."""
         found = dict(self.grids or {})
         for node in self.graph.nodes:
             sources = [found.get(name) for name in node.inputs]
@@ -128,9 +128,9 @@ class GraphFolder:
 
 
 def read_folders(folder: str | Path) -> list[GraphFolder]:
-    """The graph in a folder, or that of each folder in it, by name.
+    """The graph in a folder; or the graphs in the folders inside it, by name.
 
-    Raises InputError for what is no folder, or holds no ONNX file at all.
+    Raises InputError if it is no folder, or has no ONNX file in it.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -141,7 +141,7 @@ def read_folders(folder: str | Path) -> list[GraphFolder]:
     except OSError as error:
         raise InputError(f"cannot read {folder}: {error.strerror}; mend its permissions") from None
     if not found:
-        raise InputError(f"{folder} holds no .onnx, nor does a folder in it; give the folder that an export has made")
+        raise InputError(f"{folder} has no .onnx in it, and no folder with one; give the folder of an export")
     return [GraphFolder(path) for path in (found[:1] if folder in found else found)]
 
 

@@ -1,10 +1,10 @@
 """What a folder of a graph says, without its weights: the ONNX file's structure, and the grids of its encodings file.
 
-Both files may come from anybody. ONNX's own parser reads a file as a whole, weights included, and turns two hostile
-bytes into a hundred of memory; `json` does much the same. So the ONNX file is mapped and read field by field, which
-protobuf's wire format makes a page of code; weights are skipped where they lie, and what is kept is counted: a file
-that says more than any real graph is refused, so memory and time are bounded. Of an encodings file, the thousands of
-steps of a weight's rows are counted before JSON is parsed, not parsed.
+Neither file is trusted. ONNX's own parser reads a whole file, weights included, and two hostile bytes of it can take a
+hundred bytes of memory; `json` is alike. So the ONNX file is mapped and read field by field: with protobuf's wire
+format that is a page of code. Weights are skipped. What is kept is counted, and a file with more than any real graph
+has is refused, so memory and time are bounded. In an encodings file, the thousands of steps of a weight's rows are cut
+out of the text before JSON is parsed.
 
 **Source**: `onnx.proto3` for the numbers of fields; `export/files/encodings.py` for encodings.
 """
@@ -35,9 +35,9 @@ BITS = {1: 32, 2: 8, 3: 8, 4: 16, 5: 16, 6: 32, 7: 64, 9: 8, 10: 16, 11: 64, 12:
 
 @dataclass(slots=True)
 class TensorInfo:
-    """An initializer, or the value of a Constant: all but its elements. `external` is where they are, as it says.
+    """An initializer, or the value of a Constant, without its elements. `external` tells where those are.
 
-    `value`: of a tensor of one element, that element; `zeros`: whether all are 0. None where they lie elsewhere.
+    `value`: the element of a tensor of one element. `zeros`: whether all are 0. Both are None if they lie elsewhere.
     """
 
     name: str = ""
@@ -312,7 +312,7 @@ STRUCTURE = 16 << 20  # bytes of an encodings file without those; a part with a 
 def read_grids(path: Path) -> dict[str, GridInfo]:
     """Name -> grid of everything in an encodings file of 0.6.1, 1.0.0 or 2.0.0.
 
-    Raises InputError, in one line, for what is no such file, is vast, or says two things of one tensor.
+    Raises InputError, in one line, for another kind of file, a vast one, and a tensor with two encodings.
     """
     try:
         with mapped(path) as data:
@@ -327,7 +327,7 @@ def read_grids(path: Path) -> dict[str, GridInfo]:
             try:
                 found[name] = _GRIDS[version](entry)
             except (TypeError, ValueError, KeyError, IndexError, AttributeError, OverflowError):
-                raise InputError(f"the encoding of {name!a:.80} is none of version {version}") from None
+                raise InputError(f"the encoding of {name!a:.80} does not follow version {version}") from None
         return found
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path.name} is no encodings file: {error!s:.200}; write it again") from None
@@ -343,7 +343,7 @@ def _without_rows(data: Any) -> bytes:
         pieces += [data[at : match.start()], match[1] + b',"many"' if match[1] else b'["many"]']
         at = match.end()
     if size + len(data) - at > STRUCTURE:
-        raise InputError(f"it says more than {STRUCTURE >> 20} MiB beside the steps of weights")
+        raise InputError(f"it has more than {STRUCTURE >> 20} MiB beside the steps of weights")
     return b"".join([*pieces, data[at:]])
 
 

@@ -1,8 +1,8 @@
-"""Protobuf's wire format, field by field, from a mapped file that anybody may have written.
+"""Protobuf's wire format, field by field, from a mapped file that is not trusted.
 
-A message is a row of fields, each a number that its schema explains and a value: an integer, some bytes, or 4 or 8
-bytes of a float. What is read is counted, so that a file which says more than a real one is refused before memory or
-time grow with it: FIELDS fields and TEXT bytes of names, however large the file is.
+A message is a row of fields. A field is a number, which the schema explains, and a value: an integer, some bytes, or
+the 4 or 8 bytes of a float. What is read is counted. A file with more than FIELDS fields or TEXT bytes of names, which
+no real graph has, is refused before memory or time grow with it.
 
 **Source**: protobuf's encoding guide.
 """
@@ -54,7 +54,7 @@ class Wire:
                 else:
                     length, at = self.varint(at, stop)
                 if length > stop - at:
-                    raise DamagedError(f"at byte {at} come {length} bytes, of which {stop - at} are there")
+                    raise DamagedError(f"at byte {at} should be {length} bytes, but only {stop - at} are there")
                 yield tag >> 3, at, at + length
                 at += length
             elif kind == 0:

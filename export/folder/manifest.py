@@ -1,4 +1,4 @@
-"""The manifest of an export: what its folder consists of. Whoever writes the format reads it, too."""
+"""The manifest of an export: the list of its files, and what they are. One file writes the format and reads it."""
 
 from __future__ import annotations
 

@@ -73,9 +73,9 @@ class Parts:
         Each graph of a part has its own copy of the weights: an upload takes one folder, and ONNX refuses links.
         Memory holds a tile of weights at a time. Every graph passes `onnx.checker` with full_check.
 
-        `overwrite` replaces an earlier export, and nothing else: what was sent to AI Hub, and what came back, stays on
-        record, so that a graph whose bytes are the same is not sent again. Without `golden` there is no test data: a
-        compiler needs none, and the whole model need not be computed.
+        `overwrite` replaces an earlier export, and nothing else. The record of what was sent to AI Hub and of what came
+        back stays, so a graph with the same bytes is not sent again. Without `golden` there is no test data: a compiler
+        needs none, and the model is not computed.
 
         Raises InputError for a folder that is something else, or that cannot be written.
         """
@@ -191,4 +191,4 @@ def check_free(folder: Path, overwrite: bool) -> None:
         raise InputError(f"{folder} holds an export; choose another place, or overwrite it (--force)")
     ours = {"manifest.json", *BESIDE} | {str(name).split("/")[0] for name in manifest.get("files", ())}
     if others := sorted(there - ours):
-        raise InputError(f"{folder} also holds {at_most(others)}, which no export does; move that away first")
+        raise InputError(f"{folder} also holds {at_most(others)}, which no export writes; move that away first")

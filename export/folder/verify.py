@@ -16,16 +16,16 @@ from golden.compare import Report, compare
 
 
 def verify(folder: str | Path, engine: str | Executor = "auto") -> Report:
-    """Runs every graph of an export, and compares what is no padding with the golden outputs.
+    """Runs every graph of an export twice, and compares its outputs with the goldens; padding is left out.
 
-    Twice: `isolated`, each part from its golden inputs, so that it shows its own error alone; and `chained`, as a
-    device runs, each part from what the one before gave, and a token from the prompt's keys and values. The tensors
-    of the report are called `{graph}/{isolated or chained}/{tap}`, and have the layout of the tap. Graphs that are
-    modules alone go on from nobody, and are run isolated only.
+    `isolated`: each graph gets its golden inputs, so its error is its own. `chained`: each graph gets the outputs of
+    the graph before it, and a token graph the prompt's keys and values, as on a device. Modules alone continue no other
+    graph, so they run isolated only. A tensor of the report is called `{graph}/{isolated or chained}/{tap}`, in the
+    layout of the tap.
 
     `engine`: "onnxruntime"; "reference", ONNX's own evaluator; "auto", the first of them that is installed; or any
-    other executor. Files are first held against the manifest's sha256. Raises InputError for a folder that is not a
-    whole export.
+    other executor. Before any graph runs, each file must have the sha256 of the manifest. Raises InputError for a
+    folder that is not a whole export.
     """
     folder = Path(folder)
     plan, limits = read_manifest(folder)
@@ -37,24 +37,24 @@ def verify(folder: str | Path, engine: str | Executor = "auto") -> Report:
 
 
 def run_graphs(folder: Path, plan: Plan, executor: Executor) -> Iterator[tuple[GraphSpec, str, Arrays]]:
-    """What an executor computes of each graph of an export, isolated and chained."""
+    """Each graph of an export with its outputs, isolated and chained, as an executor computes them."""
     after_prompt = Arrays()
     ways = ("isolated", "chained") if plan.chained else ("isolated",)
     total = sum(map(len, plan.runs))
     with tqdm(desc="verifying", total=total, unit="graph", disable=None, leave=False) as progress:
         for run in plan.runs:
-            flow = Arrays(after_prompt)
+            so_far = Arrays(after_prompt)
             for spec in run:
                 golden = read_arrays(folder, spec, "input", spec.inputs)
                 feeds = [golden]
                 if plan.chained:
-                    feeds.append(golden | {v.name: carry(spec, v, flow) for v in spec.inputs if v.source})
+                    feeds.append(golden | {v.name: carry(spec, v, so_far) for v in spec.inputs if v.source})
                 results = run_graph(executor, folder, spec, feeds)
                 for way, outputs in zip(ways, results, strict=True):
                     yield spec, way, outputs
-                flow |= results[-1]
+                so_far |= results[-1]
                 progress.update()
-            after_prompt = after_prompt or flow
+            after_prompt = after_prompt or so_far
 
 
 def run_graph(executor: Executor, folder: Path, spec: GraphSpec, inputs: list[Arrays]) -> list[Arrays]:

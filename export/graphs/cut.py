@@ -1,8 +1,8 @@
 """A stretch of the decoder cut at its taps: what a module or an operation reads, computes and gives.
 
-Taps delimit operations. Which follows from which is not written down a second time: the decoder runs on symbols, and
-from each tap the graph is walked back to the taps before it. So a module, or a tap, is a graph of its own: its inputs
-are the nearest tensors outside, its outputs what is read outside.
+Taps delimit operations. Nobody writes down a second time which tap follows from which: the decoder runs on symbols, and
+from each tap the graph is walked back to the taps before it. So a module, or a tap, can be a graph of its own. Its
+inputs are the nearest tensors outside of it; its outputs are those that something outside reads.
 
 >>> config = Config(family="Baichuan2-7B", vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=4)
 >>> matching_modules(config, ["*.1.mlp", "model.n*"])
@@ -49,7 +49,7 @@ def matching_taps(config: Config, patterns: Iterable[str]) -> tuple[str, ...]:
 
 
 def matching_modules(config: Config, patterns: Iterable[str]) -> tuple[str, ...]:
-    """The modules and taps that some globs match, in computing order; what lies in another that matches is part of it.
+    """The modules and taps that some globs match, in computing order; a match inside of another match is left out.
 
     Raises InputError for a glob that matches none.
     """
@@ -74,7 +74,7 @@ def _matched(known: Mapping[str, Any], patterns: Iterable[str]) -> set[str]:
 
 
 def belongs(name: str, module: str) -> bool:
-    """Whether a tap is that of a module, or lies in it; the module "" is everything."""
+    """Whether a tap is a module's own, or lies inside of the module; the module "" contains everything."""
     return not module or name == module or name.startswith(f"{module}.")
 
 
@@ -92,9 +92,10 @@ def visible(names: Sequence[str], hides: Sequence[str]) -> Sequence[str]:
 
 
 def cut_out(behind: Mapping[str, set[str]], module: str, gives: Sequence[str], hides: Sequence[str]) -> Cut:
-    """The taps of a module, with what they need; without `gives`, it gives what is read outside, or the cache keeps.
+    """The taps of a module, and the taps that they need.
 
-    `behind`: see `dependencies`. What the form of the graph hides is no place to cut: there it is gone through.
+    Without `gives`, its outputs are the taps that something outside reads, and those that the cache keeps. `behind`:
+    see `dependencies`. The form of a graph may hide taps (`hides`): no cut is made there, but at the taps before them.
     """
     own = {name for name in behind if belongs(name, module)}
     outside = set().union(*(behind[name] for name in behind if name not in own))
@@ -150,7 +151,7 @@ def _nearest(tensor: Tensor, names: Mapping[Tensor, str]) -> set[str]:
 
 
 def substituting(inputs: Mapping[str, Tensor], then: Tap) -> Tap:
-    """The tap that goes on with a graph's input in the place of the tensor that is so called, in the same form."""
+    """The tap that puts a graph's input in the place of the tensor with its name: one tensor, or one for each head."""
 
     def tap(name: str, x: Any) -> Any:
         if name not in inputs:
@@ -166,7 +167,7 @@ def substituting(inputs: Mapping[str, Tensor], then: Tap) -> Tap:
 
 
 def sliceable(x: Tensor) -> Tensor:
-    """The tensor, with `features` that are slices of it, in the place of those of a linear."""
+    """The tensor, with `features` that slice it, where those of a linear would compute a part."""
 
     def features(start: int, stop: int, suffix: str) -> Tensor:
         return sliceable(x.cut(len(x.shape) - 1, start, stop))

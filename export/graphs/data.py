@@ -28,7 +28,7 @@ BITS: dict[int, int] = {  # of an element in model.data; of all others 32
 
 @dataclass(frozen=True)
 class Parameter:
-    """Some rows of a parameter, or all, as an initializer of a graph: its name there, and that `of` the parameter."""
+    """An initializer that holds rows of a parameter: its `name` in the graph, and the name `of` the parameter."""
 
     name: str
     of: str
@@ -68,11 +68,11 @@ class Built:
     layout: dict[str, tuple[int, int]]  # initializer -> (offset, length) in bytes
     tiles: dict[str, Callable[[], Iterator[np.ndarray]]]  # initializer -> its values, a few rows at a time
     shown: dict[str, str]  # a head's value -> the tap that it is a piece of
-    parameters: dict[str, Parameter]  # initializer in float32 -> whose rows it has
+    parameters: dict[str, Parameter]  # initializer in float32 -> the rows that it holds
 
 
 def assign_offsets(parameters: Iterable[TensorProto]) -> dict[str, tuple[int, int]]:
-    """Gives initializers their places in `model.data`, one after the other: name -> (offset, length) in bytes."""
+    """Places initializers in `model.data`, one after the other: name -> (offset, length) in bytes."""
     layout, end = {}, 0
     for proto in parameters:
         offset = -(-end // ALIGNMENT) * ALIGNMENT

@@ -1,7 +1,7 @@
 """RMSNorm, RoPE and attention as one node each, where the opset has them (from 23 on); or RMSNorm alone.
 
-The decoder writes these three in small operations. It also shows what comes of each at a tap, and goes on with what
-the tap returns: so a tap that returns the one node instead leaves the small ones without a reader, and they are not
+The decoder writes these three in small operations. It shows the result of each to a tap, and goes on with whatever the
+tap returns. So a tap that returns the one node instead leaves the small ones without a reader, and they are not
 emitted. What the node needs (input, gain, epsilon, scale) is found by walking back through what the decoder wrote,
 step by step, each named here; if the decoder writes something else one day, the walk says so.
 """
@@ -19,7 +19,7 @@ NORMS = ("input_layernorm", "post_attention_layernorm", "norm")
 def fusing(graph: Graph, then: Tap) -> Tap:
     """The tap that puts one node in the place of many, and passes it on to `then`.
 
-    The graph's forms say of which: "norm" of RMSNorm, "fused" of RoPE and attention, too.
+    The graph's form says which operations become one node: RMSNorm with "norm"; RoPE and attention, too, with "fused".
     """
 
     def tap(name: str, x: Any) -> Any:

@@ -20,17 +20,18 @@ MOVES = {"Reshape", "Transpose", "Split", "Slice", "Squeeze", "Unsqueeze", "Iden
 def graph_encodings(encodings: Encodings, spec: GraphSpec, built: Built) -> Encodings:
     """The encodings of one graph, by the names of its own values and initializers, as its `model.encodings` has them.
 
-    What a tap shows has the tap's grid; the rest follows from it:
+    A value that shows a tap has the tap's grid. Other values get theirs from their neighbours:
 
-    - the ends of the graph: keys and values that come in stand on the grid of those that go out, and the hidden state
-      on that of the part before; where that is the embedding, on its table's, because a Gather's output has none;
-    - operations that only move data hand on their input's grid, or take their output's if there is no other, and so do
-      a Concat, whose inputs share a grid, and a product with a constant, whose grid is that many times finer;
-    - a product with cos or sin is no larger than the other factor; scores + mask need the sum of both ranges;
-    - sigmoid's output is in [0, 1];
-    - a head of W_pack that only moves on to be a value (or, without RoPE, a key) is on that one's grid from the start.
+    - Keys and values come in on the grid of those that go out. The hidden state comes in on the grid of the part
+      before. If that part is the embedding, this is the grid of its table, because a Gather's output has none.
+    - An operation that only moves data hands on the grid of its input, or takes the grid of its output if the input has
+      none. So does a Concat whose inputs share a grid. A product with a constant has that grid times the constant.
+    - A product with cos or sin has the range of the other factor. A sum of scores and mask has the sum of both ranges.
+    - The output of a sigmoid is in [0, 1].
+    - A head of W_pack that only moves on to be a value (or, without RoPE, a key) has the grid of that value from the
+      start.
 
-    What then has none is what an RMSNorm computes inside, and what a Gather gives.
+    Two kinds of values have no grid: those inside of an RMSNorm, and the output of a Gather.
     """
     graph = built.proto.graph
     infos = [*graph.input, *graph.value_info, *graph.output]
@@ -64,8 +65,8 @@ def _rows(encoding: Grid, parameter: Parameter) -> Grid:
 
 
 def _spread(graph: Any, known: dict[str, Grid], floats: set[str], scalars: Mapping[str, float]) -> None:
-    """Adds to `known` what follows from it, once forward through the graph and once backward."""
-    moved: dict[str, str] = {}  # what only moves data -> what it moves
+    """Adds the grids that follow from the `known` ones: once forward through the graph, and once backward."""
+    moved: dict[str, str] = {}  # a value that was only moved -> the value that it was
     for node in graph.node:
         if node.op_type in MOVES:
             moved.update(dict.fromkeys(node.output, moved.get(node.input[0], node.input[0])))
@@ -82,7 +83,7 @@ def _spread(graph: Any, known: dict[str, Grid], floats: set[str], scalars: Mappi
 
 
 def _forward(node: Any, known: Mapping[str, Grid], origins: Sequence[str], scalars: Mapping[str, float]) -> Grid | None:
-    """The grid that a node's outputs have by those of its inputs, or None if that does not follow.
+    """The grid of a node's outputs, as it follows from the grids of its inputs; None if it does not follow.
 
     `origins`: what the inputs were before they were moved.
     """

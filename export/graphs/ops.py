@@ -1,8 +1,8 @@
 """The ONNX backend: the decoder's operations, each as the nodes that compute it.
 
 `OnnxOps` has the functions of `refimpl_kernels.ops.NumPyOps`, over symbols. So the graph that a phone runs is
-`refimpl/decoder.py`, and there is no second forward. How an operation is written down is a matter of the graph's
-forms (`export/graphs/profiles.py`), of which the decoder knows nothing.
+`refimpl/decoder.py`, and there is no second forward. The graph's forms (`profiles.py`) decide how an operation is
+written down; the decoder does not know them.
 
 >>> graph = Graph()
 >>> x = graph.input("x", (1, 3, 8))
@@ -72,7 +72,7 @@ class OnnxOps:
         return out if out.name else graph.tap(weight.name, out)
 
     def _blocks(self, weight: Parameter) -> Blocks | None:
-        """The 4-bit blocks of a parameter, or of some rows of it, if they are such as ONNX can say."""
+        """The 4-bit blocks of a parameter, or of some of its rows, if ONNX has an operator for them."""
         blocks = getattr(weight.weight, "blocks", None)
         if blocks is None or (blocks.format, blocks.axis) != ("int4", 1) or blocks.shape[1] % 2:
             return None

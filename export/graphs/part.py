@@ -62,7 +62,7 @@ class Part:
         return hub_boundary(layer) if self.hub_names else boundary(layer)
 
     def outputs(self, config: Config, weights: Mapping, ops: Any, inputs: Mapping, tap: Tap = silent) -> dict[str, Any]:
-        """What the part computes of `inputs`, by ONNX name, in the order of the graph."""
+        """The outputs of the part for `inputs`, by ONNX name, in the order of the graph."""
         new: dict[str, Any] = {}
         decoder = Decoder(config, weights, ops, tap, StaticCache(inputs, new, ops))
         x = decoder.embed(inputs["input_ids"]) if self.embeds else inputs[self.reads]
@@ -74,7 +74,7 @@ class Part:
 
 
 def parts_of(layers: int, parts: int, hub_names: bool = False) -> list[Part]:
-    """The embedding alone, then the layers as evenly as they go, the last of them with the head; or all in one part.
+    """The embedding alone, then the layers in parts of nearly equal size, the last with the head; or all in one part.
 
     Raises InputError if there are fewer layers than parts to hold them.
 
@@ -94,7 +94,7 @@ def parts_of(layers: int, parts: int, hub_names: bool = False) -> list[Part]:
 
 
 def around(config: Config, module: str, number: int = 1, total: int = 1) -> Part:
-    """The shortest stretch of the decoder that has all of a module in it."""
+    """The shortest stretch of the decoder that contains a whole module."""
     layers = config.num_hidden_layers
     stages = [stage(name, layers) for name in names.taps(config) if belongs(name, module)]
     first, last = min(stages), max(stages)

@@ -13,8 +13,8 @@ time in a window of `context`:
 
 `Part.outputs` computes a part on whatever kind of tensor it is given: symbols make the graph, NumPy arrays its golden.
 
-A module or a tap is a graph alone: a part that is cut at its taps (`cut.py`). What it reads and gives of the
-decoder's inside has the names and layouts of the taps, all else that of a part.
+A module or a tap can be a graph alone: a part that is cut at its taps (`cut.py`). Its inputs and outputs that lie
+inside the decoder have the names and layouts of the taps; its other ends are those of a part.
 """
 
 from __future__ import annotations
@@ -45,9 +45,9 @@ Way = Literal["isolated", "chained"]  # a graph with its golden inputs, or with 
 class Value:
     """An input or output of a graph.
 
-    `token_axis` is the axis of its tokens, `key_axis` that of the window that they look at, if it has one. `tap` is the
-    tensor that it shows, `tap_axes` what transposes it to the tap's layout. `source` is the output of another graph, or
-    the tap, that an input continues.
+    `token_axis` is the axis of its tokens. `key_axis`, if it has one, is the axis of the window that they look at.
+    `tap` is the tensor that it shows, and `tap_axes` transposes it to the tap's layout. An input continues its
+    `source`: the output of another graph, or a tap.
     """
 
     name: str
@@ -64,8 +64,8 @@ class Value:
 class GraphSpec:
     """One graph of an export, and its golden's shape: `real` of its tokens are no padding, and follow `past` others.
 
-    `module`: what of the part is the graph, if not all of it. `probe`: taps that it gives beside its outputs, or, if
-    it goes on `until` them only, as its outputs. `hides`: the kinds of taps that its form has inside of nodes.
+    `module`: the graph is only this module of the part. `probe`: taps that it gives beside its outputs; with `until`
+    it ends at them, and they are its outputs. `hides`: the kinds of taps that its form has inside of nodes.
     """
 
     config: Config
@@ -199,12 +199,12 @@ class GraphSpec:
 
 @dataclass(frozen=True)
 class Plan:
-    """Which graphs an export has: `tokens` at a time, largest first, for each part; a golden prompt of `prompt` tokens.
+    """The graphs of an export: one for each part and each of `tokens`, largest first.
 
-    `profile` says what the host writes, and the names. `modules`: these are the graphs, each alone, and not the parts.
-    `probe`: taps that are shown by those graphs that compute them. `only`: one graph of that name, which goes on
-    `until` the probes or to its end. `hides`: see `GraphSpec`. `lowest_mask`: what the host writes where nobody may
-    look, if not what the profile says: the end of the mask's grid.
+    `prompt`: how many tokens the golden prompt has. `profile` says what the host writes, and the names. `modules`:
+    these are the graphs, each alone, and not the parts. `probe`: taps that are shown by those graphs that compute them.
+    `only`: one graph of that name, which goes on `until` the probes or to its end. `hides`: see `GraphSpec`.
+    `lowest_mask`: what the host writes where nobody may look, if not what the profile says: the end of the mask's grid.
 
     Raises InputError for numbers that do not fit the config, or each other.
     """
@@ -265,9 +265,9 @@ class Plan:
             raise InputError("modules and probes are names in computing order, none of them in another")
 
     def probing(self, patterns: Iterable[str]) -> Plan:
-        """This plan with probes: all that globs match of what the graphs compute.
+        """This plan with probes: every tap that a glob matches and a graph computes.
 
-        Raises InputError for a glob of which no graph computes anything, and for a tap that a form hides.
+        Raises InputError for a glob that matches no computed tap, and for a tap that a form hides.
         """
         patterns = tuple(patterns)
         shown = {tap for run in self.runs for spec in run for tap in spec.taps}
@@ -307,7 +307,7 @@ class Plan:
 
 
 def host_inputs(model: Model, spec: GraphSpec, ids: Sequence[int]) -> dict[str, np.ndarray]:
-    """What the host computes for `ids`, as many as are real: ids, mask, position tables.
+    """The inputs that the host computes for `ids`, of which all are real: ids, mask, position tables.
 
     All is aligned to the right of its window: `[padding, past, padding, ids]`. Positions count what is not padding.
     A masked place gets the profile's lowest number: -30000, which float16 holds, too, or the -50 that 16 bits with a
@@ -329,7 +329,7 @@ def host_inputs(model: Model, spec: GraphSpec, ids: Sequence[int]) -> dict[str, 
 
 
 def carry(spec: GraphSpec, value: Value, outputs: Mapping[str, np.ndarray]) -> np.ndarray:
-    """The input `value` from other graphs' outputs: what is no padding of them, right-aligned after zeros."""
+    """The input `value`, made of other graphs' outputs: their real tokens, right-aligned after zeros."""
     carried = np.zeros(value.shape, value.dtype)
     count = spec.real if value.tap else spec.past
     if count and value.source:
@@ -339,7 +339,7 @@ def carry(spec: GraphSpec, value: Value, outputs: Mapping[str, np.ndarray]) -> n
 
 
 def unpadded(value: Value, array: np.ndarray, spec: GraphSpec) -> np.ndarray:
-    """An output as the tap that it shows, without padding: neither its tokens, nor, where they look, its keys."""
+    """An output in the layout of its tap, without padding among its tokens, or among the keys that they look at."""
     if value.key_axis is not None:
         new = spec.context - spec.tokens
         keys = [*range(new - spec.past, new), *range(spec.context - spec.real, spec.context)]

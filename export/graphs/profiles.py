@@ -117,7 +117,7 @@ def adapted(row: Profile, name: str, opset: int | None, ir_version: int | None, 
 
 
 def checked_forms(forms: Iterable[str], opset: int) -> frozenset[str]:
-    """The forms, if there are such, and the opset has the operators. Raises InputError otherwise."""
+    """The forms. Raises InputError for an unknown one, and for one whose operators the opset lacks."""
     chosen = frozenset(forms)
     if unknown := sorted(f for f in chosen if f == "heads=N" or (f not in FORMS and not _GROUPS.fullmatch(f))):
         raise InputError(f"{at_most(unknown)} is no form of a graph; expected some of {', '.join(FORMS)}")

@@ -39,10 +39,10 @@ class Node:
 
 @dataclass(eq=False)
 class Tensor:
-    """A value of a graph: its shape, its node if one computes it, and its name if it was tapped or is an input.
+    """A value of a graph: its shape, the node that computes it, if one does, and the name of its tap or input, if any.
 
-    `features(start, stop, suffix)`, of what a linear gives: some of its features, by a linear of their own, which is
-    then one of its `parts`.
+    The output of a linear has `features(start, stop, suffix)`: it makes a linear of its own for some of the features.
+    That linear's output is then one of the `parts`.
     """
 
     graph: Graph
@@ -89,7 +89,7 @@ class Tensor:
         return self.graph.add("Transpose", (source,), shape, perm=axes)
 
     def cut(self, axis: int, start: int, stop: int | None = None) -> Tensor:
-        """What lies from one place of an axis to another, or at one place; the axis stays."""
+        """A slice of an axis from `start` to `stop`, or of one element; the axis stays."""
         stop = start + 1 if stop is None else stop
         shape = (*self.shape[:axis], stop - start, *self.shape[axis + 1 :])
         numbers = [self.graph.constant(np.array([n], np.int32)) for n in (start, stop, axis)]
@@ -110,12 +110,12 @@ class Tensor:
         return self.graph.add("Split", (self, sizes), *[shape] * count, axis=axis)[piece]
 
     def behind(self, op: str) -> Tensor:
-        """The input of the node that computed the tensor, if it is of this kind and nobody named what it gave."""
+        """The input of the node that computed the tensor, if that is an `op` whose output has no name; or itself."""
         return self.node.inputs[0] if self.node and self.node.op == op and not self.name else self
 
 
 class Graph:
-    """Collects nodes, constants and parameters; `build` makes an ONNX model of those that an output needs.
+    """Collects nodes, constants and parameters; `build` makes an ONNX model of those that the outputs need.
 
     `forms`: how operations are lowered, in words of `export.graphs.profiles.FORMS`.
     """
@@ -302,7 +302,7 @@ class Stack:
 
 
 def joined(x: Any) -> Tensor:
-    """One tensor, of the heads of a `Stack` or the parts of a linear, or as it is."""
+    """One tensor: the joined pieces of a `Stack`, the joined parts of a linear, or the tensor itself."""
     if isinstance(x, Stack):
         return x.graph.concat(x.pieces, x.axis)
     return x.graph.concat([joined(part) for part in x.parts], len(x.shape) - 1) if x.parts else x
@@ -317,7 +317,7 @@ def apply(function: Callable[..., Tensor], *operands: Any) -> Stack:
 
 
 def piece(operand: Any, stack: Stack, head: int) -> Any:
-    """What a piece of `stack` needs of another operand: its piece, its slice, or all of what all heads share."""
+    """The operand for one piece of `stack`: its own piece, its slice, or all of an operand that the heads share."""
     if isinstance(operand, Stack):
         return operand.pieces[head * len(operand.pieces) // len(stack.pieces)]
     rank, many = len(stack.pieces[0].shape), stack.pieces[0].shape[stack.axis]

@@ -47,7 +47,7 @@ class Engine:
 
 
 def engine_called(name: str) -> Callable[[Path], Callable]:
-    """What opens a graph, and gives a function of output names and inputs. Raises InputError for an unknown engine."""
+    """A function that opens a graph, and gives a function of output names and inputs. InputError for another name."""
     installed = find_spec("onnxruntime") is not None
     if name == "reference" or (name == "auto" and not installed):
         return lambda path: reference_evaluator(path).run

@@ -2,8 +2,8 @@
 
     run(graph_folder, [inputs, …]) -> [outputs, …]
 
-Inputs and outputs are name -> array, by the names in the graph and in its order. So whoever looks for a fault does not
-care where a graph runs.
+Inputs and outputs are name -> array, with the names and in the order of the graph. Code that looks for a fault is the
+same wherever a graph runs.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Executor(Protocol):
 
 
 def ends(graph: Path) -> tuple[dict[str, tuple[int, ...]], dict[str, tuple[int, ...]]]:
-    """The inputs and the outputs of a graph's folder, in order, name -> shape. Raises InputError if it is none."""
+    """The inputs and the outputs of a graph's folder, in order, name -> shape. Raises InputError for another folder."""
     path = graph / "model.onnx"
     try:
         proto = onnx.load(path, load_external_data=False).graph

@@ -4,10 +4,10 @@
     {"key": "5c0e…", "time": "2025-01-31T12:00:00Z", "kind": "model", "name": "prompt_ar16_cl64_1_of_3-5c0e…-9f2c"}
     {"key": "5c0e…", "time": "…", "id": "mqkyd9o2n"}
 
-One line a fact, appended and synced before anything goes on, so the file never says less than what was done. A key is
-the sha256 of what is sent and to where; an entry is what all lines of its key say, the later over the earlier. A line
-that says what is about to be sent comes before one that says its id: in between a kill may have come, and `name`, which
-is nobody else's, tells whether the server has it. The end of a line that a kill cut off is dropped.
+Each line is one fact. It is appended and synced before the work goes on, so the file never says less than what was
+done. A key is the sha256 of what is sent and where to. An entry joins all lines with its key; later lines win. One line
+says what is about to be sent, the next one its id. A kill may come in between: then the server is asked for `name`,
+which is unique, to learn whether it has it. A line that a kill cut off is dropped.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ class Ledger:
     def write(self, key: str, **facts: Any) -> Entry:
         """Adds facts to an entry, and returns it once they are on disk."""
         line = {"key": key, "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), **facts}
-        if not sound(line):  # of a server that is not what it seems
+        if not sound(line):  # a hostile server may answer anything
             raise InputError(f"AI Hub said of {self.get(key).get('label')} what no ledger holds: {line!a:.300}")
         self._append(line)
         entry = self.entries.setdefault(key, {})
