@@ -235,7 +235,8 @@ def _needs(excess: np.ndarray, worst: float, typical: float, reason: str, row: R
 def _figures(found: Difference, sides: Sides, row: Row | None) -> Figures:
     a, b = sides.device, sides.reference
     return Figures(
-        found.sqnr, found.cosine, found.max_abs, found.index, found.value, found.reference,
+        sqnr=found.sqnr, cosine=found.cosine, max_abs=found.max_abs,
+        index=found.index, value=found.value, reference=found.reference,
         token_sqnr=_sqnrs(b, a - b, row, "T"), head_sqnr=_sqnrs(b, a - b, row, "HK"),
         token_cosine=_cosines(a, b, row, "T"), head_cosine=_cosines(a, b, row, "HK"),
     )  # fmt: skip

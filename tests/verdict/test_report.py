@@ -45,7 +45,7 @@ def verdict(layers=32, tokens=128, wrong=11, remarks=(), about=None):
                         histogram=tuple(rng.integers(0, 4000, BINS).tolist()), reason="noise",
                     ),
                     device=Figures(
-                        30.0, 0.99, 1.0, (0, 1, 2, 3), 1.0, 2.0,
+                        sqnr=30.0, cosine=0.99, max_abs=1.0, index=(0, 1, 2, 3), value=1.0, reference=2.0,
                         token_sqnr=tuple((40 * rng.random(count)).tolist()),
                         head_sqnr=tuple((40 * rng.random(heads)).tolist()),
                         token_cosine=tuple(rng.random(count).tolist()),
