@@ -9,6 +9,7 @@ import numpy as np
 from export.causes.evidence import Evidence, Guess
 from export.causes.whatif import reads_past
 
+Change = Callable[[np.ndarray, int], np.ndarray]  # of a tensor of the past, and its axis of slots
 SLOTS = 16  # of the past, at either end, that are tried each alone
 
 
@@ -19,32 +20,18 @@ def past(e: Evidence) -> Iterator[Guess]:
         return
     axes = {value.name: value.token_axis for value in e.spec.inputs}
 
-    def changed(function: Callable[[np.ndarray, int], np.ndarray], which: str = "") -> np.ndarray:
+    def changed(function: Change, which: str = "") -> np.ndarray:
         return e.with_inputs(**{n: function(e.inputs[n], axes[n]) for n in names if n.startswith(f"past_{which}")})
-
-    def moved(by: int) -> Callable[[np.ndarray, int], np.ndarray]:
-        return lambda x, axis: np.roll(x, by, axis)
-
-    def with_slot(slot: int, source: int | None = None) -> Callable[[np.ndarray, int], np.ndarray]:
-        def function(x: np.ndarray, axis: int) -> np.ndarray:
-            slots = np.moveaxis(x.copy(), axis, 0)
-            slots[slot] = 0 if source is None else slots[source]
-            return np.moveaxis(slots, 0, axis)
-
-        return function
-
-    def reread(x: np.ndarray, axis: int) -> np.ndarray:
-        return np.ascontiguousarray(x.swapaxes(2, 3)).reshape(x.shape)
 
     for by in (1, -1):
         where = f"one slot {'late' if by > 0 else 'early'}"
-        yield Guess(f"the past keys and values stand {where}", changed(moved(by)))
-        yield Guess(f"the past keys stand {where}", changed(moved(by), "key"))
-        yield Guess(f"the past values stand {where}", changed(moved(by), "value"))
-    yield Guess("the past stands on the left of the cache, expected it on the right", changed(moved(e.spec.past)))
+        yield Guess(f"the past keys and values stand {where}", changed(_moved(by)))
+        yield Guess(f"the past keys stand {where}", changed(_moved(by), "key"))
+        yield Guess(f"the past values stand {where}", changed(_moved(by), "value"))
+    yield Guess("the past stands on the left of the cache, expected it on the right", changed(_moved(e.spec.past)))
     yield Guess("the past is zeros: it was not handed on", changed(lambda x, axis: np.zeros_like(x)))
     for which in ("key", "value"):
-        yield Guess(f"the past {which}s are read transposed: features for slots", changed(reread, which))
+        yield Guess(f"the past {which}s are read transposed: features for slots", changed(_reread, which))
         for text, other in _other_codes(e, which):
             yield Guess(f"the past {which}s are {text}", changed(other, which))
     exchanged = {n: e.inputs[f"past_{'value' if 'key' in n else 'key'}_{n.split('_')[2]}_in"] for n in names}
@@ -53,14 +40,34 @@ def past(e: Evidence) -> Iterator[Guess]:
     for slot in sorted({*range(min(SLOTS, e.spec.past)), *range(max(0, e.spec.past - SLOTS), e.spec.past)}):
         at = slot - e.spec.past
         which = "last slot" if at == -1 else "first slot" if slot == 0 else f"slot {slot}"
-        yield Guess(f"the {which} of the past is stale: zeros", changed(with_slot(at)))
+        yield Guess(f"the {which} of the past is stale: zeros", changed(_with_slot(at)))
         for other in (at - 1, at + 1):
             if -e.spec.past <= other < 0:
                 yield Guess(f"the {which} of the past is stale: it holds slot {other + e.spec.past}",
-                            changed(with_slot(at, other)))  # fmt: skip
+                            changed(_with_slot(at, other)))  # fmt: skip
 
 
-def _other_codes(e: Evidence, which: str) -> Iterator[tuple[str, Callable[[np.ndarray, int], np.ndarray]]]:
+def _moved(by: int) -> Change:
+    return lambda x, axis: np.roll(x, by, axis)
+
+
+def _reread(x: np.ndarray, axis: int) -> np.ndarray:
+    """Features taken for slots."""
+    return np.ascontiguousarray(x.swapaxes(2, 3)).reshape(x.shape)
+
+
+def _with_slot(slot: int, source: int | None = None) -> Change:
+    """A slot holds another one's numbers, or zeros."""
+
+    def change(x: np.ndarray, axis: int) -> np.ndarray:
+        slots = np.moveaxis(x.copy(), axis, 0)
+        slots[slot] = 0 if source is None else slots[source]
+        return np.moveaxis(slots, 0, axis)
+
+    return change
+
+
+def _other_codes(e: Evidence, which: str) -> Iterator[tuple[str, Change]]:
     """Codes of the past read about another zero, where the past is on a grid."""
     grid = e.references.grids.get(f"model.layers.{e.spec.part.layers.start}.self_attn.{which}")
     if grid is None or not e.kind.coded:

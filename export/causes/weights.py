@@ -15,51 +15,8 @@ from refimpl.checkpoint.weights import NormHead
 
 def weights(e: WhatIf) -> Iterator[Hypothesis]:
     """A matrix is unpacked in another way, is another layer's, or has its rows in another order."""
-
-    def read(change: Callable[[Operation], np.ndarray | None]) -> Callable:
-        """By another matrix, if there is one."""
-
-        def linear(o: Operation) -> np.ndarray | None:
-            weight = change(o)
-            return None if weight is None else o.linear(weight)
-
-        return linear
-
-    def coded(change: Callable[[np.ndarray, np.ndarray, int], np.ndarray | None]) -> Callable:
-        """By other codes and steps, of codes about 0 (O, I), steps of rows or blocks (O, n), and bits."""
-        return read(lambda o: change(o.codes, o.grid.steps.reshape(len(o.codes), -1), o.grid.bits) if o.grid else None)
-
-    coding = {
-        "the two codes of each byte are in the other order: the nibbles are exchanged":
-            lambda c, s, bits: _valued(c.reshape(len(c), -1, 2)[..., ::-1].reshape(c.shape), s) if bits == 4 else None,
-        "signed codes are read as unsigned": lambda c, s, bits: _valued(c & (2**bits - 1), s),
-        "codes about the middle are read as signed, in two's complement":
-            lambda c, s, bits: _valued(np.where(c < 0, c + 2 ** (bits - 1), c - 2 ** (bits - 1)), s),
-        "the zero point of the weights is off by one: each is a step too high": lambda c, s, bits: _valued(c + 1, s),
-        "the zero point of the weights is off by one: each is a step too low": lambda c, s, bits: _valued(c - 1, s),
-        "the scales of blocks are taken along the other axis": _other_axis,
-        "the scales of blocks are read transposed":
-            lambda c, s, bits: _valued(c, s.reshape(s.shape[::-1]).T) if s.shape[1] > 1 else None,
-        "the scales belong to the row before": lambda c, s, bits: _valued(c, np.roll(s, 1, 0)),
-        "the scales belong to the row behind": lambda c, s, bits: _valued(c, np.roll(s, -1, 0)),
-    }  # fmt: skip
-    stored = {
-        "the matrix is stored transposed": lambda o: o.weight.T if o.weight.shape[0] == o.weight.shape[1] else None,
-        "the weights are cut to bfloat16, expected as they are": lambda o: _cut(o.weight),
-        "the weights are rounded to bfloat16, expected as they are":
-            lambda o: o.weight.astype(ml_dtypes.bfloat16).astype(np.float64),
-    }  # fmt: skip
-    for layer in _neighbours(e):
-        stored[f"the weights are those of layer {layer}"] = partial(_of_layer, layer=layer)
-    ways = {text: coded(change) for text, change in coding.items()} | {t: read(change) for t, change in stored.items()}
-    ways |= {
-        "the bias is not added": lambda o: o.right - o.bias if np.any(o.bias) else None,
-        "the bias is added twice": lambda o: o.right + o.bias if np.any(o.bias) else None,
-    }
-    if not any(name.endswith(".bias") for name in e.references.parameters(e.kind)):
-        ways = {text: change for text, change in ways.items() if "bias" not in text}
     suspected = [name for name in LINEARS if name in {last_name(tap) for tap in e.suspects}]
-    for text, change in ways.items():
+    for text, change in _ways(e).items():
         for at in ([suspected] if len(suspected) > 1 else []) + [[name] for name in suspected]:
             of = f" (of {at[0]})" if len(at) == 1 else ""
             yield Hypothesis(text + of, tuple(at), change)
@@ -73,6 +30,31 @@ def weights(e: WhatIf) -> Iterator[Hypothesis]:
         H = e.config.num_attention_heads
         for text, shape in (("head by head, in the order", (3, H)), ("as if they were head by head, expected", (H, 3))):
             yield Hypothesis(f"the rows of W_pack are {text} q, k, v", ("W_pack",), partial(_by_heads, shape=shape))
+
+
+def _ways(e: WhatIf) -> dict[str, Callable[[Operation], np.ndarray | None]]:
+    """What may be wrong with one matrix: in words, and what its linear then gives."""
+    matrices = {text: partial(_by_codes, change=change) for text, change in CODED.items()}
+    matrices |= {text: partial(_by_matrix, change=change) for text, change in STORED.items()}
+    for layer in _neighbours(e):
+        text, change = f"the weights are those of layer {layer}", partial(_of_layer, layer=layer)
+        matrices[text] = partial(_by_matrix, change=change)
+    biased = any(name.endswith(".bias") for name in e.references.parameters(e.kind))
+    return {**matrices, **(BIASES if biased else {})}
+
+
+def _by_matrix(o: Operation, change: Callable[[Operation], np.ndarray | None]) -> np.ndarray | None:
+    """The linear by another matrix, if there is one."""
+    weight = change(o)
+    return None if weight is None else o.linear(weight)
+
+
+def _by_codes(o: Operation, change: Callable[[np.ndarray, np.ndarray, int], np.ndarray | None]) -> np.ndarray | None:
+    """The linear by what is made of codes about 0 (O, I), steps of rows or blocks (O, n), and bits."""
+    if o.grid is None:
+        return None
+    weight = change(o.codes, o.grid.steps.reshape(len(o.codes), -1), o.grid.bits)
+    return None if weight is None else o.linear(weight)
 
 
 def _thirds(o: Operation, order: str) -> np.ndarray:
@@ -165,3 +147,29 @@ def row_lengths(matrix: np.ndarray) -> np.ndarray:
     step = max(1, (16 << 20) // matrix.shape[1])
     pieces = [np.linalg.norm(matrix[i : i + step].astype(np.float64), axis=1) for i in range(0, len(matrix), step)]
     return np.concatenate(pieces)
+
+
+CODED: dict[str, Callable[[np.ndarray, np.ndarray, int], np.ndarray | None]] = {
+    "the two codes of each byte are in the other order: the nibbles are exchanged":
+        lambda c, s, bits: _valued(c.reshape(len(c), -1, 2)[..., ::-1].reshape(c.shape), s) if bits == 4 else None,
+    "signed codes are read as unsigned": lambda c, s, bits: _valued(c & (2**bits - 1), s),
+    "codes about the middle are read as signed, in two's complement":
+        lambda c, s, bits: _valued(np.where(c < 0, c + 2 ** (bits - 1), c - 2 ** (bits - 1)), s),
+    "the zero point of the weights is off by one: each is a step too high": lambda c, s, bits: _valued(c + 1, s),
+    "the zero point of the weights is off by one: each is a step too low": lambda c, s, bits: _valued(c - 1, s),
+    "the scales of blocks are taken along the other axis": _other_axis,
+    "the scales of blocks are read transposed":
+        lambda c, s, bits: _valued(c, s.reshape(s.shape[::-1]).T) if s.shape[1] > 1 else None,
+    "the scales belong to the row before": lambda c, s, bits: _valued(c, np.roll(s, 1, 0)),
+    "the scales belong to the row after": lambda c, s, bits: _valued(c, np.roll(s, -1, 0)),
+}  # fmt: skip
+STORED: dict[str, Callable[[Operation], np.ndarray | None]] = {
+    "the matrix is stored transposed": lambda o: o.weight.T if o.weight.shape[0] == o.weight.shape[1] else None,
+    "the weights are cut to bfloat16, expected unchanged": lambda o: _cut(o.weight),
+    "the weights are rounded to bfloat16, expected unchanged":
+        lambda o: o.weight.astype(ml_dtypes.bfloat16).astype(np.float64),
+}  # fmt: skip
+BIASES: dict[str, Callable[[Operation], np.ndarray | None]] = {
+    "the bias is not added": lambda o: o.right - o.bias if np.any(o.bias) else None,
+    "the bias is added twice": lambda o: o.right + o.bias if np.any(o.bias) else None,
+}
