@@ -1,31 +1,36 @@
-"""`bundle`: the folder that Genie runs a model from, but for the binaries that AI Hub compiles.
+"""`bundle`: the folder that Genie runs a model from, with the binaries or without.
 
     genie_config.json             sizes and ids of the model, sampling, and the names of the binaries, part after part
+    text-generator.json           the same for a pipeline of genie-app, and genie-app-script.txt, which runs one
     htp_backend_ext_config.json   the NPU, and that a part's graphs share their weights
     tokenizer.json, …_config.json, config.json
-    metadata.yaml                 each graph's inputs and outputs: shape, dtype, scale and offset
+    metadata.json, metadata.yaml  each graph's inputs and outputs: shape, dtype and grid; for GenieX and for older tools
     tool-versions.yaml            what wrote this
     sample_prompt.txt             a prompt as `genie-t2t-run -p` takes it
+    *.bin                         the binaries of `refimpl compile`, if they are given
 
-Keys and defaults are those of Qualcomm's own configuration of Baichuan2-7B. Genie computes rotary positions and a mask
-with one head; a model with ALiBi needs a mask for each head, and nothing public says how Genie would be given one.
+A model with ALiBi is refused. Its graphs add a bias of their own for each head to the scores, through the mask, and
+Genie feeds one mask for all heads. Genie does know a positional encoding `alibi`, which feeds `position_ids`; its
+columns were measured to be in another order than mask and cache, so graphs made for it give other numbers.
 
-**Source**: AI Hub Apps 0.20, `tutorials/llm_on_genie/configs/genie`; AI Hub Models 0.46, `_shared/llm/model.py`.
+**Source**: AI Hub Models 0.65, `models/templates/llm`; AI Hub Apps 0.20, `tutorials/llm_on_genie/configs/genie`.
 """
 
 from __future__ import annotations
 
 import json
-import math
 import re
+import shutil
 from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import refimpl
-from export.files.graph_folder import CACHE, GraphFolder, read_folders
-from export.files.skeleton import ValueInfo
+from export.files.graph_folder import GraphFolder, read_folders
+from export.phone.compiler import Compiled, read_compiled
+from export.phone.metadata import as_metadata, as_yaml, described
+from export.phone.settings import genie_config, htp_config
 from export.phone.tokenizer_json import tokenizer_json
 from export.run.socs import soc_called
 from refimpl.config import Config, read_config
@@ -34,95 +39,100 @@ from refimpl.files import read_json, whole_folder
 
 BASE_PROMPT = "登鹳雀楼->王之涣\n夜雨寄北->"  # from the model card of Baichuan2-7B-Base
 QUESTION = "《静夜思》的作者是谁？"
-DTYPES = {1: "float32", 2: "uint8", 3: "int8", 4: "uint16", 5: "int16", 6: "int32", 7: "int64", 10: "float16"}
+SYSTEM = "You are a helpful assistant."
+APP_SCRIPT = """version
+pipeline config create pipelineConfig
+pipeline create GeniePipeline pipelineConfig
+node config create textGeneratorConfig text-generator.json
+node create textGenerator textGeneratorConfig
+node set textCallback textGenerator GENIE_NODE_TEXT_GENERATOR_TEXT_OUTPUT
+pipeline add GeniePipeline textGenerator
+node set textFile textGenerator GENIE_NODE_TEXT_GENERATOR_TEXT_INPUT sample_prompt.txt
+pipeline execute GeniePipeline
+node free textGenerator
+pipeline free GeniePipeline
+"""
 
 
 def bundle(
-    checkpoint: str | Path, graphs: str | Path, out: str | Path, bins: Sequence[str] = (), soc: str = "8-elite"
+    checkpoint: str | Path,
+    graphs: str | Path,
+    out: str | Path,
+    bins: Sequence[str] = (),
+    soc: str = "8-elite",
+    compiled: str | Path | None = None,
 ) -> Path:
     """Writes the bundle of a checkpoint whose exported graphs are in `graphs` to the new folder `out`.
 
-    `bins` are the names of the binaries, part after part; by default those that AI Hub Models gives them. They are not
-    read: put them beside the files when they are compiled.
+    `compiled`: a folder of `refimpl compile`, whose binaries become part of the bundle. Without it `bins` are the names
+    of the binaries, part after part; by default those that AI Hub Models gives them. They are not read: put them beside
+    the files when they are compiled.
 
-    Raises InputError for a model that Genie cannot run, graphs that are not its graphs, and an `out` that is not free.
+    Raises InputError for a model that Genie cannot run, graphs that are not its graphs, binaries of another SoC or of
+    other graphs, and an `out` that is not free.
     """
     checkpoint, out = Path(checkpoint), Path(out)
     soc_called(soc)
     config = read_config(checkpoint)
     if config.alibi:
-        raise InputError(f"{config.family} has ALiBi, and Genie computes rotary positions only; "
-                         "run its graphs from a host of your own, which adds the bias to the mask")  # fmt: skip
+        raise InputError(
+            f"{config.family} has ALiBi, a bias for each head, and Genie feeds one mask for all heads; its own ALiBi "
+            "input does not fit these graphs, so run them from a host of your own, which adds the bias to the mask"
+        )
     parts = parts_of(config, Path(graphs))
-    total, context = parts[0].called[4], max(part.called[2] for part in parts)  # type: ignore[index]
-    stem = config.family.lower().replace("-", "_")
-    names = [Path(name).name for name in bins] or [f"{stem}_part_{i + 1}_of_{total}.bin" for i in range(total)]
-    if len(names) != total or len(set(names)) < total:
-        raise InputError(f"there are {len(set(names))} different names of binaries for {total} parts; name each once")
+    context = max(part.called[2] for part in parts)  # type: ignore[index]
+    names = _compiled_names(parts, read_compiled(compiled), soc) if compiled else _names(config, parts, bins)
     generation = _optional(checkpoint / "generation_config.json")
     tokenizer, settings, ids = tokenizer_files(checkpoint, config, generation)
+    versions = {"refimpl": refimpl.__version__, "onnx": metadata.version("onnx")}
+    genie = genie_config(config, context, names, *ids)
+    chat = chat_texts(config, settings, generation, tokenizer)
     contents: dict[str, Any] = {
-        "genie_config.json": genie_config(config, context, names, *ids),
+        "genie_config.json": genie,
+        "text-generator.json": {"text-generator": genie["dialog"]},
+        "genie-app-script.txt": APP_SCRIPT,
         "htp_backend_ext_config.json": htp_config(soc),
         "tokenizer.json": tokenizer, "tokenizer_config.json": settings,
         "config.json": read_json(checkpoint / "config.json"),
+        "metadata.json": as_metadata(parts, config.family, chat, {"onnx": versions["onnx"]}),
         "metadata.yaml": as_yaml(described(parts)),
-        "tool-versions.yaml": as_yaml({"refimpl": refimpl.__version__, "onnx": metadata.version("onnx")}),
+        "tool-versions.yaml": as_yaml(versions),
         "sample_prompt.txt": sample_prompt(config, settings, generation, tokenizer),
     }  # fmt: skip
     write_folder(
-        out, {name: content if isinstance(content, str) else _json(content) for name, content in contents.items()}
+        out,
+        {name: content if isinstance(content, str) else _json(content) for name, content in contents.items()},
+        [Path(compiled) / name for name in names] if compiled else [],
     )
     return out
+
+
+def _names(config: Config, parts: Sequence[GraphFolder], bins: Sequence[str]) -> list[str]:
+    """The names of binaries that are not there yet."""
+    total, stem = parts[0].called[4], config.family.lower().replace("-", "_")  # type: ignore[index]
+    names = [Path(name).name for name in bins] or [f"{stem}_part_{i + 1}_of_{total}.bin" for i in range(total)]
+    if len(names) != total or len(set(names)) < total:
+        raise InputError(f"there are {len(set(names))} different names of binaries for {total} parts; name each once")
+    return names
+
+
+def _compiled_names(parts: Sequence[GraphFolder], compiled: Compiled, soc: str) -> list[str]:
+    """The compiled binaries in Genie's order: part after part, those of prompts before those of single tokens."""
+    if compiled.soc != soc:
+        raise InputError(f"{compiled.folder} has binaries for {compiled.soc}, not for {soc}; compile for that")
+    known, there = {part.name for part in parts}, {name for names in compiled.binaries.values() for name in names}
+    if known != there:
+        raise InputError(
+            f"{compiled.folder} has binaries of {at_most(sorted(there))}, the export has {at_most(sorted(known))}; "
+            "compile this export"
+        )
+    order = {part.name: (-part.called[1], part.called[3]) for part in parts}  # type: ignore[index]
+    return sorted(compiled.binaries, key=lambda name: min(order[graph] for graph in compiled.binaries[name]))
 
 
 def binaries(folder: str | Path) -> list[str]:
     """The names of the binaries that a bundle needs beside it."""
     return read_json(Path(folder) / "genie_config.json")["dialog"]["engine"]["model"]["binary"]["ctx-bins"]
-
-
-def genie_config(config: Config, context: int, bins: Sequence[str], bos: int, eos: int) -> dict[str, Any]:
-    """`genie_config.json`. `bos` is -1 for a model that begins a text with none."""
-    theta = config.rope_theta or 0.0
-    engine = {
-        "version": 1,
-        "n-threads": 3,
-        "backend": {
-            "version": 1,
-            "type": "QnnHtp",
-            "QnnHtp": {
-                "version": 1, "use-mmap": True, "spill-fill-bufsize": 0, "mmap-budget": 0, "poll": False,
-                "cpu-mask": "0xe0", "kv-dim": config.head_dim,
-                "rope-theta": int(theta) if theta.is_integer() else theta,
-                "pos-id-dim": config.head_dim // 2, "allow-async-init": False,
-            },
-            "extensions": "htp_backend_ext_config.json",
-        },
-        "model": {"version": 1, "type": "binary", "binary": {"version": 1, "ctx-bins": list(bins)}},
-    }  # fmt: skip
-    return {
-        "dialog": {
-            "version": 1,
-            "type": "basic",
-            "context": {
-                "version": 1, "size": context, "n-vocab": config.vocab_size, "bos-token": bos, "eos-token": eos
-            },
-            "sampler": {"version": 1, "seed": 42, "temp": 0.8, "top-k": 40, "top-p": 0.95},
-            "tokenizer": {"version": 1, "path": "tokenizer.json"},
-            "engine": engine,
-        }
-    }  # fmt: skip
-
-
-def htp_config(soc: str) -> dict[str, Any]:
-    """`htp_backend_ext_config.json` for an SoC by its name."""
-    chosen = soc_called(soc)
-    core = {"core_id": 0, "perf_profile": "burst", "rpc_control_latency": 100}
-    return {
-        "devices": [{"soc_model": chosen.model, "dsp_arch": chosen.architecture, "cores": [core]}],
-        "memory": {"mem_type": "shared_buffer"},
-        "context": {"weight_sharing_enabled": True},
-    }
 
 
 def parts_of(config: Config, folder: Path) -> list[GraphFolder]:
@@ -183,6 +193,7 @@ def tokenizer_files(
         entries = [token for token in added if isinstance(token, dict)] if isinstance(added, list) else []
         known = {str(token.get("content")): token.get("id") for token in entries}
         begin, end = (known.get(_text_of(settings.get(key))) for key in ("bos_token", "eos_token"))
+        begin = begin if settings.get("add_bos_token") is True else None  # Genie puts it before every prompt
         if type(end) is not int or not 0 <= end < config.vocab_size:
             raise InputError(
                 f"{checkpoint}/tokenizer_config.json names no eos_token of tokenizer.json; copy both again"
@@ -202,7 +213,7 @@ def tokenizer_files(
     }  # fmt: skip
     if said := roles(made, generation):
         settings["chat_template"] = _template(config, *said)
-    return made, settings, (vocabulary["<s>"], vocabulary["</s>"])
+    return made, settings, (-1, vocabulary["</s>"])  # the official tokenizers add no <s>; Genie would, given its id
 
 
 def roles(tokenizer: Mapping[str, Any], generation: Mapping[str, Any]) -> tuple[str, str] | None:
@@ -243,83 +254,39 @@ def sample_prompt(
     if config.family == "Qwen2-7B":
         if "chat_template" not in settings:
             return BASE_PROMPT
-        said = [("system", "You are a helpful assistant."), ("user", QUESTION)]
+        said = [("system", SYSTEM), ("user", QUESTION)]
         return "".join(f"<|im_start|>{role}\n{text}<|im_end|>\n" for role, text in said) + "<|im_start|>assistant\n"
     if said_by := roles(tokenizer, generation):
         return f"{said_by[0]}{QUESTION}{said_by[1]}"
     return BASE_PROMPT
 
 
-def described(parts: Sequence[GraphFolder]) -> dict[str, Any]:
-    """What `metadata.yaml` says: real = (code + offset) * scale."""
-    components = {
-        part.name: {
-            "inputs": {value.name: _described(part, value) for value in part.graph.inputs},
-            "outputs": {value.name: _described(part, value) for value in part.graph.outputs},
-        }
-        for part in parts
-    }
-    return {"precision": _precision(parts), "runtime": "genie", "components": components}
+def chat_texts(
+    config: Config, settings: Mapping[str, Any], generation: Mapping[str, Any], tokenizer: Mapping[str, Any]
+) -> dict[str, str]:
+    """What `metadata.json` puts around the words of each role; nothing for a model that only continues."""
+    if config.family == "Qwen2-7B" and "chat_template" in settings:
+        around = {f"{role}_prefix": f"<|im_start|>{role}\n" for role in ("system", "user", "assistant")}
+        ends = {f"{role}_suffix": "<|im_end|>\n" for role in ("system", "user", "assistant")}
+        return {**around, **ends, "default_system_prompt": SYSTEM}
+    if config.family != "Qwen2-7B" and (said := roles(tokenizer, generation)):
+        return {"user_prefix": said[0], "assistant_prefix": said[1]}
+    return {}
 
 
-def _described(part: GraphFolder, value: ValueInfo) -> dict[str, Any]:
-    grid, dtype = part.standing.get(value.name), DTYPES.get(value.dtype, str(value.dtype))
-    said: dict[str, Any] = {"shape": list(value.shape or ()), "dtype": dtype}
-    if grid is not None and dtype == "float32":
-        said["dtype"] = f"float{grid.bits}" if grid.floating else "uint8" if grid.bits <= 8 else "uint16"
-        if grid.scale is not None:
-            said["quantization_parameters"] = {"scale": grid.scale, "offset": grid.offset}
-    return said
+def write_folder(folder: Path, files: Mapping[str, str], copied: Sequence[Path] = ()) -> None:
+    """Writes files into a new folder, and copies others, all or none.
 
-
-def _precision(parts: Sequence[GraphFolder]) -> str:
-    """Bits of most weights and of most activations, such as w4a16."""
-    weights: dict[int, int] = {}
-    activations: dict[int, int] = {}
-    for part in parts:
-        for tensor in part.constants.values():
-            grid = (part.grids or {}).get(tensor.name)
-            if grid and len(tensor.dims) > 1:
-                weights[grid.bits] = weights.get(grid.bits, 0) + math.prod(tensor.dims)
-        for value in part.ends:
-            if (grid := part.standing.get(value.name)) and not CACHE.fullmatch(value.name):
-                activations[grid.bits] = activations.get(grid.bits, 0) + 1
-    if not weights or not activations:
-        return "float"
-    return f"w{max(weights, key=weights.__getitem__)}a{max(activations, key=activations.__getitem__)}"
-
-
-def as_yaml(content: Mapping[str, Any], indent: int = 0) -> str:
-    """A mapping of mappings, lists of numbers, numbers and texts as YAML, which every reader takes alike."""
-    lines = []
-    for key, value in content.items():
-        start = f"{'  ' * indent}{_scalar(key)}:"
-        if isinstance(value, Mapping):
-            lines.append(f"{start}\n{as_yaml(value, indent + 1)}" if value else f"{start} {{}}\n")
-        elif isinstance(value, list):
-            lines.append(f"{start} [{', '.join(map(_scalar, value))}]\n")
-        else:
-            lines.append(f"{start} {_scalar(value)}\n")
-    return "".join(lines)
-
-
-def _scalar(value: Any) -> str:
-    if isinstance(value, float):  # YAML 1.1 takes 1e-05 for a text
-        text = repr(value)
-        return text if "." in text else text.replace("e", ".0e")
-    words = ("y", "n", "yes", "no", "on", "off", "true", "false", "null")  # which are no texts in YAML
-    plain = isinstance(value, str) and re.fullmatch(r"[A-Za-z_/][A-Za-z0-9_./-]*", value) and value.lower() not in words
-    return value if plain else json.dumps(value)
-
-
-def write_folder(folder: Path, files: Mapping[str, str]) -> None:
-    """Writes files into a new folder, all or none. Raises InputError if the folder is not free or cannot be written."""
+    Raises InputError if the folder is not free or cannot be written.
+    """
     folder = folder.resolve()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(f"{folder} is not empty; choose another place")
     with whole_folder(folder) as partial:
         for name, text in files.items():
             (partial / name).write_text(text, encoding="utf-8")
+        for path in copied:
+            shutil.copyfile(path, partial / path.name)
 
 
 def _json(content: Any) -> str:

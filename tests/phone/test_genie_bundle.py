@@ -10,7 +10,9 @@ from conftest import config_keys, write_checkpoint
 
 from export import emit
 from export.files.encodings import read_encodings
-from export.phone.bundle import as_yaml, binaries, bundle, genie_config, htp_config, sample_prompt
+from export.phone.bundle import binaries, bundle, sample_prompt
+from export.phone.metadata import as_yaml
+from export.phone.settings import genie_config, htp_config
 from refimpl import InputError, load
 from refimpl.cli import main
 from refimpl.config import Config, config_from_keys, read_config
@@ -18,8 +20,9 @@ from refimpl.model import EMBEDDED
 from refimpl.text.tokenizer import load_tokenizer
 
 QUESTION = "《静夜思》的作者是谁？"
-FILES = {"config.json", "genie_config.json", "htp_backend_ext_config.json", "metadata.yaml", "sample_prompt.txt",
-         "tokenizer.json", "tokenizer_config.json", "tool-versions.yaml"}  # fmt: skip
+FILES = {"config.json", "genie_config.json", "genie-app-script.txt", "htp_backend_ext_config.json", "metadata.json",
+         "metadata.yaml", "sample_prompt.txt", "text-generator.json", "tokenizer.json", "tokenizer_config.json",
+         "tool-versions.yaml"}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -54,12 +57,15 @@ def test_bundle_has_its_files_and_nothing_else(bundled):
 
 
 def test_genie_config_is_qualcomms_of_baichuan2():
-    """Keys and values of `configs/genie/baichuan2_7b.json` in AI Hub Apps 0.20."""
+    """Keys and values of `configs/genie/baichuan2_7b.json` in AI Hub Apps 0.20, with those that 0.65 has added.
+
+    But for bos-token, which is 1 there: Genie puts it before every prompt, and Baichuan's tokenizer does not.
+    """
     bins = [f"weight_sharing_model_{i}_of_5.serialized.bin" for i in range(1, 6)]
-    assert genie_config(Config(), 4096, bins, 1, 2) == {
+    assert genie_config(Config(), 4096, bins, -1, 2) == {
         "dialog": {
-            "version": 1, "type": "basic",
-            "context": {"version": 1, "size": 4096, "n-vocab": 125696, "bos-token": 1, "eos-token": 2},
+            "version": 1, "type": "basic", "max-num-tokens": 2048,
+            "context": {"version": 1, "size": 4096, "n-vocab": 125696, "bos-token": -1, "eos-token": 2},
             "sampler": {"version": 1, "seed": 42, "temp": 0.8, "top-k": 40, "top-p": 0.95},
             "tokenizer": {"version": 1, "path": "tokenizer.json"},
             "engine": {
@@ -67,7 +73,7 @@ def test_genie_config_is_qualcomms_of_baichuan2():
                 "backend": {
                     "version": 1, "type": "QnnHtp",
                     "QnnHtp": {
-                        "version": 1, "use-mmap": True, "spill-fill-bufsize": 0, "mmap-budget": 0, "poll": False,
+                        "version": 1, "use-mmap": True, "spill-fill-bufsize": 0, "mmap-budget": 0, "poll": True,
                         "cpu-mask": "0xe0", "kv-dim": 128, "rope-theta": 10000, "pos-id-dim": 64,
                         "allow-async-init": False,
                     },
@@ -91,7 +97,7 @@ def test_genie_config_of_qwen2_has_the_numbers_of_qualcomms():
 
 def test_embedded_model_is_what_its_bundle_says(bundled):
     dialog = read(bundled, "genie_config.json")["dialog"]
-    assert dialog["context"] == {"version": 1, "size": 64, "n-vocab": 3584, "bos-token": 1, "eos-token": 2}
+    assert dialog["context"] == {"version": 1, "size": 64, "n-vocab": 3584, "bos-token": -1, "eos-token": 2}
     assert dialog["engine"]["backend"]["QnnHtp"]["kv-dim"] == 64
     assert binaries(bundled) == [f"baichuan2_7b_part_{i}_of_4.bin" for i in (1, 2, 3, 4)]
 
@@ -224,7 +230,7 @@ def test_baichuan_7b(tmp_path):
     exported = emit(load(folder), (4, 1), 16, 2, "aihub").save(tmp_path / "export")
     made = bundle(folder, exported, tmp_path / "genie", bins=["build/a.bin", "b.bin"], soc="8-gen-3")
     dialog = read(made, "genie_config.json")["dialog"]
-    assert dialog["context"] == {"version": 1, "size": 16, "n-vocab": 3584, "bos-token": 1, "eos-token": 2}
+    assert dialog["context"] == {"version": 1, "size": 16, "n-vocab": 3584, "bos-token": -1, "eos-token": 2}
     assert binaries(made) == ["a.bin", "b.bin"]
     assert read(made, "htp_backend_ext_config.json")["devices"][0]["soc_model"] == 57
 
@@ -253,7 +259,9 @@ def test_qwen2_takes_the_tokenizer_that_is_there(tmp_path):
 @pytest.mark.parametrize("family", ["Baichuan-13B", "Baichuan2-13B"])
 def test_alibi_is_refused_in_one_line(family, tmp_path):
     folder = write_checkpoint(tmp_path / "model", family)
-    with pytest.raises(InputError, match="has ALiBi, and Genie computes rotary positions only") as caught:
+    with pytest.raises(
+        InputError, match="has ALiBi, a bias for each head, and Genie feeds one mask for all heads"
+    ) as caught:
         bundle(folder, tmp_path / "graphs", tmp_path / "genie")
     assert "\n" not in str(caught.value)
 
