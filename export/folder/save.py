@@ -70,8 +70,10 @@ class Parts:
             encodings.json                                             the model's encodings, by tap
             manifest.json                                              what all of it is, with sha256; written last
 
-        Each graph of a part has its own copy of the weights: an upload takes one folder, and ONNX refuses links.
-        Memory holds a tile of weights at a time. Every graph passes `onnx.checker` with full_check.
+        Each graph of a part has its own copy of the weights, for ONNX's own loader refuses a file with several links.
+        Only for AI Hub, whose float32 weights are many times as large, and go into a zip of each folder anyway, the
+        graphs of a part share one file by hard links, where the disk has such. Memory holds a tile of weights at a
+        time. Every graph passes `onnx.checker` with full_check.
 
         `overwrite` replaces an earlier export, and nothing else. The record of what was sent to AI Hub and of what came
         back stays, so a graph with the same bytes is not sent again. Without `golden` there is no test data: a compiler
@@ -108,13 +110,14 @@ class Parts:
             graph, built = folder / spec.name, self.graphs[spec.name]
             graph.mkdir()
             files.proto(graph / "model.onnx", built.proto)
-            files.weights(graph / "model.data", built, spec.part)
+            files.weights(graph / "model.data", built, spec.part, shared=self.profile.encodings)
             onnx.checker.check_model(str(graph / "model.onnx"), full_check=True)
             if self.encodings and self.profile.encodings:
                 own = graph_encodings(self.encodings, spec, built)
                 files.encodings(graph / "model.encodings", own, self.encodings_version)
             if golden:
                 files.data_set(folder / TEST_DATA.format(spec.name), case)
+        files.share()
         if self.encodings:
             files.encodings(folder / "encodings.json", self.encodings, self.encodings_version)
         told = None if goldens is None else {
@@ -141,6 +144,7 @@ class WrittenFiles:
         self.folder = folder
         self.listed: dict[str, dict[str, Any]] = {}
         self._weights: dict[Part, tuple[Path, str]] = {}  # of a part, once they are written
+        self._lent: dict[Part, list[Path]] = {}  # where they are to be as well
 
     def _list(self, path: Path, sha256: str) -> None:
         self.listed[path.relative_to(self.folder).as_posix()] = {"bytes": path.stat().st_size, "sha256": sha256}
@@ -151,16 +155,32 @@ class WrittenFiles:
         path.write_bytes(data)
         self._list(path, hashlib.sha256(data).hexdigest())
 
-    def weights(self, path: Path, built: Built, part: Part) -> None:
-        """A graph's weights: the first graph of a part streams them, and each other one has a copy of the file."""
-        if part in self._weights:
-            first, sha256 = self._weights[part]
-            shutil.copyfile(first, path)
-        else:
+    def weights(self, path: Path, built: Built, part: Part, shared: bool) -> None:
+        """A graph's weights, which the first graph of a part streams. Each other one has a copy of the file.
+
+        If they are `shared`, the file moves on to the next graph, so that it has one link while that is checked; in the
+        end `share` gives it back to all.
+        """
+        first, sha256 = self._weights.get(part, (None, ""))
+        if first is None:
             with open(path, "wb") as file:
                 sha256 = write_data(file, built)
-            self._weights[part] = path, sha256
+        elif shared:
+            first.rename(path)
+            self._lent.setdefault(part, []).append(first)
+        else:
+            shutil.copyfile(first, path)
+        self._weights[part] = path, sha256
         self._list(path, sha256)
+
+    def share(self) -> None:
+        """Links the weights of each part from all its graphs, or copies them where the disk has no links."""
+        for part, paths in self._lent.items():
+            for path in paths:
+                try:
+                    os.link(self._weights[part][0], path)
+                except OSError:
+                    shutil.copyfile(self._weights[part][0], path)
 
     def encodings(self, path: Path, encodings: Encodings, version: str) -> None:
         """An encodings file."""

@@ -234,6 +234,11 @@ class Loop:
     def _golden(self, spec: GraphSpec) -> Arrays:
         return read_arrays(self.session.folder, spec, "input", spec.inputs)
 
+    def on_disk(self) -> int:
+        """The bytes of the graphs' files, of which some may share one."""
+        found = [(source.folder / name).stat() for source in self.sources.values() for name in source.files]
+        return sum({(file.st_dev, file.st_ino): file.st_size for file in found}.values())
+
     def planned(self, verb: str) -> list[dict[str, Any]]:
         """What a verb would send at most: kind, label, bytes before and after zipping, options, whether it was sent.
 

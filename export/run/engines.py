@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 
 from export.graphs.borders import across
 from export.graphs.ops import MICROSOFT
@@ -76,4 +77,18 @@ def reference_evaluator(path: Path) -> Any:
             weight = matmulnbits.dequantize(codes, **{name: part[..., None] for name, part in parts.items()})
             return (np.matmul(A, weight.reshape(N, -1)[:, :K].T),)
 
-    return ReferenceEvaluator(str(path), new_ops=[MatMulNBits])
+    return ReferenceEvaluator(with_weights(path), new_ops=[MatMulNBits])
+
+
+def with_weights(path: Path) -> onnx.ModelProto:
+    """A model with its weights in memory. ONNX's own loader takes no file that graphs share by hard links."""
+    proto = onnx.load(path, load_external_data=False)
+    for tensor in proto.graph.initializer:
+        if tensor.data_location == onnx.TensorProto.EXTERNAL:
+            said = {entry.key: entry.value for entry in tensor.external_data}
+            with open(path.parent / Path(said["location"]).name, "rb") as file:
+                file.seek(int(said.get("offset", 0)))
+                tensor.raw_data = file.read(int(said["length"])) if "length" in said else file.read()
+            tensor.ClearField("data_location")
+            del tensor.external_data[:]
+    return proto

@@ -2,9 +2,11 @@
 
 import hashlib
 import json
+import os
 import re
 import subprocess
 import sys
+from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
 
@@ -350,3 +352,18 @@ def test_tied_and_random_heads(tmp_path):
 def test_refimpl_does_without_onnx():
     script = "import refimpl, golden, sys; refimpl.load(); assert 'onnx' not in sys.modules"
     subprocess.run([sys.executable, "-c", script], check=True)
+
+
+def test_graphs_for_ai_hub_share_their_weights_on_disk(tiny_model, tmp_path):
+    """Their float32 weights go into a zip of each folder anyway. Others have copies, which ONNX's own loader takes."""
+    model = tiny_model("Baichuan2-7B")
+    for profile, shared in (("aihub", True), ("plain", False)):
+        folder = emit(model, (4, 2, 1), 16, 3, profile).save(tmp_path / profile)
+        for part in (1, 2, 3):
+            one, other = (folder / f"{kind}_cl16_{part}_of_3" for kind in ("prompt_ar4", "token_ar1"))
+            assert os.path.samefile(one / "model.data", other / "model.data") == shared
+            for path in () if shared else (one, other):
+                onnx.checker.check_model(str(path / "model.onnx"), full_check=True)
+        for engine in ("reference", "onnxruntime")[: 1 + bool(find_spec("onnxruntime"))]:
+            assert verify(folder, engine)
+        assert emit(model, (4, 2, 1), 16, 3, profile).save(folder, overwrite=True)
