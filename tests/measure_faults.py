@@ -1,7 +1,7 @@
 """The figures of the catalogue of faults: `python tests/measure_faults.py`.
 
-For each fault whether it is detected, whether it is localised to its operation, and whether its cause has the right
-name; from all taps, as probes show them, and from what the parts give alone. Then false alarms: healthy devices over
+It prints for each fault whether the verdict detects it, finds its operation, and names its cause rightly: once from all
+taps, as probes show them, and once from the outputs of parts alone. Then it counts false alarms: healthy devices over
 seeds of weights, prompts, threads, both engines, isolated and chained, and all settings. `--seeds 3` tries the faults
 on more models, `--chained` along the chain, `--engine reference` in ONNX's own evaluator; `--table` is the catalogue
 as README has it; `-k NAME` only those with that name in theirs.

@@ -11,7 +11,7 @@ from export.graphs.plan import unpadded
 
 
 def never_written(e: Evidence) -> Iterator[Guess]:
-    """All zeros, or one and the same number."""
+    """All values are zero, or the same number."""
     if e.device.size > 1 and np.ptp(e.device) == 0 and np.ptp(e.expected) > 0:
         yield Guess(f"all values are {e.device.flat[0]:g}: the output was never written", e.expected, certain=True)
 

@@ -51,7 +51,7 @@ def heads_permuted(e: Evidence) -> Iterator[Guess]:
 
 
 def channels_permuted(e: Evidence) -> Iterator[Guess]:
-    """The channels are in another order, as those of a matrix are whose rows are."""
+    """The channels are in another order, as if the rows of a matrix were."""
     size = e.expected.shape[-1]
     if size < 3:
         return

@@ -1,4 +1,4 @@
-"""What a device returned, as traces: every way in which it may have been stored, and every way in which it may lie.
+"""What a device returned, as traces, however it was stored and named.
 
     read_device("parts", "outputs")         Trace of {graph}/{isolated or chained}/{tap}: the names of `verify`'s report
 
@@ -7,15 +7,15 @@
     .h5             a dataset of AI Hub: /data/{i}, with the attributes `name` and `order`, and in it batch_0
     .npz            arrays by name
     .pb             one ONNX tensor
-    a folder        .npy, .raw, .bin and .pb files by name, in it or in its Result_0, as qnn-net-run leaves them; or
-                    files and folders that are called as the graphs are, in it or in isolated/ and chained/
+    a folder        .npy, .raw, .bin and .pb files by name, also in Result_0, as qnn-net-run leaves them; or files
+                    and folders that have the graphs' names, also in isolated/ and chained/
 
-What is found is fitted to the manifest, never the other way round. Names may be those of the graph or of the tap, with
-`.` and `/` as `_` and a `_` in front, as compilers write them, or output_0, output_1 … in the graph's order. Numbers
-may be floats of another width, or codes, which the encodings turn into values. Arrays may lack axes of length 1, or
-have the others in another order; keys and values may be the whole right-aligned cache; padding may have been cut off.
+Outputs are fitted to the manifest, never the other way round. Names may be those of the graph or of the tap; compilers
+write `.` and `/` as `_` and put a `_` in front; or names are output_0, output_1 … in the graph's order. Numbers may be
+floats of another width, or codes, which the encodings turn into values. Arrays may lack axes of length 1, or have their
+axes in another order; keys and values may be the whole right-aligned cache; padding may have been cut off.
 
-All of it is untrusted: `entries.py` says what is there, and nothing is read whose size is not the manifest's.
+All outputs are untrusted: `entries.py` says what is there, and an array is read only if its size is the manifest's.
 """
 
 from __future__ import annotations
@@ -119,7 +119,7 @@ def fit_answers(
     return [found[name, how] for how in get_args(Way) for name in specs if (name, how) in found]
 
 
-# Whose outputs they are
+# Which graph the outputs are of
 
 
 def _whose(entries: list[Entry], specs: Mapping[str, GraphSpec]) -> GraphSpec:
@@ -152,7 +152,7 @@ def largest(specs: Mapping[str, GraphSpec]) -> int:
 
 
 def probes(spec: GraphSpec) -> dict[str, Value]:
-    """All that a graph may give: its outputs, by name, and the taps inside it, which a probe may show."""
+    """Everything that a graph may give, by name: its outputs, and the taps inside it that a probe may show."""
     values = {value.name: value for value in spec.outputs}
     given = {value.tap for value in spec.outputs}
     return values | {name: spec.value(name) for name in spec.taps if name not in given and name not in values}
@@ -173,7 +173,7 @@ def fit(spec: GraphSpec, way: Way, entries: list[Entry], grids: Grids) -> Answer
 
 
 def _matched(spec: GraphSpec, entries: list[Entry]) -> dict[str, tuple[Entry, Value]]:
-    """Output -> what is stored of it. Names are inverted through the manifest."""
+    """Output -> its entry. The manifest turns names back into ours."""
     if not entries:
         raise InputError(f"there are no outputs for {spec.name}")
     known = probes(spec)

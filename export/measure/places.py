@@ -1,6 +1,6 @@
-"""What a saved graph computes, tap by tap: what follows from what, and the graph again with some of them as outputs.
+"""The tensors that a saved graph can show, what follows from what, and the graph again with some of them as outputs.
 
-It is read from `model.onnx` alone, as it was sent to the device, so no model is needed and nothing is built again.
+`model.onnx` says it all, as it was sent to the device. So no model is needed, and nothing is built again.
 
 A `Place` is a tensor that a run can show: a tap, in one value or in one for each head, or an output that has another
 layout than its tap. `flow.py` reasons by what follows from what.

@@ -166,8 +166,8 @@ class References:
     ) -> Arrays:  # fmt: skip
         """What a kind of device answers to these inputs: float32, the outputs by name and the `wanted` taps.
 
-        `feed`: tap -> what the run goes on with, after what it computed itself is on record. `change`: what becomes
-        of each tap before that.
+        `feed`: tap -> what the run goes on with, after its own value was recorded. `change`: what becomes of each tap
+        before that.
         """
         seen, shown = Arrays(), {value.tap or value.name: value for value in spec.outputs}
         record = {*wanted, *(shown if feed else ())}
