@@ -1,9 +1,9 @@
 """A catalogue of what goes wrong between a model and its answers on a device, each fault as code.
 
-A row says what happens in the field, where the error begins and what its cause should be called. It also does it:
-to the graphs (`edit`), to what the host feeds them (`feed`), or to what came back (`answer`). The device is the emitted graph
-itself, run by an engine on this machine: on grids, with QuantizeLinear and DequantizeLinear around each value, or in
-floats. So a fault is at first an ordinary right run in which one thing was changed.
+A row says what happens in the field, where the error begins and what its cause should be called. It also does it: to
+the graphs (`edit`), to what the host feeds them (`feed`), or to what came back (`answer`). The device is the emitted
+graph itself, run by an engine on this machine: on grids, with QuantizeLinear and DequantizeLinear around each value, or
+in floats. So a fault is an ordinary right run in which one thing was changed.
 """
 
 from __future__ import annotations
