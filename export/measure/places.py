@@ -28,7 +28,7 @@ from refimpl.errors import InputError
 from refimpl.files import read_json
 
 PICKS = {"Split", "Slice", "Gather"}  # what hands on some of a tensor
-CARRIES = (MOVES - PICKS) | {"QuantizeLinear", "DequantizeLinear", "Concat"}  # what hands on all of it, as it is
+CARRIES = (MOVES - PICKS) | {"QuantizeLinear", "DequantizeLinear", "Concat"}  # what hands on all of a tensor, unchanged
 CHUNK = 16 << 20  # bytes of weights that are copied at a time
 
 
@@ -61,7 +61,7 @@ class Place:
         return 1 if len(self.value.shape) == 4 else -1
 
     def unpadded(self, array: np.ndarray, spec: GraphSpec) -> np.ndarray:
-        """An array in the layout of `value` as the tap, without padding; one of another shape as it is."""
+        """An array in the layout of `value` as the tap, without padding; one of another shape unchanged."""
         return unpadded(self.value, array, spec) if array.shape == self.value.shape else array
 
 
@@ -117,7 +117,7 @@ class Dataflow(Flow):
         each of its values.
         """
         owner = {name: one.name for one in self.places.values() for name in one.values}
-        whose: dict[str, dict[tuple[str, bool, bool], None]] = {}  # value -> (value of a place, as it is, partial)
+        whose: dict[str, dict[tuple[str, bool, bool], None]] = {}  # value -> (value of a place, unchanged, partial)
         nodes: dict[str, list[NodeProto]] = {}  # value -> the nodes since the last places
         behind: dict[str, dict[str, dict[str, bool]]] = {name: {} for name in self.places}
         own: dict[str, dict[str, list[NodeProto]]] = {name: {} for name in self.places}

@@ -54,7 +54,7 @@ def shapes_of(folder: Path, config: Config | None = None) -> Model:
 def as_exported(model: Model, folder: Path, config: Config) -> Model:
     """A model as it was when it was exported: its first layers, and its matrices in blocks, by what the manifest says.
 
-    A model that is quantized already stays as it is. Raises InputError for blocks that the model cannot have.
+    A model that is already quantized is not changed. Raises InputError for blocks that the model cannot have.
     """
     if model.config.num_hidden_layers > config.num_hidden_layers:
         model = model.truncated(config.num_hidden_layers)

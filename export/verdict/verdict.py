@@ -23,7 +23,7 @@ FORMAT = "refimpl verdict 1"
 
 @dataclass(frozen=True)
 class Verdict(Judged):
-    """What was judged, as it is told. True if the device agrees."""
+    """A judgement in words, as a report and as JSON. True if the device agrees."""
 
     @property
     def summary(self) -> str:
