@@ -1,11 +1,11 @@
 """How far Qualcomm's emulation is from everything else: `python tests/measure_htp.py` (extra: htp).
 
-For three families and two SoCs, each tensor of an export on grids: the emulation's distance to the float oracle, to
-the simulation of AIMET's arithmetic (`simulate`), and to the same graph in ONNX Runtime on the CPU, in dB and in
-codes of its own grid. First each operation alone, from golden inputs; then each tensor in the midst of its graph, where
-it has inherited what those before it did. Rows are kinds of tensors, over all layers and both graphs: the worst dB, the
-root mean square and the largest number of codes. `--taps` prints each tensor of each layer. `--markdown` as READMEs have
-it.
+For three families and two SoCs, each tensor of an export on grids: how far the emulation is from the float oracle, from
+the simulation of AIMET's arithmetic (`simulate`) and from the same graph in ONNX Runtime on the CPU, in dB and in codes
+of the tensor's own grid. First each operation alone, from golden inputs; then each tensor in the midst of its graph,
+where it has inherited what those before it did. Rows are kinds of tensors, over all layers and both graphs: the worst
+dB, the root mean square and the largest number of codes. `--taps` prints each tensor of each layer, `--markdown` a
+table as READMEs have it.
 """
 
 import argparse
@@ -49,7 +49,7 @@ class Distance:
 
 
 def model_of(family: str, folder: Path) -> tuple[Model, np.ndarray]:
-    """A model of a family, and ids for its ranges: the embedded one, a tiny one beside the checkout, or a random one."""
+    """A model of a family, and ids for its ranges: the embedded one, a tiny one beside the checkout, or a random."""
     if not FAMILIES[family]:
         model = refimpl.load()
         return model, model.token_ids((EMBEDDED / "held_out.txt").read_text())[0, :1024]
