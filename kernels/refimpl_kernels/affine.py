@@ -2,16 +2,16 @@
 
     code = clip(round(x / scale - offset), 0, 2^bits - 1)          x' = scale * (code + offset)
 
-The grid is unsigned and `offset` at most 0, the way encodings files state it: symmetric int4 has offset -8, and the
-zero point of a uint16 is -offset. Everything from here to x' is float32, though files keep scale and offset in double:
+Codes are unsigned and `offset` is at most 0, as in encodings files: symmetric int4 has offset -8, and the zero point of
+a uint16 is -offset. All arithmetic is float32, although files keep scale and offset in double:
 
-- x / scale is IEEE division. Times the reciprocal is another number, and so is float64 arithmetic;
-- the offset is subtracted before rounding, and that difference is a rounded float32 itself: rounding x / scale first
+- x / scale is IEEE division. Multiplying by the reciprocal gives other numbers, and so does float64;
+- the offset is subtracted before rounding, and the difference itself is rounded to float32. Rounding x / scale first
   gives another code for one uint16 value in 500;
-- half a step is rounded up, as a C `round` does with codes, which are not negative. `rint` rounds it to even;
-- `floor(v + 0.5)` is no such rounding: for v = 0.49999997 the sum is 1.0 in float32. v - floor(v) is exact.
+- half a step is rounded up, as C's `round` does with positive numbers; `rint` would round it to even;
+- `floor(v + 0.5)` rounds otherwise: for v = 0.49999997 the sum is 1.0 in float32. v - floor(v) is exact.
 
-Each of these traps shows as a difference of one code. `rounding="even"` is the other convention, that of ONNX's
+Falling into one of these traps changes codes by one. `rounding="even"` is the other convention, that of ONNX's
 QuantizeLinear: rint(x / scale) - offset. (NaN, which AIMET leaves undefined, stays NaN here.)
 
 **Source**: AIMET-ONNX 2.42, its CPU kernel, observed from outside; ONNX QuantizeLinear and DequantizeLinear.
@@ -25,6 +25,7 @@ array([ 0,  3,  4,  4, 15], dtype=int32)
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -40,8 +41,8 @@ class Encoding:
     """A grid for a tensor, or for each row or block of a matrix.
 
     `scale` and `offset`: float64, () for a tensor, (O,) for the rows of (O, I), (O, I / block_size) for its blocks.
-    `symmetric` says how the range was chosen; offset holds what follows from it. `block_scale`, only in LPBQ, are the
-    integers (O, I / block_size) by which the rows' scales (O,) are multiplied.
+    `symmetric` says how the range was chosen. `block_scale`, in LPBQ alone, are integers (O, I / block_size) that
+    multiply the scales (O,) of rows.
     """
 
     bits: int
@@ -67,7 +68,7 @@ class Encoding:
 
     @property
     def steps(self) -> np.ndarray:
-        """What one code is worth: `scale`, or in LPBQ that of each block."""
+        """The step from one code to the next: `scale`, or in LPBQ the step of each block."""
         return self.scale if self.block_scale is None else self.scale[:, None] * self.block_scale
 
     @property
@@ -91,8 +92,8 @@ class Encoding:
 def from_range(low, high, bits: int, symmetric: bool = False) -> Encoding:
     """The grid that covers [low, high] and 0, computed in float64; arrays give a grid for each element.
 
-    Symmetric codes have one value more below 0 than above, and the step is what either side needs (so -8 * scale may
-    be the lowest weight). The other kind moves its zero onto a code, so its ends are up to half a step off.
+    A symmetric grid has one code more below 0 than above; its step is the larger of what the two sides need. Any other
+    grid is moved until 0 is on a code, so its ends are up to half a step away from `low` and `high`.
 
     Raises ValueError for a range that is not finite.
     """
@@ -118,10 +119,7 @@ def for_weight(weight: np.ndarray, bits: int, block_size: int | None = None, lpb
     rows, columns = weight.shape
     if block_size is None:
         return from_range(weight.min(1), weight.max(1), bits, symmetric=True)
-    if block_size < 1 or columns % block_size:
-        fitting = [size for size in (16, 32, 64, 128, 256) if columns % size == 0]
-        hint = f"; {', '.join(map(str, fitting))} are" if fitting else ""
-        raise ValueError(f"row length {columns} is not a multiple of block_size {block_size}{hint}")
+    expect_whole_blocks(columns, block_size)
     blocks = weight.reshape(rows, -1, block_size)
     fine = from_range(blocks.min(-1), blocks.max(-1), bits, symmetric=True)
     if not lpbq:
@@ -129,6 +127,17 @@ def for_weight(weight: np.ndarray, bits: int, block_size: int | None = None, lpb
     scale = fine.scale.max(1) / LPBQ_STEPS
     steps = np.clip(np.rint(fine.scale / scale[:, None]), 1, LPBQ_STEPS)
     return Encoding(bits, scale, np.full_like(scale, -(2 ** (bits - 1))), True, block_size, steps)
+
+
+def expect_whole_blocks(
+    length: int, block_size: int, which: str = "row", sizes: Sequence[int] = (), otherwise: str = ""
+) -> None:
+    """Raises ValueError, which names the `sizes` that fit, unless a row (or column) is made of whole blocks."""
+    if block_size >= 1 and length % block_size == 0:
+        return
+    fitting = [size for size in sizes or (16, 32, 64, 128, 256) if length % size == 0]
+    hint = f"{', '.join(map(str, fitting))} {'is' if len(fitting) == 1 else 'are'}" if fitting else otherwise
+    raise ValueError(f"{which} length {length} is not a multiple of block_size {block_size}{hint and f'; {hint}'}")
 
 
 def quantize(x: np.ndarray, encoding: Encoding, rounding: Rounding = "away") -> np.ndarray:
@@ -159,12 +168,12 @@ def _codes(x: np.ndarray, encoding: Encoding, rounding: Rounding) -> tuple[np.nd
     """The codes as float32, and scale and offset as they broadcast to them."""
     scale, offset = _grid(x, encoding)
     last = 2**encoding.bits - 1
-    with np.errstate(over="ignore"):  # infinity is clipped like any other
+    with np.errstate(over="ignore"):  # infinity is clipped, too
         v = _blocked(x, encoding).astype(np.float32, copy=False) / scale
     if rounding == "even":
         code = np.rint(v) - offset
     else:
-        v = np.clip(v - offset, -1, last + 1)  # so that infinity less its floor is no NaN
+        v = np.clip(v - offset, -1, last + 1)  # infinity less its floor would be NaN
         code = np.floor(v)
         code = code + (v - code >= 0.5)
     return np.clip(code, 0, last), scale, offset

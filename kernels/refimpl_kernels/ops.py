@@ -7,7 +7,7 @@
   its result once, as PyTorch does on a CPU. Where the model's code says `.float()`, the decoder says `upcast`, and
   `type_as` rounds back.
 
-Keep Python numbers away from 16-bit tensors: `x * 0.5` is float32 for bfloat16 and float16 for float16.
+Do not multiply 16-bit tensors by Python numbers: `x * 0.5` is float32 for bfloat16, and float16 for float16.
 
 >>> ops = NumPyOps("bfloat16")
 >>> x = np.array([1.0, 2.0, 3.0], ops.dtype)
@@ -29,11 +29,11 @@ DTYPES = {
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
     "float16": np.dtype(np.float16),
 }
-TILE_BYTES = 64 << 20  # converted weights beyond this many bytes are made, used and dropped tile by tile
+TILE_BYTES = 64 << 20  # larger weights are converted tile by tile
 
 
 class Readable(Protocol):
-    """A parameter in whatever form it is stored: mapped, quantized, normalised."""
+    """A parameter, however it is stored: mapped, quantized, normalised."""
 
     @property
     def shape(self) -> tuple[int, ...]: ...

@@ -4,7 +4,7 @@
 then the second ones, and so on: what is done to one weight is done to 128 by a loop that Numba turns into vector
 instructions, though each block's sums are added up one after the other, as `search.py` has it written down.
 
-The formats' rules are compiled as they are, for numbers instead of arrays; the words they are written in are below.
+The formats' rounders are compiled as they are, for numbers instead of arrays; the words they are written in are below.
 """
 
 from __future__ import annotations
@@ -21,37 +21,37 @@ from numba.extending import overload, register_jitable
 from refimpl_kernels.fast.ops import compiled
 from refimpl_kernels.fast.vector import without_bytes
 from refimpl_kernels.formats import search
-from refimpl_kernels.formats.search import FITS, Rounded, Rule, fitted_line, fitted_scale, line_code, reciprocal
+from refimpl_kernels.formats.search import FITS, Rounded, Rounder, fitted_line, fitted_scale, line_code, reciprocal
 
 LANES = 128
 LONGEST = 1 << 12  # weights of a block; longer ones are few, and NumPy is as fast
 
 
 @without_bytes
-class RuleType(types.Type):
-    """A rule as Numba sees it: each is a type of its own, for which kernels are compiled; no bytes at run time."""
+class RounderType(types.Type):
+    """A rounder as Numba sees it: each is a type of its own, for which kernels are compiled; no bytes at run time."""
 
-    def __init__(self, rule: Rule):
-        self.rule = rule
-        super().__init__(name=f"rounded as {rule.name}")
+    def __init__(self, rounder: Rounder):
+        self.rounder = rounder
+        super().__init__(name=f"rounded as {rounder.name}")
 
     def __str__(self) -> str:
-        return self.rule.name
+        return self.rounder.name
 
 
 def best_scales(
     x: np.ndarray,
     scales: np.ndarray,
-    rule: Rule,
+    rounder: Rounder,
     importance: np.ndarray | None = None,
     lows: np.ndarray | None = None,
     fits: int = FITS,
 ) -> Rounded:
     """See `search.best_scales`."""
     if x.shape[1] > LONGEST:
-        return search.best_scales(x, scales, rule, importance, lows, fits)
+        return search.best_scales(x, scales, rounder, importance, lows, fits)
     arrays = [x, scales, np.zeros((1, len(x))) if lows is None else lows.T]
-    return _run(_best_scales, rule, arrays, importance, fits)
+    return _run(_best_scales, rounder, arrays, importance, fits)
 
 
 def best_lines(
@@ -92,25 +92,25 @@ def _finding(kernel):
         return compiled(kernel, signature, parallel=False, nogil=True)
 
 
-# What `_best_lines` is compiled for; it has its rule in itself.
-LINE = Rule("blocks with a minimum", grid=search.reciprocal, level=search.line_code)
+# What `_best_lines` is compiled for; it has its rounder in itself.
+LINE = Rounder("blocks with a minimum", grid=search.reciprocal, level=search.line_code)
 
 
-def _run(kernel, rule: Rule, arrays: list[np.ndarray], importance, fits: int, *limit: float) -> Rounded:
+def _run(kernel, rounder: Rounder, arrays: list[np.ndarray], importance, fits: int, *limit: float) -> Rounded:
     """What a kernel fills in."""
     x, each = arrays[0], (len(arrays[0]), 1)
-    codes, *parts = np.empty(x.shape, rule.dtype), *(np.empty(each, t) for t in (np.float32, np.float32, np.intp))
+    codes, *parts = np.empty(x.shape, rounder.dtype), *(np.empty(each, t) for t in (np.float32, np.float32, np.intp))
     given = [*arrays, np.empty((0, 0)) if importance is None else importance]
     given = [np.ascontiguousarray(array, np.float32) for array in given]
     outputs = [codes.view(np.uint8), *(part.reshape(-1) for part in parts)]
-    _compiled(kernel, rule, len(limit))(rule, *given, fits, *limit, *outputs)
+    _compiled(kernel, rounder, len(limit))(rounder, *given, fits, *limit, *outputs)
     return Rounded(codes, *parts)
 
 
 # Kernels: line by line what search.py does, for LANES blocks at a time -----------------------------------------------
 
 
-def _best_scales(rule, x, trials, lows, costs, fits, codes, scales, zeros, which):
+def _best_scales(rounder, x, trials, lows, costs, fits, codes, scales, zeros, which):
     count, size = x.shape
     tile, rest, weigh = _tile(size), _tile(size), _tile(costs.shape[1])
     best, trial, low, by, zero, unit = _floats(), _floats(), _floats(), _floats(), _floats(), _floats()
@@ -128,18 +128,18 @@ def _best_scales(rule, x, trials, lows, costs, fits, codes, scales, zeros, which
             if n < len(trials):
                 trial[:lanes] = trials[n, here]
             else:
-                _grids(rule, best, low, by, zero, unit)
+                _grids(rounder, best, low, by, zero, unit)
                 for i in range(size):
                     for lane in range(LANES):
-                        rest[i, lane] = level(rule, tile[i, lane], by[lane], zero[lane])
+                        rest[i, lane] = level(rounder, tile[i, lane], by[lane], zero[lane])
                 _sum(rest, rest, weigh, norm)
                 _sum(rest, tile, weigh, product)
                 for lane in range(LANES):
                     trial[lane] = fitted_scale(norm[lane], product[lane], unit[lane])
-            _grids(rule, trial, low, by, zero, unit)
+            _grids(rounder, trial, low, by, zero, unit)
             for i in range(size):
                 for lane in range(LANES):
-                    rest[i, lane] = tile[i, lane] - level(rule, tile[i, lane], by[lane], zero[lane]) * unit[lane]
+                    rest[i, lane] = tile[i, lane] - level(rounder, tile[i, lane], by[lane], zero[lane]) * unit[lane]
             _sum(rest, rest, weigh, error)
             for lane in range(LANES):
                 better = error[lane] < least[lane]
@@ -148,13 +148,13 @@ def _best_scales(rule, x, trials, lows, costs, fits, codes, scales, zeros, which
                 number[lane] = n if better else number[lane]
         scales[here], which[here] = best[:lanes], number[:lanes]
         for block in range(first, here.stop):
-            factor, point, _ = grid(rule, scales[block], lows[0, block])
+            factor, point, _ = grid(rounder, scales[block], lows[0, block])
             zeros[block] = point
             for i in range(size):
-                codes[block, i] = np.int32(code(rule, x[block, i], factor, point))
+                codes[block, i] = np.int32(code(rounder, x[block, i], factor, point))
 
 
-def _best_lines(rule, x, trials, lows, costs, fits, highest, codes, scales, mins, which):
+def _best_lines(rounder, x, trials, lows, costs, fits, highest, codes, scales, mins, which):
     count, size = x.shape
     tile, rest, weigh, ones = _tile(size), _tile(size), _tile(costs.shape[1]), _tile(size)
     best, lowest, trial, low, by = _floats(), _floats(), _floats(), _floats(), _floats()
@@ -262,9 +262,9 @@ def _lay_out(x, tile):
 
 
 @register_jitable
-def _grids(rule, scale, low, by, zero, unit):
+def _grids(rounder, scale, low, by, zero, unit):
     for lane in range(LANES):
-        by[lane], zero[lane], unit[lane] = grid(rule, scale[lane], low[lane])
+        by[lane], zero[lane], unit[lane] = grid(rounder, scale[lane], low[lane])
 
 
 @register_jitable
@@ -293,41 +293,41 @@ _LOCK = threading.Lock()  # or each thread would compile what the first one does
 
 
 @cache
-def _compiled(kernel, rule: Rule, limits: int):
-    """A kernel compiled for a rule, or from the disk if it was before."""
+def _compiled(kernel, rounder: Rounder, limits: int):
+    """A kernel compiled for a rounder, or from the disk if it was before."""
     matrix = types.Array(types.float32, 2, "C", readonly=True)
     floats, numbers = types.Array(types.float32, 1, "C"), types.Array(types.intp, 1, "C")
     out = types.Array(types.uint8, 2, "C"), floats, floats, numbers
-    signature = types.void(_type(rule), *[matrix] * 4, types.intp, *[types.float64] * limits, *out)
+    signature = types.void(_type(rounder), *[matrix] * 4, types.intp, *[types.float64] * limits, *out)
     with _LOCK:
         return compiled(kernel, signature, parallel=False, nogil=True, error_model="numpy")
 
 
-# What rules are written in, for numbers ------------------------------------------------------------------------------
+# What rounders are written in, for numbers ----------------------------------------------------------------------------
 
 
 @cache
-def _type(rule: Rule) -> RuleType:
-    return RuleType(rule)
+def _type(rounder: Rounder) -> RounderType:
+    return RounderType(rounder)
 
 
-def grid(rule, scale, low):
-    """`rule.grid` of numbers."""
+def grid(rounder, scale, low):
+    """`rounder.grid` of numbers."""
 
 
-def level(rule, x, by, zero):
-    """`rule.level` of numbers."""
+def level(rounder, x, by, zero):
+    """`rounder.level` of numbers."""
 
 
-def code(rule, x, by, zero):
+def code(rounder, x, by, zero):
     """The code, as a float32."""
 
 
 @overload(grid)
-def _grid(rule, scale, low):
-    function = numba.njit(rule.rule.grid)
+def _grid(rounder, scale, low):
+    function = numba.njit(rounder.rounder.grid)
 
-    def of_numbers(rule, scale, low):
+    def of_numbers(rounder, scale, low):
         by, zero, unit = function(scale, low)
         return np.float32(by), np.float32(zero), np.float32(unit)
 
@@ -335,18 +335,19 @@ def _grid(rule, scale, low):
 
 
 @overload(level)
-def _level(rule, x, by, zero):
-    function = numba.njit(rule.rule.level) if rule.rule.values is None else _nearest(rule.rule.values, worth=True)
-    return lambda rule, x, by, zero: function(x, by, zero)
+def _level(rounder, x, by, zero):
+    form = rounder.rounder
+    function = numba.njit(form.level) if form.values is None else _nearest(form.values, worth=True)
+    return lambda rounder, x, by, zero: function(x, by, zero)
 
 
 @overload(code)
-def _code(rule, x, by, zero):
-    if rule.rule.values is None:
-        function = numba.njit(rule.rule.level)
-        return lambda rule, x, by, zero: function(x, by, zero) + zero
-    function = _nearest(rule.rule.values, worth=False)
-    return lambda rule, x, by, zero: function(x, by, zero)
+def _code(rounder, x, by, zero):
+    if rounder.rounder.values is None:
+        function = numba.njit(rounder.rounder.level)
+        return lambda rounder, x, by, zero: function(x, by, zero) + zero
+    function = _nearest(rounder.rounder.values, worth=False)
+    return lambda rounder, x, by, zero: function(x, by, zero)
 
 
 def _nearest(values: np.ndarray, worth: bool) -> Any:

@@ -27,7 +27,7 @@ from refimpl_kernels.formats import search as numpy_search
 
 _POSITIVE = np.array([0, 0.0625, 8, 12, 4, 6, 2, 3], np.float32) / np.float32(12)
 VALUES = np.concatenate([_POSITIVE, -_POSITIVE]) + np.float32(0)  # the second zero is positive too
-RULE = nf4.rule_of("fp4", VALUES)
+ROUNDER = nf4.rounder_of("fp4", VALUES)
 
 
 def quantize(
@@ -38,7 +38,7 @@ def quantize(
     backend: ModuleType = numpy_search,
 ) -> dict[str, np.ndarray]:
     """Blocks (n, b) of float32 as `codes` (n, b) uint8 in 0 … 15 and `scales` (n, 1) float32; options as in nf4.py."""
-    return nf4.quantize_to(RULE, x, last, search, importance, backend)
+    return nf4.quantize_to(ROUNDER, x, last, search, importance, backend)
 
 
 def dequantize(codes: np.ndarray, scales: np.ndarray, code: np.ndarray = VALUES) -> np.ndarray:

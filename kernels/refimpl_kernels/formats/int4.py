@@ -36,7 +36,7 @@ from types import ModuleType
 import numpy as np
 
 from refimpl_kernels.formats import search as numpy_search
-from refimpl_kernels.formats.search import Rule, clip, nonzero, trials
+from refimpl_kernels.formats.search import Rounder, clip, nonzero, trials
 
 
 def _symmetric(scale, low):
@@ -52,8 +52,8 @@ def _level(x, by, zero):
     return clip(np.rint(x / by) + zero, -8, 7) - zero
 
 
-SYMMETRIC = Rule("int4", _symmetric, _level, "int8")
-ASYMMETRIC = Rule("int4 with zero points", _asymmetric, _level, "int8")
+SYMMETRIC = Rounder("int4", _symmetric, _level, "int8")
+ASYMMETRIC = Rounder("int4 with zero points", _asymmetric, _level, "int8")
 
 
 def quantize(

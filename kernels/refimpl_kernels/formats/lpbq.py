@@ -33,7 +33,7 @@ import numpy as np
 from refimpl_kernels import affine
 from refimpl_kernels.formats import int4
 from refimpl_kernels.formats import search as numpy_search
-from refimpl_kernels.formats.search import Rule, half_up
+from refimpl_kernels.formats.search import Rounder, half_up
 
 
 def _grid(scale, low):
@@ -44,7 +44,7 @@ def _level(x, by, zero):
     return half_up(x / by + np.float32(8)) - np.float32(8)  # affine.py has it in general
 
 
-RULE = Rule("lpbq", _grid, _level, "int8")
+ROUNDER = Rounder("lpbq", _grid, _level, "int8")
 
 
 def quantize(
@@ -65,7 +65,7 @@ def quantize(
     steps = (scales * numbers).astype(np.float32)
     steps = np.broadcast_to(steps, (len(steps), *grid.block_scale.shape)).reshape(len(steps), -1)
     weights = None if importance is None else importance.reshape(blocks.shape)
-    found = backend.best_scales(blocks, steps, RULE, weights, fits=0)
+    found = backend.best_scales(blocks, steps, ROUNDER, weights, fits=0)
     chosen = found.which + 1 if search else grid.block_scale
     chosen = chosen.reshape(grid.block_scale.shape).astype(np.uint8)
     return dict(codes=found.codes.reshape(x.shape), scales=scales, block_scales=chosen)

@@ -29,7 +29,7 @@ import numpy as np
 
 from refimpl_kernels.formats import int4
 from refimpl_kernels.formats import search as numpy_search
-from refimpl_kernels.formats.search import Rule, half_up, nonzero, reciprocal, trials
+from refimpl_kernels.formats.search import Rounder, half_up, nonzero, reciprocal, trials
 
 
 def _symmetric(scale, low):
@@ -44,8 +44,8 @@ def _level(x, by, zero):
     return half_up(x * by + zero) - zero
 
 
-SYMMETRIC = Rule("matmulnbits", _symmetric, _level)
-ASYMMETRIC = Rule("matmulnbits with zero points", _asymmetric, _level)
+SYMMETRIC = Rounder("matmulnbits", _symmetric, _level)
+ASYMMETRIC = Rounder("matmulnbits with zero points", _asymmetric, _level)
 
 
 def quantize(
@@ -79,7 +79,7 @@ def dequantize(codes: np.ndarray, scales: np.ndarray, zero_points: np.ndarray | 
 def tensors(
     packed: np.ndarray, scales: np.ndarray, block_size: int, zero_points: np.ndarray | None = None
 ) -> dict[str, np.ndarray]:
-    """The operator's inputs B, scales and, asymmetric, zero_points, from the arrays that formats.py keeps."""
+    """The operator's inputs B, scales and, asymmetric, zero_points, from the arrays that table.py keeps."""
     inputs = {"B": packed.reshape(*scales.shape, block_size // 2), "scales": scales}
     if zero_points is not None:
         missing = scales.shape[1] % 2

@@ -33,7 +33,7 @@ from types import ModuleType
 import numpy as np
 
 from refimpl_kernels.formats import search as numpy_search
-from refimpl_kernels.formats.search import Rule, clip, trials
+from refimpl_kernels.formats.search import Rounder, clip, trials
 
 VALUES = np.array(
     [
@@ -48,7 +48,7 @@ BINS = 4096  # of [-1, 1], in the search for the nearest value
 TINY = np.float32(1e-38)
 
 
-def rule_of(name: str, values: np.ndarray) -> Rule:
+def rounder_of(name: str, values: np.ndarray) -> Rounder:
     """How blocks are rounded to 16 values, of which the largest magnitude is 1."""
     key = values.tobytes()
 
@@ -61,10 +61,10 @@ def rule_of(name: str, values: np.ndarray) -> Rule:
     def code(x, by, zero):
         return _nearest(key)(clip(x * by, -1, 1))
 
-    return Rule(name, grid, level, values=values, code=code)
+    return Rounder(name, grid, level, values=values, code=code)
 
 
-RULE = rule_of("nf4", VALUES)
+ROUNDER = rounder_of("nf4", VALUES)
 
 
 def quantize(
@@ -78,7 +78,7 @@ def quantize(
 
     `last`: how many weights the last block has, the rest being padding. `search`, `importance`: see search.py.
     """
-    return quantize_to(RULE, x, last, search, importance, backend)
+    return quantize_to(ROUNDER, x, last, search, importance, backend)
 
 
 def dequantize(codes: np.ndarray, scales: np.ndarray, code: np.ndarray = VALUES) -> np.ndarray:
@@ -87,16 +87,16 @@ def dequantize(codes: np.ndarray, scales: np.ndarray, code: np.ndarray = VALUES)
 
 
 def quantize_to(
-    rule: Rule, x: np.ndarray, last: int | None, search: int, importance: np.ndarray | None, backend: ModuleType
+    rounder: Rounder, x: np.ndarray, last: int | None, search: int, importance: np.ndarray | None, backend: ModuleType
 ) -> dict[str, np.ndarray]:
     """Blocks (n, b) as codes of 16 values: NF4 and FP4 in one."""
     scales = np.abs(backend.largest(x))
     incomplete = last is not None and last < x.shape[1]
     if incomplete:
         scales[-1] = np.maximum(scales[-1], TINY)
-    found = backend.best_scales(x, trials(scales, search), rule, importance)
+    found = backend.best_scales(x, trials(scales, search), rounder, importance)
     if incomplete:
-        found.codes[-1] = rule.codes(x[-1] / found.scales[-1], np.float32(1), np.float32(0))
+        found.codes[-1] = rounder.codes(x[-1] / found.scales[-1], np.float32(1), np.float32(0))
     return dict(codes=found.codes, scales=found.scales)
 
 

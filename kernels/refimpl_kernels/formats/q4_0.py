@@ -25,7 +25,7 @@ from types import ModuleType
 import numpy as np
 
 from refimpl_kernels.formats import search as numpy_search
-from refimpl_kernels.formats.search import Rule, clip, half, reciprocal, trials
+from refimpl_kernels.formats.search import Rounder, clip, half, reciprocal, trials
 
 BLOCK = np.dtype([("scales", "<f2"), ("packed", "u1", 16)])
 
@@ -38,14 +38,14 @@ def _level(x, by, zero):
     return clip(np.trunc(x * by + np.float32(8.5)), 0, 15) - zero
 
 
-RULE = Rule("q4_0", _grid, _level)
+ROUNDER = Rounder("q4_0", _grid, _level)
 
 
 def quantize(
     x: np.ndarray, search: int = 0, importance: np.ndarray | None = None, backend: ModuleType = numpy_search
 ) -> dict[str, np.ndarray]:
     """Blocks (n, 32) of float32 as `codes` (n, 32) uint8 and `scales` (n, 1) float16. Options: see search.py."""
-    found = backend.best_scales(x, trials(backend.largest(x) / np.float32(-8), search), RULE, importance)
+    found = backend.best_scales(x, trials(backend.largest(x) / np.float32(-8), search), ROUNDER, importance)
     return dict(codes=found.codes, scales=found.scales.astype(np.float16))
 
 

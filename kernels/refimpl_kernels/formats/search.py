@@ -5,7 +5,7 @@ The scale that just reaches the largest weight of a block wastes codes on it. `b
     scale * f,  f in `search` even steps from 0.55 to 1.15,     then twice the least-squares scale of the best codes,
     and keeps for each block what has the least    Σ_j importance_j * (w_j - w'_j)²
 
-so that no block gets worse than rounding to nearest; the first of equals is kept. `best_lines` does so for formats
+so that no block gets worse than rounding to nearest. Of equals, the first is kept. `best_lines` does so for formats
 whose blocks have a minimum, too. `importance` says how much an error of each input column costs: the mean of x² over
 calibration activations, for then Σ_j importance_j * e_j² is the expected squared error that the block alone adds to an
 output of the layer (columns taken as uncorrelated). It is the diagonal of the matrix that GPTQ uses whole, the
@@ -15,7 +15,7 @@ statistic of llama.cpp's imatrix, and what AWQ's column scaling looks for.
 and the products of a block are added one after the other, from its first weight to its last. All else is done to each
 number alone. So `fast/search.py`, which computes many blocks at a time, gives the same bytes, and so does any machine.
 
-What a format does to a number is a `Rule`. Its functions are written once: NumPy applies them to arrays, and Numba
+How a format rounds a number is a `Rounder`. Its functions are written once: NumPy applies them to arrays, and Numba
 compiles them for numbers. They are made of float32 arithmetic, NumPy's `rint`, `trunc`, `floor`, `minimum` and
 `maximum`, and of `where`, `clip`, `half`, `half_up` and `reciprocal` below.
 
@@ -38,13 +38,13 @@ LINE_FACTORS = (0.7, 1.1)  # of the spans of lines that are tried
 
 
 @dataclass(frozen=True, eq=False)
-class Rule:
-    """How a format rounds a weight x of a block with a scale; each function is elementwise, in float32.
+class Rounder:
+    """How a format rounds a weight x of a block, given a scale; each function is elementwise, in float32.
 
-    `grid(scale, low)`: three numbers of the block: `by`, with which x is multiplied or by which it is divided, the zero
-    point, and the scale as the format stores it. `low` is what the block's zero point has to reach, where it has one.
-    `level(x, by, zero)`: the code less the zero point; what it is worth is level * scale. `dtype`: that of the codes.
-    `values`: 16 numbers of which a code names one, where a level is not counted. Then `code(x, by, zero)` is that code.
+    `grid(scale, low)`: three numbers of the block: `by`, which multiplies or divides x; the zero point; the scale as
+    the format stores it. `low`: the lowest weight, which a block with a zero point has to reach.
+    `level(x, by, zero)`: the code less the zero point; it stands for level * scale. `dtype`: that of the codes.
+    `values`: for a format with a table, the 16 numbers of which a code names one; `code(x, by, zero)` is that code.
     """
 
     name: str
@@ -61,8 +61,10 @@ class Rule:
 
 
 class Rounded(NamedTuple):
-    """What a search found for blocks (n, b): `codes` (n, b) and, as (n, 1), the scale, the zero point as a float32 or
-    the minimum of the line, and the number of the trial that was best, that of the last for one that was fitted.
+    """What a search found for blocks (n, b).
+
+    `codes` (n, b); as (n, 1): the scale, the zero point as a float32 or the minimum of the line, and the number of the
+    best trial, which for a fitted scale is that of the last trial.
     """
 
     codes: np.ndarray
@@ -80,7 +82,7 @@ def trials(first: np.ndarray, search: int, least: float = 0.55, most: float = 1.
 def best_scales(
     x: np.ndarray,
     scales: np.ndarray,
-    rule: Rule,
+    rounder: Rounder,
     importance: np.ndarray | None = None,
     lows: np.ndarray | None = None,
     fits: int = FITS,
@@ -99,14 +101,14 @@ def best_scales(
             if number < len(scales):
                 trial = scales[number][:, None]
             else:
-                by, zero, unit = rule.grid(best, low)
-                level = rule.level(x, by, zero)
+                by, zero, unit = rounder.grid(best, low)
+                level = rounder.level(x, by, zero)
                 trial = fitted_scale(_sum(level, level, importance), _sum(level, x, importance), unit)
-            by, zero, unit = rule.grid(trial, low)
-            error = x - rule.level(x, by, zero) * unit
+            by, zero, unit = rounder.grid(trial, low)
+            error = x - rounder.level(x, by, zero) * unit
             _keep(_sum(error, error, importance), least, (best, trial), (which, number))
-    by, zero, _ = rule.grid(best, low)
-    return Rounded(rule.codes(x, by, zero), best, np.broadcast_to(zero, best.shape), which)
+    by, zero, _ = rounder.grid(best, low)
+    return Rounded(rounder.codes(x, by, zero), best, np.broadcast_to(zero, best.shape), which)
 
 
 def best_lines(
@@ -204,7 +206,7 @@ def ends(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return low, high
 
 
-# What rules are written in; fast/search.py has these for numbers. ----------------------------------------------------
+# What rounders are written in, for arrays; fast/search.py has the same for numbers. -----------------------------------
 
 
 def where(condition: Any, yes: Any, no: Any) -> Any:

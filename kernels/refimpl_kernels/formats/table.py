@@ -31,6 +31,7 @@ from typing import Any
 
 import numpy as np
 
+from refimpl_kernels.affine import expect_whole_blocks
 from refimpl_kernels.formats import (
     dynamic8,
     fp4,
@@ -384,12 +385,9 @@ def _fitting(form: Format, shape: tuple[int, ...], block_size: int | str | None,
         )
     if axis is None and size > max(length, WIDEST):
         raise ValueError(f"block_size {size} is more than the {length} weights that there are; use {form.block_size}")
-    if axis is not None and not form.padded and length % size:
-        fitting = [b for b in (form.block_sizes or (16, 32, 64, 128, 256)) if length % b == 0]
-        hint = f"{', '.join(map(str, fitting))} {'is' if len(fitting) == 1 else 'are'}"
-        hint = hint if fitting else "use another format for this matrix, or keep it"
-        which = "row" if axis == 1 else "column"
-        raise ValueError(f"{which} length {length} is not a multiple of block_size {size}; {hint}")
+    if axis is not None and not form.padded:
+        which, otherwise = "row" if axis == 1 else "column", "use another format for this matrix, or keep it"
+        expect_whole_blocks(length, int(size), which, form.block_sizes or (), otherwise)
     return int(size), length if form.whole_row else int(size)
 
 
