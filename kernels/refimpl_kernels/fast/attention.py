@@ -3,8 +3,8 @@
     scores[r, s]  = sum over d of query[r, d] * key[s, d]
     context[r, d] = sum over s of probs[r, s] * value[s, d]
 
-What is kept is read as the float32 that it stands for, exactly: float16, and code * scale of `Q8Rows`. Queries, probs
-and sums are float32, whatever the cache keeps. fma(a, b, c) is a * b + c in float32, rounded once.
+Float16, and code * scale of `Q8Rows`, are read as the float32 that they stand for, exactly. Queries, probs and sums are
+float32, whatever the cache keeps. fma(a, b, c) is a * b + c in float32, rounded once.
 
 For scores, lanes are neighbours d, in vectors of 16:
 
@@ -19,8 +19,8 @@ taken in blocks of 64, so that rounding errors grow with S/64 and not with S:
 
 A product takes part in at most min(S, 64) + S/64 + 1 roundings.
 
-For one row of queries memory is the limit: keys and values are read once, in the order in which they lie, and asked for
-ahead of time. Of several rows, four share each number that was read; where there are fewer, the last stands in.
+For one row of queries memory is the limit: keys and values are read once, in the order in which they lie, and are
+prefetched. Of several rows, four share each number that was read; the last is taken again where there are fewer.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from numba import prange, types
 from numba.extending import intrinsic
 
 from refimpl_kernels.fast.layout import BITS, LINE, Layout, load_floats
-from refimpl_kernels.fast.linear import aligned, numbers
+from refimpl_kernels.fast.rows import aligned, numbers
 from refimpl_kernels.fast.vector import F32, FLOATS, I64, LANES, Emitter
 
 PART = 32  # numbers that are read together, with the scale that they may share

@@ -1,16 +1,16 @@
-"""Products of 4-bit blocks with activations that are rounded to integers: what other engines do for speed.
+"""Sums of products of 4-bit blocks with activations that are rounded to integers, as other engines do for speed.
 
-An oracle does not round its inputs: this is an option. Each 32 activations get a scale of their own:
+It is an option, because an oracle must not round its inputs. Each 32 activations get a scale of their own:
 
     scale = max|x| / Q        q = round(x * (Q / max|x|)), ties to even        Q = 127 (int8) or 32512 (int16)
 
-A block's products are then summed in integers, exactly, and only blocks are added in float32, one after the other:
+A block's products are summed in integers, exactly. Blocks are added in float32, one after the other:
 
     sum = sum over a block of (code - zero point) * q        below 2^24, so that float32 holds it
     out = fma(sum, weight's scale * x's scale, out)          block after block, from 0
 
-The result does not depend on threads, machines, or on how a prompt is cut, as in fast/linear.py. Its error: half a unit
-of q times |w|, summed up, and n = I/32 + 2 roundings of what is added.
+As in linear.py, the result depends on no thread, machine, or way to cut a prompt. Its error is the sum of half a unit
+of q times |w|, and n = I/32 + 2 roundings of the sum.
 
 One instruction multiplies four bytes in each of 16 lanes and adds them up, where a lane is a row. So the codes of 16
 rows and a line, 128 numbers, are transposed in registers, and for several tokens kept in the first cache (2 KiB):
@@ -23,6 +23,7 @@ int8 is one byte of x, int16 two: q = 256 high + low, with low in -128 … 127, 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import numpy as np
 from llvmlite import ir
@@ -30,15 +31,15 @@ from numba import njit, prange, types
 from numba.extending import intrinsic
 
 from refimpl_kernels.fast.layout import LINE, Layout, load_floats
-from refimpl_kernels.fast.linear import Rows, aligned, numbers
+from refimpl_kernels.fast.rows import Rows, aligned, numbers
 from refimpl_kernels.fast.vector import F32, FLOATS, I32, I64, INTS, LANES, Emitter
 
 BLOCK = 32  # activations that share a scale
 LARGEST = {1: 127, 2: 32512}  # by bytes of an activation; 32512 is 127 * 256
 ROWS = 2 * LANES  # rows that go together
-COLUMNS, HALF = 8, 4  # tokens that go together, of one byte or two
+COLUMNS = 8  # tokens of one byte that go together; of two bytes, half as many
 LINE_BLOCKS = 4
-# Which numbers of a block the vectors of `_unpack` have, four each.
+# The order of the numbers of a block in the vectors of `_unpack`, which have four each.
 ORDER = {
     "q4_0": np.arange(BLOCK),
     "int4": np.arange(BLOCK).reshape(4, 4, 2).transpose(2, 0, 1).reshape(-1),
@@ -47,14 +48,27 @@ ORDER["matmulnbits"] = ORDER["int4"]
 
 
 def multiplies(layout: Layout) -> bool:
-    """Whether `product` takes weights in this layout: codes of 4 bits that count, a scale for 32 and more."""
+    """Whether weights in this layout can be summed so: codes of 4 bits that count, and blocks of 32 or more."""
     return layout.codes in ORDER and layout.block % BLOCK == 0 and layout.rounded is None
 
 
-def blocks_of(
-    emit: Emitter, layout: Layout, rows: Rows, line: ir.Value
-) -> Iterator[tuple[list[ir.Value], ir.Value, ir.Value]]:
+class Integers(NamedTuple):
+    """Activations as integers, in blocks of 32.
+
+    `numbers` int8 (blocks, T, size, 32): the bytes, low ones first. `facts` float32 (blocks, T, 2): the scale of a
+    block, and minus the sum of its integers.
+    """
+
+    numbers: np.ndarray
+    facts: np.ndarray
+
+
+INTEGERS = types.NamedTuple([types.Array(types.int8, 4, "C"), types.Array(types.float32, 3, "C")], Integers)
+
+
+def blocks_of(emit: Emitter, rows: Rows, line: ir.Value) -> Iterator[tuple[list[ir.Value], ir.Value, ir.Value]]:
     """The blocks of a line of 16 rows: 8 vectors of codes, their scales, and which code is 0."""
+    layout = rows.layout
     codes, scale_rows, zero_rows = rows.starts
 
     def of_blocks(dtype, starts, size):
@@ -92,24 +106,30 @@ def add_block(emit: Emitter, total: ir.Value, planes: list[ir.Value], scale, cen
     return emit.fma(value, builder.fmul(scale, emit.spread(emit.load(F32, fact))), total)
 
 
+def _addresses(emit: Emitter, kind: types.NamedTuple, x: ir.Value) -> list[ir.Value]:
+    """Where the numbers and the facts of `Integers` begin."""
+    parts = [emit.builder.extract_value(x, n) for n in range(2)]
+    return [emit.address(each, part, ir.Constant(I64, 0)) for each, part in zip(kind.types, parts, strict=True)]
+
+
 @intrinsic(prefer_literal=True)
-def _one_token(typingctx, layout, weights, scales, zeros, row, last, lines, x, facts, size, sums):
-    """sums (16): 16 rows from `row` on by one token of `size` bytes, a literal; x and facts as in `_multiply`."""
-    form = layout.layout
+def _one_token(typingctx, matrix, row, x, size, sums):
+    """sums (16): 16 rows from `row` on by one token of `size` bytes, a literal; x is `Integers`."""
     if not isinstance(size, types.Literal):
         return None
     planes = size.literal_value
 
     def generate(context, builder, signature, arguments):
-        emit, zero, kinds = Emitter(context, builder, form.portable), ir.Constant(I64, 0), signature.args
-        _, *arrays, row, last, lines, x, facts, _, sums = arguments
-        rows = Rows(emit, form, kinds[1:4], arrays, lines, numbers(emit, row, last, LANES))
-        ahead = Rows(emit, form, kinds[1:4], arrays, lines, [builder.add(row, ir.Constant(I64, LANES))])
-        x, facts = emit.address(kinds[7], x, zero), emit.address(kinds[8], facts, zero)
+        packed, row, x, _, sums = arguments
+        kind, _, kind_of_x, _, kind_of_sums = signature.args
+        emit = Emitter(context, builder, kind.types[0].layout.portable)
+        rows = Rows(emit, kind, packed, row, LANES)
+        ahead = Rows(emit, kind, packed, builder.add(row, ir.Constant(I64, LANES)), 1)
+        x, facts = _addresses(emit, kind_of_x, x)
         total = emit.variable(emit.floats(0.0))
-        with emit.loop(lines) as line:
+        with emit.loop(rows.lines) as line:
             ahead.prefetch(line, LANES)
-            for b, (codes, scale, centre) in enumerate(blocks_of(emit, form, rows, line)):
+            for b, (codes, scale, centre) in enumerate(blocks_of(emit, rows, line)):
                 block = builder.add(emit.times(line, LINE_BLOCKS), ir.Constant(I64, b))
                 here, products = emit.forward(x, emit.times(block, planes * BLOCK)), [emit.ints(0)] * planes
                 for n, four_codes in enumerate(codes):
@@ -117,50 +137,63 @@ def _one_token(typingctx, layout, weights, scales, zeros, row, last, lines, x, f
                     products = [emit.dot4(sum_, four_codes, four) for sum_, four in zip(products, fours, strict=True)]
                 fact = emit.forward(facts, emit.times(block, 8))
                 total.set(add_block(emit, total.get(), products, scale, centre, fact))
-        emit.store(total.get(), emit.address(kinds[10], sums, zero))
+        emit.store(total.get(), emit.address(kind_of_sums, sums, ir.Constant(I64, 0)))
         return context.get_dummy_value()
 
-    kinds = (weights, scales, zeros, *[types.intp] * 3, x, facts, size, sums)
-    return types.void(layout, *kinds), generate
+    return types.void(matrix, types.intp, x, size, sums), generate
+
+
+@njit(inline="never")
+def one_token(matrix, x, start, out):
+    """out (R): rows from `start` on by one token. For Numba."""
+    sums = aligned(LANES)
+    for row in range(0, len(out), LANES):
+        if x.numbers.shape[2] == 1:
+            _one_token(matrix, start + row, x, 1, sums)
+        else:
+            _one_token(matrix, start + row, x, 2, sums)
+        for r in range(min(LANES, len(out) - row)):
+            out[row + r] = sums[r]
 
 
 @intrinsic
-def _unpack(typingctx, layout, weights, scales, zeros, row, last, lines, line, tile, at):
+def _unpack(typingctx, matrix, row, line, tile, at):
     """A line of 16 rows into the tile, from float `at` on: for each block 8 vectors of codes, its scales, its zeros."""
-    form = layout.layout
 
     def generate(context, builder, signature, arguments):
-        emit = Emitter(context, builder, form.portable)
-        _, *arrays, row, last, lines, line, tile, at = arguments
-        rows = Rows(emit, form, signature.args[1:4], arrays, lines, numbers(emit, row, last, LANES))
-        tile = emit.address(signature.args[8], tile, at)
-        for b, (codes, scale, centre) in enumerate(blocks_of(emit, form, rows, line)):
+        packed, row, line, tile, at = arguments
+        kind = signature.args[0]
+        emit = Emitter(context, builder, kind.types[0].layout.portable)
+        rows = Rows(emit, kind, packed, row, LANES)
+        tile = emit.address(signature.args[3], tile, at)
+        for b, (codes, scale, centre) in enumerate(blocks_of(emit, rows, line)):
             for n, vector in enumerate([*codes, scale, centre]):
                 emit.store(vector, tile, LINE * (10 * b + n))
         return context.get_dummy_value()
 
-    return types.void(layout, weights, scales, zeros, *[types.intp] * 4, tile, types.intp), generate
+    return types.void(matrix, *[types.intp] * 2, tile, types.intp), generate
 
 
 @intrinsic(prefer_literal=True)
-def _multiply(typingctx, layout, tile, x, facts, block, token, last, tokens, count, size, sums, at):
-    """Adds a line's 4 blocks, from `block` on, to sums[at …] (count, 32 rows).
+def _multiply(typingctx, layout, tile, x, block, token, size, sums):
+    """Adds a line's 4 blocks, from `block` on, to those of sums (T, 32 rows) that belong to 8 / `size` tokens.
 
-    x (blocks, tokens, size, 32) int8, and facts (blocks, tokens, 2) float32: scale, and minus the sum of q. `count`
-    tokens from `token` on, and `size` bytes of each, are literals; tokens beyond `last` are computed as that.
+    These are from `token` on; for tokens beyond the last, the last is taken. `size`, a literal: bytes of a number.
     """
     form = layout.layout
-    if not (isinstance(count, types.Literal) and isinstance(size, types.Literal)):
+    if not isinstance(size, types.Literal):
         return None
-    many, planes = count.literal_value, size.literal_value
+    planes = size.literal_value
 
     def generate(context, builder, signature, arguments):
         emit = Emitter(context, builder, form.portable)
-        _, tile, x, facts, block, token, last, tokens, _, _, sums, at = arguments
-        zero, kinds = ir.Constant(I64, 0), signature.args
-        tile, x, facts = (emit.address(kinds[n], v, zero) for n, v in ((1, tile), (2, x), (3, facts)))
-        sums = emit.address(kinds[10], sums, at)
-        columns = numbers(emit, token, last, many)
+        _, tile, x, block, token, _, sums = arguments
+        kinds = signature.args
+        tokens = emit.shape(kinds[2].types[0], builder.extract_value(x, 0))[1]
+        columns = numbers(emit, token, builder.sub(tokens, ir.Constant(I64, 1)), COLUMNS // planes)
+        x, facts = _addresses(emit, kinds[2], x)
+        tile = emit.address(kinds[1], tile, ir.Constant(I64, 0))
+        sums = emit.address(kinds[6], sums, emit.times(token, ROWS))
         group = LINE * 10 * LINE_BLOCKS
         with emit.loop(ir.Constant(I64, LINE_BLOCKS)) as b:
             here = emit.forward(tile, emit.times(b, LINE * 10))
@@ -186,61 +219,34 @@ def _multiply(typingctx, layout, tile, x, facts, block, token, last, tokens, cou
                     emit.store(total, sums, place)
         return context.get_dummy_value()
 
-    kinds = (tile, x, facts, *[types.intp] * 4, count, size, sums, types.intp)
-    return types.void(layout, *kinds), generate
+    return types.void(layout, tile, x, *[types.intp] * 2, size, sums), generate
 
 
 @njit(inline="never")
-def one_token(layout, weights, scales, zeros, start, stop, last, lines, x, facts, out):
-    """out (stop - start): rows `start` to `stop` by one token. For Numba."""
-    sums = aligned(LANES)
-    for row in range(start, stop, LANES):
-        if x.shape[2] == 1:
-            _one_token(layout, weights, scales, zeros, row, last, lines, x, facts, 1, sums)
-        else:
-            _one_token(layout, weights, scales, zeros, row, last, lines, x, facts, 2, sums)
-        for r in range(min(LANES, stop - row)):
-            out[row - start + r] = sums[r]
-
-
-@njit(inline="never")
-def many_tokens(layout, weights, scales, zeros, start, stop, last, lines, x, facts, out):
-    """out (T, stop - start): up to 32 rows from `start` on by T tokens. For Numba."""
-    tokens, size = len(out), x.shape[2]
+def many_tokens(matrix, x, start, out):
+    """out (T, R): up to 32 rows from `start` on by T tokens. For Numba."""
+    tokens, rows = out.shape
     tile = aligned(2 * 10 * LINE_BLOCKS * LANES)
     sums = aligned((tokens + COLUMNS) * ROWS)
     sums[:] = 0
-    for line in range(lines):
+    for line in range(matrix.codes.shape[1] // LINE):
         for r in range(2):
-            at = r * 10 * LINE_BLOCKS * LANES
-            _unpack(layout, weights, scales, zeros, start + r * LANES, last, lines, line, tile, at)
+            _unpack(matrix, start + r * LANES, line, tile, r * 10 * LINE_BLOCKS * LANES)
         block = line * LINE_BLOCKS
-        if size == 1:
+        if x.numbers.shape[2] == 1:
             for t in range(0, tokens, COLUMNS):
-                _multiply(layout, tile, x, facts, block, t, tokens - 1, tokens, COLUMNS, 1, sums, t * ROWS)
+                _multiply(matrix.layout, tile, x, block, t, 1, sums)
         else:
-            for t in range(0, tokens, HALF):
-                _multiply(layout, tile, x, facts, block, t, tokens - 1, tokens, HALF, 2, sums, t * ROWS)
+            for t in range(0, tokens, COLUMNS // 2):
+                _multiply(matrix.layout, tile, x, block, t, 2, sums)
     for t in range(tokens):
-        for r in range(stop - start):
+        for r in range(rows):
             out[t, r] = sums[t * ROWS + r]
 
 
-def product(layout, weights, scales, zeros, x, facts, out, lines):
-    """out (T, O) = rounded activations (see `rounded`) by the transposed matrix. For Numba."""
-    tokens, features = out.shape
-    for task in prange((features + ROWS - 1) // ROWS):
-        start, stop = task * ROWS, min((task + 1) * ROWS, features)
-        if tokens == 1:
-            place = out[0, start:stop]
-            one_token(layout, weights, scales, zeros, start, stop, features - 1, lines, x, facts, place)
-        else:
-            place = out[:, start:stop]
-            many_tokens(layout, weights, scales, zeros, start, stop, features - 1, lines, x, facts, place)
-
-
 @njit(inline="never")
-def _round(x, t, order, largest, numbers, facts):
+def _round(x, t, order, largest, out):
+    numbers, facts = out
     for b in range(len(numbers)):
         start = b * BLOCK
         top = np.float32(0)
@@ -263,19 +269,19 @@ def _round(x, t, order, largest, numbers, facts):
         facts[b, t, 1] = -total
 
 
-def fill(x, order, largest, numbers, facts):
-    """Rounds x (T, I): fills `numbers` (blocks, T, size, 32) int8 and `facts` (blocks, T, 2). For Numba."""
+def fill(x, order, largest, out):
+    """Rounds x (T, I) to `out`, `Integers`. For Numba."""
     for t in prange(len(x)):
-        _round(x, t, order, largest, numbers, facts)
+        _round(x, t, order, largest, out)
 
 
-def fill_one(x, order, largest, numbers, facts):
+def fill_one(x, order, largest, out):
     """The same for one token, without waking other threads. For Numba."""
-    _round(x, 0, order, largest, numbers, facts)
+    _round(x, 0, order, largest, out)
 
 
 def rounded(x: np.ndarray, size: int) -> np.ndarray:
-    """The activations (T, I) that a product with `size` bytes computes with, float64: what `fill` means, in NumPy."""
+    """The activations (T, I) rounded to `size` bytes, in float64: `fill` in NumPy."""
     blocks = np.pad(x, ((0, 0), (0, -x.shape[1] % BLOCK))).reshape(len(x), -1, BLOCK)
     top, largest = np.abs(blocks).max(-1, keepdims=True), np.float32(LARGEST[size])
     inverse = np.divide(largest, top, out=np.zeros_like(top), where=top > np.float32(1e-30))

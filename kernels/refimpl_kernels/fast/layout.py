@@ -1,4 +1,4 @@
-"""How rows of numbers lie in memory, and how 16 lanes read them: what a kernel is compiled for.
+"""How rows of numbers lie in memory, and how 16 lanes read them. Kernels are compiled for a layout.
 
 A row is cut into lines of 64 bytes. A line is loaded at once, as 32 bits for each of 16 lanes, and taken apart into
 vectors of 16 floats. Activations are laid out to match (`Layout.arranged`), so that no number has to change lanes:
@@ -12,7 +12,7 @@ vectors of 16 floats. Activations are laid out to match (`Layout.arranged`), so 
     bfloat16 float16               32 numbers     number 16 j + l                                       j = 0, 1
     float32                        16 numbers     number l
 
-    value = float32((number of the code - zero point) * scale)            what formats.py dequantizes
+    value = float32((number of the code - zero point) * scale)            as formats/table.py dequantizes
     value = float32(float32(number of the code * scale) + minimum)        for q4_1 and q4_k, to the bit
 
 Each block of neighbours may have a scale, and a zero point or a minimum, in arrays of their own. A block divides a
@@ -29,6 +29,7 @@ from dataclasses import dataclass
 import numpy as np
 from llvmlite import ir
 from numba import types
+from numba.extending import overload_attribute
 
 from refimpl_kernels.fast.vector import F32, I8, I16, INTS, LANES, Emitter, without_bytes
 from refimpl_kernels.formats import fp4, nf4
@@ -66,7 +67,7 @@ class Layout:
     portable: bool = False
 
     def __str__(self) -> str:
-        """In words, as one reads them while a kernel is compiled."""
+        """In words, for the message while a kernel is compiled."""
         extras = [f"{self.scales} scales"] * bool(self.scales)
         extras += ["zero points"] * bool(self.zeros) + ["minima"] * bool(self.mins)
         return " with ".join([self.codes, " and ".join(extras)][: 1 + bool(extras)])
@@ -99,10 +100,10 @@ class Layout:
     def values(
         self, emit: Emitter, line: ir.Value, scales: ir.Value, zeros: ir.Value
     ) -> tuple[list[ir.Value], ir.Value | None]:
-        """The vectors of a line, and one by which all of them are to be multiplied, if there is such.
+        """The vectors of a line, and a vector of scales if there is one by which their sums are still to be multiplied.
 
-        The line lies at an address, its scales and zero points (or minima), if there are any, at others. A lane has
-        numbers of one block: so its scale can wait until they are summed, unless something is done to each value.
+        `line`, `scales` and `zeros` (or minima) are addresses. A lane has numbers of one block, so its scale can wait
+        until they are summed, unless each value has a minimum or is rounded.
         """
         b, values = emit.builder, self._numbers(emit, line)
         if self.zeros:
@@ -118,7 +119,7 @@ class Layout:
         return [emit.rounded(value, self.rounded) for value in values] if self.rounded else values, None
 
     def _of_blocks(self, emit: Emitter, dtype: str, pointer: ir.Value) -> list[ir.Value]:
-        """What the blocks of a line have there, a number each, for the lanes of each vector."""
+        """One number for each block of a line, from memory, spread over the lanes of each vector."""
         blocks, vectors = self.line // self.block, range(self.line // LANES)
         if dtype == "nested":
             number = load_floats(emit, "float16", 1, pointer)
@@ -165,7 +166,7 @@ def nested_bytes(numbers: np.ndarray, times: np.ndarray) -> np.ndarray:
 
 @without_bytes
 class LayoutType(types.Type):
-    """A layout as Numba sees it: each is a type of its own, for which kernels are compiled; no bytes at run time."""
+    """A layout as Numba's type: kernels are compiled for each layout, and its values have no bytes."""
 
     def __init__(self, layout: Layout):
         self.layout = layout
@@ -173,3 +174,10 @@ class LayoutType(types.Type):
 
     def __str__(self) -> str:
         return str(self.layout)
+
+
+@overload_attribute(LayoutType, "line")
+def _line(layout):
+    """`layout.line` inside a kernel: a constant."""
+    line = layout.layout.line
+    return lambda layout: line

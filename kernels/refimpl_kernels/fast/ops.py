@@ -1,11 +1,11 @@
 """The operations at the speed of memory: `NumbaOps` is `NumPyOps` at float32, with kernels that Numba compiles.
 
 Activations are float32 and stay exact; weights are read as they are stored. `fast/linear.py` has the order of each sum:
-results do not depend on the number of threads, nor on how a prompt is cut. They differ from NumPy's by rounding alone.
-What has no kernel (see README.md) NumPy computes, and its BLAS promises no such thing.
+results depend neither on the number of threads nor on how a prompt is cut. They differ from NumPy's by rounding alone.
+NumPy computes whatever has no kernel (see README.md); its BLAS may give other bits with another number of threads.
 
-The first use compiles for some seconds and says so on stderr; Numba keeps the result on disk. `REFIMPL_PORTABLE=1` does
-without the instructions that only some machines have: the same bits, more slowly.
+The first use compiles for some seconds and says so on stderr; Numba keeps the result on disk. `REFIMPL_PORTABLE=1` uses
+no instructions that only some machines have: the bits are the same, the speed is not.
 """
 
 from __future__ import annotations
@@ -28,11 +28,10 @@ from numba import types
 from numba.core import event
 
 from refimpl_kernels import formats
-from refimpl_kernels.fast import attention as fast_attention
-from refimpl_kernels.fast import integer as fast_integer
-from refimpl_kernels.fast import linear as fast_linear
-from refimpl_kernels.fast import softmax as fast_softmax
+from refimpl_kernels.fast import attention, integer, linear, softmax
 from refimpl_kernels.fast.layout import LINE, NIBBLES, Layout, LayoutType, nested_bytes
+from refimpl_kernels.fast.product import product
+from refimpl_kernels.fast.rows import Packed, packed_type
 from refimpl_kernels.fast.vector import LANES
 from refimpl_kernels.formats import dynamic8
 from refimpl_kernels.formats.q8_rows import Q8Rows
@@ -43,8 +42,8 @@ from refimpl_kernels.ops import NumPyOps, Readable
 class NumbaOps(NumPyOps):
     """Float32 operations whose matrix products read blocks of 4 and 8 bits, bfloat16, float16 and float32 in place.
 
-    `activations`: "float32" keeps them exact. "int16" and "int8" round them, block by block, where they meet 4-bit
-    codes (see fast/integer.py), which is faster for many tokens; weights of other formats see them as they are.
+    `activations`: "float32" keeps them exact. "int16" and "int8" round them, block by block, for products with 4-bit
+    codes (see integer.py), which is faster for many tokens; for weights of other formats they stay exact.
     """
 
     def __init__(self, portable: bool | None = None, activations: str = "float32"):
@@ -53,12 +52,12 @@ class NumbaOps(NumPyOps):
         self.portable = os.environ.get("REFIMPL_PORTABLE", "") not in ("", "0") if portable is None else portable
 
     def linear(self, x: np.ndarray, weight: Readable, bias: Readable | None = None) -> np.ndarray:
-        """x @ weight.T + bias: (..., I) by (O, I) -> (..., O). What no kernel reads goes as NumPyOps has it."""
+        """x @ weight.T + bias: (..., I) by (O, I) -> (..., O). NumPy computes it if no kernel reads the weight."""
         matrix = stored(weight, self.portable)
         if matrix is None or x.dtype != np.float32 or not x.size or x.shape[-1] != weight.shape[-1]:
             return super().linear(x, weight, bias)
         rows = x.reshape(-1, x.shape[-1])
-        if self.activation_bytes and fast_integer.multiplies(matrix.layout):
+        if self.activation_bytes and integer.multiplies(matrix.packed.layout):
             out = matrix.rounded_product(rows, self.activation_bytes)
         else:
             out = matrix.product(rows)
@@ -67,7 +66,7 @@ class NumbaOps(NumPyOps):
         return out.reshape(*x.shape[:-1], -1)
 
     def upcast(self, x: np.ndarray) -> np.ndarray:
-        """What only a cache holds here, float16 and 8 bits, stays: the products below read it as float32."""
+        """Float16 and 8 bits, which only a cache holds, stay as they are: the products below read them as float32."""
         return x if x.dtype in (np.float16, np.int8) else super().upcast(x)
 
     def matmul(self, a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -75,13 +74,13 @@ class NumbaOps(NumPyOps):
         keys = b.swapaxes(-1, -2)
         if not _attends(a, keys, a.shape[-1] == keys.shape[-1]) or keys.shape[-1] % 32:
             return super().matmul(a, b)
-        return self._attention(fast_attention.scores, keys, a, (*a.shape[:-1], keys.shape[-2]))
+        return self._attention(attention.scores, keys, a, (*a.shape[:-1], keys.shape[-2]))
 
     def weighted_sum(self, probs: np.ndarray, value: np.ndarray) -> np.ndarray:
         """probs (B, K, R, S) @ value (B, K, S, D): float32, whatever the cache keeps."""
-        if not _attends(probs, value, probs.shape[-1] == value.shape[-2]) or value.shape[-1] % fast_attention.COLUMNS:
+        if not _attends(probs, value, probs.shape[-1] == value.shape[-2]) or value.shape[-1] % attention.COLUMNS:
             return super().matmul(probs, value)
-        return self._attention(fast_attention.context, value, probs, (*probs.shape[:-1], value.shape[-1]))
+        return self._attention(attention.context, value, probs, (*probs.shape[:-1], value.shape[-1]))
 
     def softmax(self, x: np.ndarray) -> np.ndarray:
         """Over the last axis."""
@@ -102,11 +101,11 @@ class NumbaOps(NumPyOps):
         return out.reshape(x.shape)
 
     def mean(self, x: np.ndarray) -> np.ndarray:
-        """Over the last axis, which stays as 1: what x.mean does, without what it looks into first."""
+        """Over the last axis, which stays as 1: the sum of x.mean, without its checks."""
         return np.add.reduce(x, -1, keepdims=True) / np.float32(x.shape[-1])
 
     def split(self, x: np.ndarray, sizes: Sequence[int]) -> list[np.ndarray]:
-        """The last axis cut into pieces of these sizes: slices, without what np.split looks into first."""
+        """The last axis cut into pieces of these sizes: slices, without the checks of np.split."""
         ends = accumulate(sizes)
         return [x[..., end - size : end] for end, size in zip(ends, sizes, strict=True)]
 
@@ -120,15 +119,15 @@ class NumbaOps(NumPyOps):
 
 
 def _attends(a: np.ndarray, kept: Any, fit: bool) -> bool:
-    """Whether a kernel multiplies `a` by what a cache keeps: for it looks at no shape, and reads what it is told to."""
+    """Whether a kernel multiplies `a` by what a cache keeps. Checked here, because kernels do not check shapes."""
     shapes = a.ndim == kept.ndim == 4 and a.shape[:2] == kept.shape[:2] and fit and min(*a.shape, *kept.shape) > 0
     return shapes and a.dtype == np.float32 and (kept.dtype in (np.float32, np.float16) or isinstance(kept, Q8Rows))
 
 
 def _evenly(kept: Any) -> tuple[list[np.ndarray], int]:
-    """The bytes of keys or values (B, K, S, D), and of their scales, and how many rows one head is from the next.
+    """The bytes of keys or values (B, K, S, D) and of their scales, and how many rows lie between two heads.
 
-    They are those of a cache, in place, if its heads lie evenly, and else a copy.
+    They are those of the cache itself if its heads lie evenly, else of a copy.
     """
     parts = [kept.codes, kept.scales] if isinstance(kept, Q8Rows) else [kept]
     apart = [_rows_apart(part) for part in parts]
@@ -138,7 +137,7 @@ def _evenly(kept: Any) -> tuple[list[np.ndarray], int]:
 
 
 def _rows_apart(array: np.ndarray) -> int:
-    """How many rows of an array (B, K, S, D) one head is from the next; 0 if heads do not lie so."""
+    """How many rows of an array (B, K, S, D) lie from one head to the next; 0 if heads do not lie evenly."""
     (heads, _, width), item = array.shape[1:], array.itemsize
     batch, head, row, element = array.strides
     even = element == item and row == width * item and head % row == 0
@@ -147,40 +146,36 @@ def _rows_apart(array: np.ndarray) -> int:
 
 @dataclass(frozen=True)
 class Matrix:
-    """The bytes of a matrix (O, I), as `fast_linear.product` reads them; `divisors` (O,) divide what comes out."""
+    """A matrix (O, I) that kernels multiply by; `divisors` (O,), if there are any, divide what comes out."""
 
-    layout: Layout
-    codes: np.ndarray
-    scales: np.ndarray
-    zeros: np.ndarray
+    packed: Packed
     divisors: np.ndarray | None = None
 
     def product(self, x: np.ndarray) -> np.ndarray:
         """x (T, I) float32 times the transposed matrix: (T, O)."""
-        layout, lines = self.layout, self.codes.shape[1] // LINE
-        out = np.empty((len(x), len(self.codes)), np.float32)
-        x, vectors = fast_linear.chunked(x, layout, lines), layout.line // LANES
-        self._kernel(layout, self.codes, self.scales, self.zeros, x, out, lines, vectors)
+        layout, codes, *_ = self.packed
+        out = np.empty((len(x), len(codes)), np.float32)
+        self._kernel(self.packed, linear.chunked(x, layout, codes.shape[1] // LINE), out)
         return out if self.divisors is None else np.divide(out, self.divisors, out=out)
 
     def rounded_product(self, x: np.ndarray, size: int) -> np.ndarray:
         """The same with activations rounded to integers of `size` bytes."""
-        layout, lines = self.layout, self.codes.shape[1] // LINE
-        blocks = lines * fast_integer.LINE_BLOCKS
-        numbers = np.empty((blocks, len(x), size, fast_integer.BLOCK), np.int8)
-        facts, out = np.empty((blocks, len(x), 2), np.float32), np.empty((len(x), len(self.codes)), np.float32)
-        largest = np.float32(fast_integer.LARGEST[size])
-        fill, order = _fill(many=len(x) > 1), fast_integer.ORDER[layout.codes]
-        fill(np.ascontiguousarray(x), order, largest, numbers, facts)
-        _rounded_product(layout)(layout, self.codes, self.scales, self.zeros, numbers, facts, out, lines)
+        layout, codes, *_ = self.packed
+        blocks, out = codes.shape[1] // LINE * integer.LINE_BLOCKS, np.empty((len(x), len(codes)), np.float32)
+        rounded = integer.Integers(
+            np.empty((blocks, len(x), size, integer.BLOCK), np.int8), np.empty((blocks, len(x), 2), np.float32)
+        )
+        fill, order = _fill(many=len(x) > 1), integer.ORDER[layout.codes]
+        fill(np.ascontiguousarray(x), order, np.float32(integer.LARGEST[size]), rounded)
+        _product(layout, integer.INTEGERS)(self.packed, rounded, out)
         return out
 
     @cached_property
     def _kernel(self):
-        return _product(self.layout)
+        return _product(self.packed.layout, types.Array(types.float32, 3, "C", readonly=True))
 
 
-MANY = 1 << 18  # numbers from which on exponentials are worth waking the other threads: 0.05 ms on one
+MANY = 1 << 18  # numbers; fewer take one thread less time (0.05 ms) than waking the others
 
 _NOTHING = np.zeros((1, 0), np.uint8)
 _NO_SCALES = np.zeros((1, 1, 1, 0), np.uint8)
@@ -188,7 +183,7 @@ _STORED: WeakKeyDictionary[Any, dict[bool, Matrix | None]] = WeakKeyDictionary()
 
 
 def stored(weight: Any, portable: bool = False) -> Matrix | None:
-    """The bytes behind a weight, in place where rows are made of whole lines; None if no kernel reads its format."""
+    """The bytes of a weight, in place if its rows are whole lines, else a copy; None if no kernel reads its format."""
     found = _STORED.setdefault(weight, {})
     if portable not in found:
         matrix = None
@@ -196,14 +191,17 @@ def stored(weight: Any, portable: bool = False) -> Matrix | None:
             matrix = _dense(*weight.in_place)
         elif hasattr(weight, "blocks") and not hasattr(weight, "linear"):
             matrix = _blocks(weight.blocks, getattr(weight, "rounded", None))
-        found[portable] = matrix and replace(matrix, layout=replace(matrix.layout, portable=portable))
+        if matrix:
+            layout = replace(matrix.packed.layout, portable=portable)
+            matrix = replace(matrix, packed=matrix.packed._replace(layout=layout))
+        found[portable] = matrix
     return found[portable]
 
 
 def _dense(array: np.ndarray, divisors: np.ndarray | None) -> Matrix | None:
     if array.ndim != 2 or array.dtype.name not in ("float32", "float16", "bfloat16"):
         return None
-    return Matrix(Layout(array.dtype.name), _lines(array), _NOTHING, _NOTHING, divisors)
+    return Matrix(Packed(Layout(array.dtype.name), _lines(array), _NOTHING, _NOTHING), divisors)
 
 
 # How a layout names the codes of formats.py.
@@ -211,9 +209,9 @@ _CODES = {"lpbq": "int4", "qlinear4": "int4", "q8_0": "int8", "qlinear8": "int8"
 
 
 def _blocks(blocks: Blocks, rounded: np.dtype | None) -> Matrix | None:
-    """Blocks that do not run on from row to row, of a multiple of what a lane has of a line, as `Layout` needs them.
+    """Blocks as `Layout` needs them; None if they run on from row to row, or cut the numbers of a lane.
 
-    Where they do not divide a line, each is taken as several that do, with the same scale.
+    Where blocks do not divide a line, each is taken as several that do, with the same scale.
     """
     (rows, columns), size, extra = blocks.shape, blocks.block_size, dict(blocks.extra)
     if blocks.format not in _CODES or blocks.axis == 0 or (blocks.axis is None and columns % size):
@@ -248,7 +246,7 @@ def _blocks(blocks: Blocks, rounded: np.dtype | None) -> Matrix | None:
         return _lines(np.repeat(part, size // layout.block, axis=1) if size != layout.block else part, lines * nbytes)
 
     third = mins if zeros is None else zeros
-    return Matrix(layout, codes, of_lines(scales, layout.sizes[1]), of_lines(third, layout.sizes[2]))
+    return Matrix(Packed(layout, codes, of_lines(scales, layout.sizes[1]), of_lines(third, layout.sizes[2])))
 
 
 def _lines(array: np.ndarray, length: int = LINE) -> np.ndarray:
@@ -258,26 +256,15 @@ def _lines(array: np.ndarray, length: int = LINE) -> np.ndarray:
 
 
 @cache
-def _product(layout: Layout):
-    matrix, out = types.Array(types.uint8, 2, "C", readonly=True, aligned=False), types.Array(types.float32, 2, "C")
-    x = types.Array(types.float32, 3, "C", readonly=True)
-    return compiled(fast_linear.product, types.void(LayoutType(layout), *[matrix] * 3, x, out, types.intp, types.intp))
+def _product(layout: Layout, x: types.Type):
+    return compiled(product, types.void(packed_type(layout), x, types.Array(types.float32, 2, "C")))
 
 
 @cache
 def _fill(many: bool):
     x, order = types.Array(types.float32, 2, "C", readonly=True), types.Array(types.int64, 1, "C")
-    numbers, facts = types.Array(types.int8, 4, "C"), types.Array(types.float32, 3, "C")
-    function = fast_integer.fill if many else fast_integer.fill_one
-    return compiled(function, types.void(x, order, types.float32, numbers, facts), parallel=many)
-
-
-@cache
-def _rounded_product(layout: Layout):
-    matrix, out = types.Array(types.uint8, 2, "C", readonly=True, aligned=False), types.Array(types.float32, 2, "C")
-    x, facts = types.Array(types.int8, 4, "C"), types.Array(types.float32, 3, "C")
-    kinds = (LayoutType(layout), *[matrix] * 3, x, facts, out, types.intp)
-    return compiled(fast_integer.product, types.void(*kinds))
+    function = integer.fill if many else integer.fill_one
+    return compiled(function, types.void(x, order, types.float32, integer.INTEGERS), parallel=many)
 
 
 @cache
@@ -292,16 +279,16 @@ def _attention(function, kept: np.dtype, portable: bool):
 @cache
 def _softmax(many: bool):
     rows = types.Array(types.float32, 2, "C", readonly=True), types.Array(types.float32, 2, "C")
-    return compiled(fast_softmax.softmax, types.void(*rows), parallel=many)
+    return compiled(softmax.softmax, types.void(*rows), parallel=many)
 
 
 @cache
 def _sigmoid(many: bool):
     x, out = types.Array(types.float32, 1, "C", readonly=True), types.Array(types.float32, 1, "C")
-    return compiled(fast_softmax.sigmoid, types.void(x, out), parallel=many)
+    return compiled(softmax.sigmoid, types.void(x, out), parallel=many)
 
 
-# Numba keeps what it compiled as long as the function's own file is the same. The instructions come from other files.
+# Numba compiles a function anew when the function's own file changes. Instructions come from all files of the package.
 SOURCES = sha256(b"".join(path.read_bytes() for path in sorted(Path(__file__).parents[1].rglob("*.py")))).hexdigest()[
     :16
 ]
@@ -310,15 +297,15 @@ SOURCES = sha256(b"".join(path.read_bytes() for path in sorted(Path(__file__).pa
 @cache
 def compiled(function, signature, parallel: bool = True, **options):
     """`function` compiled for one signature by Numba with `options`, or, of the same sources, from the disk."""
-    kind = "parallel" if parallel else "serial"  # Numba itself does not keep these apart on the disk
-    function.__qualname__ = f"{function.__name__}_{kind}_{SOURCES}"  # what it calls the function there
-    known = signature.args[0]
+    kind = "parallel" if parallel else "serial"  # on the disk, Numba does not keep these apart
+    function.__qualname__ = f"{function.__name__}_{kind}_{SOURCES}"  # its name on the disk
+    known = signature.args[0].types[0] if isinstance(signature.args[0], types.NamedTuple) else signature.args[0]
     what = f"{function.__module__}.{function.__name__}" + f" for {known}" * (not isinstance(known, types.Array))
     announce = Announcement(f"compiling {what}, once")
     with event.install_listener("numba:compile", announce):
         dispatcher = numba.njit([signature], parallel=parallel, cache=True, **options)(function)
-    _COMPILED.append(dispatcher)  # with it would go what it compiled
-    # There is one signature: a call through the dispatcher takes 20 µs to find out about the types of its arguments.
+    _COMPILED.append(dispatcher)  # else Numba frees the compiled code
+    # There is one signature, so the dispatcher need not look at types, which takes 20 µs a call.
     only: Any = dispatcher.overloads[signature.args]
     return only.entry_point
 

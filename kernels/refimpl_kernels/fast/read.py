@@ -1,4 +1,4 @@
-"""How fast memory can be read here: every byte of an array, once, by all threads. What kernels are measured against."""
+"""How fast memory can be read, which kernels are measured against: each byte of an array, once, by all threads."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def read_all(array, parts, steps):
 
 
 def read(array: np.ndarray) -> int:
-    """Reads an array; returns how many bytes: all but less than 4 KiB at the end."""
+    """Reads an array, but for up to 4 KiB at its end; returns how many bytes that were."""
     steps = array.nbytes // (PARTS * STEP)
     signature = types.int64(types.Array(types.uint8, 1, "C", readonly=True), types.intp, types.intp)
     compiled(read_all, signature)(array.reshape(-1).view(np.uint8), PARTS, steps)

@@ -47,6 +47,12 @@ class Emitter:
         size = self.context.get_abi_sizeof(self.context.get_data_type(array_type.dtype))
         return self.forward(self.builder.bitcast(data, I8.as_pointer()), self.times(element, size))
 
+    def shape(self, array_type: types.Array, array: ir.Value) -> list[ir.Value]:
+        """The sizes of an array."""
+        return cgutils.unpack_tuple(
+            self.builder, self.context.make_array(array_type)(self.context, self.builder, array).shape
+        )
+
     def forward(self, pointer: ir.Value, offset: ir.Value | int) -> ir.Value:
         """The pointer moved by `offset` bytes."""
         return self.builder.gep(pointer, [ir.Constant(I64, offset) if isinstance(offset, int) else offset])
