@@ -476,10 +476,10 @@ def test_weights_are_read_where_they_are():
     array[:] = 1
     array.flags.writeable = False
     weight = Weight(array)
-    assert np.shares_memory(stored(weight).codes, raw)
+    assert np.shares_memory(stored(weight).packed.codes, raw)
     assert (NumbaOps().linear(np.ones((1, 128), np.float32), weight) == 128).all()
     blocks = matrix("int4", 4, 128)
-    assert np.shares_memory(stored(blocks).codes, blocks.blocks.packed)
+    assert np.shares_memory(stored(blocks).packed.codes, blocks.blocks.packed)
 
 
 @pytest.mark.parametrize("scheme", [None, "int4"])
