@@ -30,7 +30,7 @@ NORMS = ("input_layernorm", "post_attention_layernorm", "norm")
 
 @dataclass(frozen=True)
 class Hypothesis:
-    """At the taps whose last names are `at`, the run goes on with what `change` gives; None leaves the tap unchanged."""
+    """At the taps whose last names are `at`, the run goes on with what `change` gives; None leaves a tap unchanged."""
 
     text: str
     at: tuple[str, ...]
