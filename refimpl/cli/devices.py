@@ -188,19 +188,33 @@ def bisect(arguments) -> int:
 @verb(
     "refimpl bundle weights/Baichuan2-7B-Chat --graphs build/b2-7b --out genie",
     MODEL,
-    option("--graphs", required=True, metavar="DIR", help="what refimpl export --profile aihub has written of MODEL"),
-    option("--out", required=True, metavar="DIR", help="a new folder"),
+    option("--graphs", metavar="DIR", help="what refimpl export has written of MODEL, on grids"),
+    option("--out", metavar="DIR", help="a new folder"),
+    option("--compiled", metavar="DIR", help="put the binaries that refimpl compile has made of the graphs in as well"),
     option("--bins", nargs="+", default=[], metavar="NAME",
-           help="names of the compiled binaries, part after part; the files are not read"),
+           help="names of binaries that are compiled elsewhere, part after part; the files are not read"),
     option("--soc", default="8-elite", metavar="NAME",
-           help="8-gen-2, 8-gen-3, 8-elite (default), x-elite or x2-elite"),
+           help="8-gen-2, 8-gen-3, 8-elite (default), 8-elite-gen-5, x-elite or x2-elite"),
+    option("--check", metavar="DIR",
+           help="write nothing: say what is wrong with the bundle in DIR, by Genie and by rules (extra: htp)"),
+    option("--json", action="store_true", help="with --check: print JSON instead of text"),
 )  # fmt: skip
 def bundle(arguments) -> int:
     """Write what Genie needs beside the compiled binaries: configurations, tokenizer, metadata, a prompt."""
     from export.phone.bundle import binaries, bundle
 
-    bundle(model_folder(arguments), arguments.graphs, arguments.out, arguments.bins, arguments.soc)
-    print(f"the bundle is in {arguments.out}; put {', '.join(binaries(arguments.out))} there, and run")
+    if arguments.check:
+        from export.phone.check import check_bundle
+
+        found = check_bundle(arguments.check)
+        print(found.to_json() if arguments.json else found)
+        return 0 if found else 1
+    if not arguments.graphs or not arguments.out:
+        raise InputError("a bundle is made of an export; give --graphs DIR and --out DIR, or --check DIR for one that "
+                         "is there")  # fmt: skip
+    bundle(model_folder(arguments), arguments.graphs, arguments.out, arguments.bins, arguments.soc, arguments.compiled)
+    missing = "" if arguments.compiled else f"; put {', '.join(binaries(arguments.out))} there, and run"
+    print(f"the bundle is in {arguments.out}{missing}")
     print(f'cd {arguments.out} && genie-t2t-run -c genie_config.json -p "$(cat sample_prompt.txt)"')
     return 0
 
