@@ -177,7 +177,8 @@ def _of_config(bundle: _Bundle) -> Iterator[Fault]:
     theta = positions.get("rope-theta", bundle.htp.get("rope-theta"))
     half, dim = config.head_dim // 2, positions.get("rope-dim", bundle.htp.get("pos-id-dim"))
     if theta is None or not math.isclose(float(theta), config.rope_theta or 0.0):
-        wanted = int(config.rope_theta) if float(config.rope_theta or 0).is_integer() else config.rope_theta
+        exact = config.rope_theta or 0.0
+        wanted = int(exact) if exact.is_integer() else exact
         yield from _unequal(
             "rope-theta", "rope-theta", theta, wanted, "config.json", f"{silent}, and positions are wrong"
         )

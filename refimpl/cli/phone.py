@@ -61,7 +61,7 @@ def info_of_binary(arguments) -> int:
     JSON,
 )
 def genie(arguments) -> int:
-    """Quantize, compile and bundle a model, run Qualcomm's own Genie on it, and judge what it says (extra: htp)."""
+    """Compile and bundle a model, run Qualcomm's own Genie on it, and judge what it says (extra: htp)."""
     from export.run.library import library
     from refimpl.cli.genie import Sizes, ask, build, chat_prompt
 
