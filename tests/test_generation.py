@@ -1,11 +1,16 @@
 """Choosing tokens: each processor alone, draws, ends and limits. (The recorded sequences are in test_recorded.py.)"""
 
+import json
+
 import numpy as np
 import pytest
 
+import refimpl
 from refimpl import InputError
-from refimpl.generation import Sampling, keep_top_k, keep_top_p, penalize_repetition
+from refimpl.errors import Remark
+from refimpl.generation import Sampling, Span
 from refimpl.loss import cross_entropy, loss, perplexity, predictions
+from refimpl.processors import keep_top_k, keep_top_p, penalize_repetition
 
 IDS = [5, 17, 9]
 
@@ -102,6 +107,35 @@ def test_what_generation_config_may_say(tiny_model):
         model.generate(IDS)
 
 
+def test_keys_that_are_not_done_are_remarked(tiny_model):
+    """Beams and the like give another text in transformers; who reads ours must know."""
+    model = tiny_model("Baichuan2-7B")
+    plain = list(model.generate(IDS, max_new_tokens=4))
+    model.generation_config = {"num_beams": 1, "guidance_scale": 1.0, "top_h": 0.5, "stop_strings": None}
+    assert list(model.generate(IDS, max_new_tokens=4)) == plain  # and no remark, which would be an error here
+    model.generation_config = {"num_beams": 3, "guidance_scale": 1.5, "top_h": 0.5}
+    with pytest.warns(Remark, match="says num_beams 3, guidance_scale 1.5, which is not done here"):
+        assert list(model.generate(IDS, max_new_tokens=4)) == plain
+    with pytest.warns(Remark, match="guidance_scale 1.5, top_h 0.5, which"):
+        model.generate(IDS, do_sample=True)
+
+
+def test_a_length_that_counts_the_prompt(tiny_model):
+    """transformers' max_length counts the prompt, and yields to max_new_tokens."""
+    model = tiny_model("Baichuan2-7B")
+    model.generation_config = {"max_length": 8}
+    assert len(list(model.generate(IDS))) == 5
+    assert len(list(model.generate(IDS, max_new_tokens=7))) == 7
+    with pytest.raises(InputError, match="the prompt has 8 tokens, and .* says max_length 8"):
+        model.generate([5] * 8)
+
+
+def test_where_no_token_is_left(tiny_model):
+    model = tiny_model("Baichuan2-7B")
+    with pytest.raises(InputError, match="no token may come next"):
+        list(model.generate(IDS, suppress_tokens=list(range(96))))
+
+
 def test_it_stops_at_the_end_of_the_context(tiny_model):
     assert len(list(tiny_model("Baichuan-13B").generate([5] * 60))) <= 4
 
@@ -122,7 +156,15 @@ def test_it_stops_at_the_end_of_the_context(tiny_model):
         ({"dtype": "int7"}, "dtype is 'int7'"),
         ({"attention_mask": [[1] * 9]}, r"attention_mask has shape \(1, 9\), expected \(1, 3\)"),
         ({"attention_mask": [1, 1, 1]}, r"attention_mask has shape \(3,\)"),
-        ({"attention_mask": [[1, 1, 0]]}, "padding on the left"),
+        ({"attention_mask": [[1, 1, 0]]}, "padding on the right.* put the padding on the left"),
+        ({"no_repeat_ngram_size": -1}, "no_repeat_ngram_size is -1"),
+        ({"suppress_tokens": [96]}, "suppress_tokens has the token id 96, but the vocabulary ends at 96"),
+        ({"suppress_tokens": "all"}, "suppress_tokens is 'all', expected a list of token ids"),
+        ({"sequence_bias": [[[97], 1.0]]}, "sequence_bias or bad_words_ids has the token id 97"),
+        ({"sequence_bias": {"5": 1.0}}, "sequence_bias is .*, expected a list of pairs"),
+        ({"bad_words_ids": [[]]}, "bad_words_ids is"),
+        ({"exponential_decay_length_penalty": [3]}, "expected a pair"),
+        ({"do_sample": True, "min_p": 2}, "min_p is 2"),
     ],
 )
 def test_options_out_of_range(tiny_model, options, message):
@@ -176,3 +218,73 @@ def test_perplexity_does_not_depend_on_the_pieces(family, tiny_model):
 def test_a_loss_of_nothing(tiny_model):
     with pytest.raises(InputError, match="no label counts"):
         loss(tiny_model("Baichuan2-7B"), [5], [5])
+
+
+# What transformers' own processors give. Each case: our options, and the processors they stand for.
+PROCESSORS = {
+    "sequence_bias": ([[[3], -2.0], [[4, 5], 7.5], [[1, 2, 6], -1.0]], lambda t, o, s: t.SequenceBiasLogitsProcessor(o)),
+    "repetition_penalty": (1.3, lambda t, o, s: t.RepetitionPenaltyLogitsProcessor(o)),
+    "no_repeat_ngram_size": (2, lambda t, o, s: t.NoRepeatNGramLogitsProcessor(o)),
+    "bad_words_ids": ([[2], [4, 8], [11]], lambda t, o, s: t.NoBadWordsLogitsProcessor(o, list(s.ends))),
+    "min_length": (12, lambda t, o, s: t.MinLengthLogitsProcessor(o, list(s.ends))),
+    "min_new_tokens": (4, lambda t, o, s: t.MinNewTokensLengthLogitsProcessor(s.prompt, o, list(s.ends))),
+    "forced_eos_token_id": ([2, 7], lambda t, o, s: t.ForcedEOSTokenLogitsProcessor(s.longest, o)),
+    "exponential_decay_length_penalty": (
+        [1, 1.5], lambda t, o, s: t.ExponentialDecayLengthPenalty(o, list(s.ends), s.prompt)),
+    "suppress_tokens": ([9, 10], lambda t, o, s: t.SuppressTokensLogitsProcessor(o)),
+    "begin_suppress_tokens": ([0, 1], lambda t, o, s: t.SuppressTokensAtBeginLogitsProcessor(o, s.prompt)),
+    "temperature": (0.7, lambda t, o, s: t.TemperatureLogitsWarper(o)),
+    "top_k": (9, lambda t, o, s: t.TopKLogitsWarper(o)),
+    "top_p": (0.9, lambda t, o, s: t.TopPLogitsWarper(o)),
+    "min_p": (0.15, lambda t, o, s: t.MinPLogitsWarper(o)),
+    "typical_p": (0.8, lambda t, o, s: t.TypicalLogitsWarper(o)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("chosen", [*[[name] for name in PROCESSORS], list(PROCESSORS)], ids=lambda names: names[-1])
+def test_transformers_own_processors_agree(chosen):
+    """Each alone and all together, in transformers' order, from the first new token to the last."""
+    torch = pytest.importorskip("torch")
+    theirs = pytest.importorskip("transformers.generation.logits_process")
+    rng = np.random.default_rng(1)
+    span = Span(prompt=6, longest=14, ends=(2, 11))
+    options = {name: PROCESSORS[name][0] for name in chosen}
+    ours = Sampling(do_sample=True, **options)
+    changed = 0
+    for length in range(span.prompt, span.longest):
+        scores = rng.standard_normal((50, 13)).astype(np.float32) * 3
+        history = rng.integers(0, 13, (50, length))
+        expected = torch.tensor(scores)
+        for name in chosen:
+            expected = PROCESSORS[name][1](theirs, PROCESSORS[name][0], span)(torch.tensor(history), expected)
+        found = ours.process(scores, history, span)
+        assert np.array_equal(np.isneginf(found), np.isneginf(expected.numpy()))
+        assert np.allclose(found, expected.numpy(), rtol=1e-6, atol=0)
+        changed += not np.array_equal(found, scores)
+    assert changed
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"no_repeat_ngram_size": 2}, {"suppress_tokens": [17, 40]}, {"begin_suppress_tokens": [5]}, 
+        {"min_new_tokens": 9},        {"sequence_bias": [[[5], -9.0], [[7, 9], 4.0]]}, {"exponential_decay_length_penalty": [3, 1.5]},
+        {"forced_eos_token_id": 2}, {"repetition_penalty": 1.2}, {"bad_words_ids": [[5, 6], [9]]}, {"max_length": 12},
+    ],
+    ids=lambda keys: next(iter(keys)),
+)  # fmt: skip
+def test_a_folder_s_generation_config_gives_transformers_text(tmp_path, keys):
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.Qwen2Config(
+        vocab_size=96, hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=4,
+        num_key_value_heads=2, eos_token_id=2, bos_token_id=1, pad_token_id=0, rope_theta=1e6, initializer_range=0.2,
+    )  # fmt: skip
+    transformers.Qwen2ForCausalLM(config).save_pretrained(tmp_path)
+    settings = {"eos_token_id": 2, "pad_token_id": 0, "do_sample": False, **keys}
+    (tmp_path / "generation_config.json").write_text(json.dumps(settings))
+    longest = {} if "max_length" in keys else {"max_new_tokens": 12}
+    ids = [[5, 17, 9, 5, 17]]
+    theirs = transformers.Qwen2ForCausalLM.from_pretrained(tmp_path)
+    expected = theirs.generate(torch.tensor(ids), **longest)[0, 5:].tolist()
+    assert list(refimpl.load(tmp_path).generate(ids[0], **longest)) == expected
