@@ -292,7 +292,7 @@ def not_done(defaults: Mapping[str, Any], drawing: bool) -> str | None:
     """A remark on the keys of a generation_config.json that transformers heeds and `generate` does not; else None.
 
     >>> not_done({"num_beams": 4, "guidance_scale": 1.0}, drawing=False)
-    'generation_config.json says num_beams 4, which is not done here; transformers\' text would differ'
+    "generation_config.json says num_beams 4, which is not done here; transformers' text would differ"
     """
     table = {**NOT_DONE, **(NOT_DRAWN if drawing else {})}
     found = [f"{key} {defaults[key]!r:.40}" for key in table if defaults.get(key) not in (None, False, *table[key])]
