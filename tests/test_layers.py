@@ -82,7 +82,6 @@ def floor(name: str) -> int:
     return max(ORDER.index(room) for room in ORDER if f"{name}.".startswith(room if room[-1] == "." else f"{room}."))
 
 
-@pytest.mark.xfail(reason="the rooms are being furnished")
 def test_rooms_import_what_stands_below_them():
     wrong = []
     for name in MODULES.keys() - {f"{package}" for package in FOLDERS} - {"refimpl.__main__"}:
@@ -99,7 +98,6 @@ def test_slow_packages_are_imported_by_one_package_alone(package):
                 assert package in ONLY_IN.get(other.split(".")[0], [package]), f"{name} imports {other}"
 
 
-@pytest.mark.xfail(reason="the rooms are being furnished")
 def test_no_circle_of_files():
     """A module that is reached from itself shows only when files are imported in another order."""
     inside = {name: imports(name) & MODULES.keys() - {name} for name in MODULES}
@@ -109,7 +107,6 @@ def test_no_circle_of_files():
     assert not {name: sorted(others & inside.keys()) for name, others in inside.items()}
 
 
-@pytest.mark.xfail(reason="the rooms are being furnished")
 @pytest.mark.parametrize("package", FOLDERS)
 def test_every_module_stands_in_a_readme(package):
     """A newcomer finds each file on the map of its room, or of its package."""

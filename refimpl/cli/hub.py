@@ -117,13 +117,13 @@ def _send(arguments, verb: str) -> int:
         print(f"{row['kind']:10}{row['label']:44}{'sent before' if row['sent'] else _size(row)}")
     new = [row for row in rows if not row["sent"]]
     uploads = [row for row in new if row["bytes"]]
+    disk, whole = loop.on_disk(), sum(row["bytes"] for row in rows if row["kind"] == "model")
+    if disk < whole:
+        print(f"on this disk the graphs take {disk / 1e6:.1f} MB, because those of a part share their weights; each "
+              "upload has its own copy")  # fmt: skip
     print(f"{len(uploads)} uploads of {sum(r['bytes'] for r in uploads) / 1e6:.1f} MB (about "
           f"{sum(r['zipped'] for r in uploads) / 1e6:.1f} MB zipped) and {len(new) - len(uploads)} jobs would be sent "
           f"to {session.url} for {session.device}; {len(rows) - len(new)} were sent before")  # fmt: skip
-    disk, whole = loop.on_disk(), sum(row["bytes"] for row in rows if row["kind"] == "model")
-    if disk < whole:
-        print(f"on this disk the graphs are {disk / 1e6:.1f} MB: those of a part share their weights, of which each "
-              "upload is a zip of its own")  # fmt: skip
     return 0
 
 
