@@ -14,6 +14,7 @@ from typing import Any
 from refimpl.errors import InputError
 
 SMALL = 64 << 20  # bytes of a file that is read at once; the largest is Qwen2's tokenizer.json with 7 MB
+LFS = b"version https://git-lfs.github.com/spec/"  # how the stand-in begins that git-lfs puts in a large file's place
 
 
 def read_small(path: Path, limit: int = SMALL) -> bytes:
@@ -23,22 +24,58 @@ def read_small(path: Path, limit: int = SMALL) -> bytes:
             raise InputError(f"{path} is not a file; expected one")
         if path.stat().st_size > limit:
             raise InputError(f"{path} has {path.stat().st_size} bytes, expected at most {limit}; is it another file?")
-        return path.read_bytes()
+        data = path.read_bytes()
     except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror}; is the path right?") from None
+        raise InputError(cannot_read(path, error)) from None
+    expect_content(path, data)
+    return data
+
+
+def cannot_read(path: Path, error: OSError) -> str:
+    """The line about a file that the system does not give: what it says, and what to do.
+
+    >>> cannot_read(Path("config.json"), PermissionError(13, "Permission denied"))
+    'cannot read config.json: Permission denied; ask its owner for permission, or see chmod +r'
+    """
+    denied = isinstance(error, PermissionError)
+    advice = "ask its owner for permission, or see chmod +r" if denied else "is the path right?"
+    return f"cannot read {path}: {error.strerror or error}; {advice}"
+
+
+def expect_content(path: Path, beginning: bytes) -> None:
+    """Raises InputError if a file begins as the stand-in of a large file that git has not fetched."""
+    if beginning.startswith(LFS):
+        raise InputError(f"{path} is only git-lfs's pointer to the file; fetch it: git lfs pull, in its folder")
 
 
 def read_json(path: Path, limit: int = SMALL) -> dict[str, Any]:
     """The object in a small untrusted JSON file. Raises InputError if it is missing, too big or not an object."""
     try:
-        value = json.loads(read_small(path, limit).decode())
+        value = parse_json(read_small(path, limit))
     except InputError:
         raise
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{path} is not JSON: {error}; is it cut short?") from None
+        raise InputError(f"{path} is not JSON that can be read: {error}; is it cut short, or was it edited?") from None
     if not isinstance(value, dict):
         raise InputError(f"{path} holds a {type(value).__name__}, expected an object")
     return value
+
+
+def parse_json(data: bytes) -> Any:
+    """The value of untrusted JSON. Raises ValueError for what is none, and for an object that has a key twice.
+
+    Readers differ in which of the two values they take, so such a file means two things.
+    """
+    return json.loads(data.decode(), object_pairs_hook=_without_repeats)
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in found if keys.count(key) > 1)
+        raise ValueError(f"it has the key {twice!a:.80} twice")
+    return found
 
 
 def inside(folder: Path, name: str) -> Path:

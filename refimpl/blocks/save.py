@@ -97,19 +97,21 @@ def _write(
     folder, out = checkpoint.folder, Path(os.path.realpath(out))
     if folder.resolve() in out.parents:
         raise InputError(f"{out} is inside {folder}, which is only read; choose another place")
+    before = shards.stamps(folder)
     files, matrices = _shards(checkpoint, schemes, blocks, limit)
     report: dict[str, Any] = {
         "version": VERSION,
         "family": checkpoint.config.family,
         **provenance,
-        "source": {path.name: path.stat().st_size for path in shards.files_of(folder)},
+        "source": {name: size for name, (size, _, _) in before.items()},
         "bytes": sum(shards.size_of(entry) for shard in files.values() for entry in shard.values()),
         "tensors": matrices,
     }
-    changed = [path.stat().st_mtime_ns for path in shards.files_of(folder)]
+    changed = [time for _, time, _ in before.values()]
     with shards.workplace(out, files, {**report, "changed": changed}, resumable=bool(schemes)) as work:
         shards.copy_others(folder, work)
         sums = shards.write_shards(work, files, "quantizing" if schemes else "saving")
+        shards.expect_unchanged(folder, before)
         keys = read_json(folder / "config.json")
         keys.pop("quantization_config", None)
         if matrices:

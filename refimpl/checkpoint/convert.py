@@ -73,8 +73,9 @@ def convert(
     the result); with `dtype="float32"` it is within 1e-7. The config then says `lm_head_normalized`, which this
     package reads and checks. The official Baichuan2 code would normalise, and round, once more.
 
-    Raises InputError if the source cannot be loaded or links lead elsewhere, if `out` exists, cannot be written or is
-    being written by another conversion, if a number does not fit the format, and if the adapter is not understood.
+    Raises InputError if the source cannot be loaded, changes meanwhile or has links that lead elsewhere, if `out`
+    exists, cannot be written or is being written by another conversion, if a number does not fit the format, and if
+    the adapter is not understood.
 
     Source: the head as in README.md of baichuan-inc/Baichuan2, "migrating Baichuan 1 optimisations".
     """
@@ -82,6 +83,7 @@ def convert(
     if source.resolve() in out.parents:
         raise InputError(f"{out} is inside {source}, which is only read; choose another place")
     config = read_config(source)
+    before = shards.stamps(source)
     tensors = read_checkpoint(source)
     resolve(config, tensors)  # everything is there and fits
     entries = _entries(config, tensors, dtype, normalize_head)
@@ -95,15 +97,16 @@ def convert(
     report: dict[str, Any] = {
         "family": config.family,
         "options": {"dtype": dtype, "normalize_head": normalize_head, "lora": adapter},
-        "source": {path.name: path.stat().st_size for path in shards.files_of(source)},
+        "source": {name: size for name, (size, _, _) in before.items()},
         "tensors": len(entries),
         "bytes": sum(map(shards.size_of, entries.values())),
     }
-    changed = [path.stat().st_mtime_ns for path in shards.files_of(source)]
+    changed = [time for _, time, _ in before.values()]
     with shards.workplace(out, files, {**report, "changed": changed}) as work:
         shards.copy_others(source, work)
         _write_config(source, work, dtype, normalize_head)
         sums = shards.write_shards(work, files, "converting")
+        shards.expect_unchanged(source, before)
         if normalize_head:
             report["row lengths"] = _shortest_and_longest(entries["lm_head.weight"])
         shards.write_json(work / REPORT, report)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import ml_dtypes
 import numpy as np
 
 from refimpl.errors import InputError
+from refimpl.files import cannot_read, expect_content, parse_json
 
 # The names of number formats in a safetensors header.
 DTYPES = {
@@ -26,12 +26,18 @@ def map_safetensors(path: Path) -> dict[str, np.ndarray]:
     from safetensors import SafetensorError, safe_open
 
     try:
+        with open(path, "rb") as file:
+            expect_content(path, file.read(64))
         with safe_open(path, framework="numpy"):
             pass
         with open(path, "rb") as file:
             length = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(length))
-    except (SafetensorError, OSError, ValueError, RecursionError) as error:
+            header = parse_json(file.read(length))
+    except OSError as error:
+        raise InputError(cannot_read(path, error)) from None
+    except InputError:
+        raise
+    except (SafetensorError, ValueError, RecursionError) as error:
         raise InputError(f"{path} is not a valid safetensors file: {error}; download it again") from None
     header.pop("__metadata__", None)
     data = np.memmap(path, np.uint8, "r", offset=0)[8 + length :]

@@ -23,7 +23,7 @@ import numpy as np
 from tqdm import tqdm
 
 from refimpl.checkpoint.safetensors_files import DTYPES
-from refimpl.errors import InputError
+from refimpl.errors import InputError, at_most
 from refimpl.files import inside, read_json, sha256
 
 SUMS, JOURNAL, LOCK, INDEX = "SHA256SUMS", "journal.json", "refimpl.lock", "model.safetensors.index.json"
@@ -113,6 +113,22 @@ def _file_size(shard: Mapping[str, Entry]) -> int:
 def files_of(folder: Path) -> list[Path]:
     """The files of a folder in the order of their names, without its subfolders."""
     return [path for path in sorted(folder.iterdir()) if path.is_file()]
+
+
+def stamps(folder: Path) -> dict[str, tuple[int, int, int]]:
+    """Name -> size, time and number of each file of a folder: what changes when a file does."""
+    stats = {path.name: path.stat() for path in files_of(folder)}
+    return {name: (stat.st_size, stat.st_mtime_ns, stat.st_ino) for name, stat in stats.items()}
+
+
+def expect_unchanged(folder: Path, before: Mapping[str, tuple[int, int, int]]) -> None:
+    """Raises InputError if the files of a folder are not those of `before` (see `stamps`).
+
+    Files are mapped and read bit by bit. If one changes meanwhile, what was made of them is half of each.
+    """
+    after = stamps(folder)
+    if changed := sorted(name for name in {**before, **after} if before.get(name) != after.get(name)):
+        raise InputError(f"{folder} has changed while it was read: {at_most(changed, 3)}; repeat when it is complete")
 
 
 @contextmanager

@@ -39,6 +39,7 @@ import numpy as np
 from refimpl.checkpoint.pickles import PICKLE_LIMIT, Constructor, read_pickle
 from refimpl.checkpoint.zips import stored_members
 from refimpl.errors import InputError, at_most
+from refimpl.files import cannot_read, expect_content
 
 MAGIC, PROTOCOL = 0x1950A86A20F9469CFC6C, 1001  # the first two pickles of the legacy layout
 LARGEST = 1 << 48  # of a tensor's numbers, so that what NumPy counts in bytes cannot overflow
@@ -169,9 +170,14 @@ def map_torch(path: Path) -> dict[str, Any]:
     """
     try:
         with open(path, "rb") as file:
+            expect_content(path, file.read(64))
             mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    except (OSError, ValueError) as error:  # ValueError: an empty file
-        raise InputError(f"cannot read {path}: {error}; download it again") from None
+    except InputError:
+        raise
+    except OSError as error:
+        raise InputError(cannot_read(path, error)) from None
+    except ValueError as error:
+        raise InputError(f"{path} is empty: {error}; download it again") from None
 
     def ahead(at: int) -> None:  # the disk fetches all headers at once, not one after the other
         if hasattr(mapped, "madvise"):

@@ -18,6 +18,7 @@ from torch_bytes import state_dict
 
 import refimpl
 from refimpl import InputError, cli
+from refimpl.blocks.save import quantize_checkpoint
 from refimpl.checkpoint import shards as module
 from refimpl.checkpoint.convert import convert
 from refimpl.checkpoint.lora import merge
@@ -257,6 +258,26 @@ def test_another_source_or_adapter_is_another_conversion(tmp_path, folder, monke
     save_file({name: array + 1 for name, array in source.items()}, folder / "model.safetensors")
     with pytest.raises(InputError, match="left by another conversion"):
         convert(folder, out, lora=adapter)
+
+
+@pytest.mark.parametrize("verb", ["convert", "quantize"])
+def test_a_source_that_changes_while_it_is_read(tmp_path, folder, monkeypatch, verb):
+    """As while a download or a training goes on: the mapped weights would be half old and half new."""
+    write = module.write_shards
+
+    def and_meanwhile(work, *arguments):
+        sums = write(work, *arguments)
+        file = folder / "model.safetensors"
+        file.write_bytes(file.read_bytes())
+        return sums
+
+    make = {"convert": convert, "quantize": lambda source, out: quantize_checkpoint(source, out, "int8")}[verb]
+    with monkeypatch.context() as meanwhile:
+        meanwhile.setattr(module, "write_shards", and_meanwhile)
+        with pytest.raises(InputError, match=r"has changed while it was read: model\.safetensors; repeat"):
+            make(folder, tmp_path / "out")
+    assert not list(tmp_path.glob("out*"))
+    make(folder, tmp_path / "out")
 
 
 def test_two_conversions_to_one_place(tmp_path, folder, monkeypatch):
