@@ -98,14 +98,17 @@ class Tensor:
     def heads(self, axis: int, piece: int, many: int) -> Tensor:
         """`many` heads of those along an axis: a Slice for one of them, a share of one Split for groups.
 
-        An NPU's compiler slices no cache of 16 MB, but splits it.
+        An NPU's compiler takes no Slice of a cache of 16 MB, and a Split only along an axis that is not the first.
         """
         if many == 1:
             return self.cut(axis, piece)
-        count = self.shape[axis] // many
-        shape = (*self.shape[:axis], many, *self.shape[axis + 1 :])
+        count, shape = self.shape[axis] // many, list(self.shape)
         if count == 1:
             return self
+        shape[axis] = many
+        if axis == 0 and shape[1] == 1:  # (K, 1, …) is (1, K, …)
+            inner = self.reshape(1, self.shape[0], *shape[2:])
+            return inner.heads(1, piece, many).reshape(*shape)
         sizes = self.graph.constant(np.array([many] * count, np.int64))
         return self.graph.add("Split", (self, sizes), *[shape] * count, axis=axis)[piece]
 
