@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from export.files.encodings import write_encodings
 from export.folder.goldens import Goldens
 from export.folder.manifest import BESIDE, FORMAT, TEST_DATA, contents
 from export.graphs.data import Built, write_data
-from export.graphs.grids import graph_encodings
+from export.graphs.grids import bias_encodings, graph_encodings
 from export.graphs.part import Part
 from export.graphs.plan import Arrays, Plan
 from export.graphs.profiles import Profile
@@ -114,6 +114,7 @@ class Parts:
             onnx.checker.check_model(str(graph / "model.onnx"), full_check=True)
             if self.encodings and self.profile.encodings:
                 own = graph_encodings(self.encodings, spec, built)
+                own = replace(own, parameters={**own.parameters, **bias_encodings(own, built)})
                 files.encodings(graph / "model.encodings", own, self.encodings_version)
             if golden:
                 files.data_set(folder / TEST_DATA.format(spec.name), case)

@@ -48,7 +48,7 @@ class Engine:
 
 
 def engine_called(name: str) -> Callable[[Path], Callable]:
-    """A function that opens a graph, and gives a function of output names and inputs. InputError for another name."""
+    """What opens a graph, and gives a function of output names and inputs. Raises InputError for an unknown engine."""
     installed = find_spec("onnxruntime") is not None
     if name == "reference" or (name == "auto" and not installed):
         return lambda path: reference_evaluator(path).run
@@ -58,7 +58,24 @@ def engine_called(name: str) -> Callable[[Path], Callable]:
         raise InputError("onnxruntime is not installed; install refimpl[onnxruntime], or use the engine reference")
     import onnxruntime
 
-    return lambda path: onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"]).run
+    def opened(path: Path) -> Callable:
+        if lacks := too_new(path, onnxruntime.__version__):
+            if name == "auto":
+                return reference_evaluator(path).run
+            raise InputError(lacks)
+        return onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"]).run
+
+    return opened
+
+
+def too_new(path: Path, version: str) -> str:
+    """Why a version of onnxruntime cannot run a graph; "" if it can. Python 3.10 has none that knows opset 23."""
+    opsets = [o.version for o in onnx.load(path, load_external_data=False).opset_import if o.domain in ("", "ai.onnx")]
+    numbers = tuple(int(number) for number in version.split(".")[:2] if number.isdecimal())
+    if max(opsets, default=0) < 23 or numbers >= (1, 24):
+        return ""
+    return (f"onnxruntime {version} does not run opset {max(opsets)}; install 1.24 or newer (Python 3.11), use the engine "
+            "reference, or export with --opset 21")  # fmt: skip
 
 
 def reference_evaluator(path: Path) -> Any:

@@ -15,6 +15,7 @@ from threadpoolctl import threadpool_limits
 from export import emit
 from export.files.encodings import VERSIONS, as_json, read_encodings, write_encodings
 from export.graphs.grids import graph_encodings
+from export.preflight.check import check
 from refimpl import InputError, cli
 from refimpl.checkpoint.weights import Weight
 from refimpl.grids.calibrate import BINS, METHODS, Seen, calibrate, encode, lowest_mask, observe
@@ -470,3 +471,24 @@ def test_the_mask_is_as_low_as_the_scores_need(tiny_model):
     assert above > 50 and low == pytest.approx(lowest_mask(above, model.config.max_position_embeddings))
     assert low < -above - 17 * np.log(2)
     assert encode(model, seen, Recipe(lowest_mask=-50.0)).activations["attention_mask"].low == -50
+
+
+@pytest.mark.parametrize("version", ["1.0.0", "2.0.0"])
+def test_biases_are_on_32_bits_for_ai_hub(version, model, encodings, tmp_path):
+    """In steps of the input's times the row's, so that they are added to sums of products as they are."""
+    folder = emit(model, 4, 16, 2, "aihub", encodings=encodings, encodings_version=version).save(tmp_path / "x")
+    content = json.loads((folder / "prompt_ar4_cl16_2_of_2" / "model.encodings").read_text())
+    entries = content["encodings"] if version == "2.0.0" else content["param_encodings"]
+    biases = {entry["name"]: entry for entry in entries if entry["name"].endswith(".bias")}
+    config = model.config
+    assert len(biases) == config.num_hidden_layers * (config.num_attention_heads + 2 * config.num_key_value_heads)
+    name = f"{ATTENTION}.q_proj.1.bias"
+    size, entry = config.head_dim, biases[name]
+    scale = encodings.activations["model.layers.0.input_layernorm"].scale
+    scale = scale * encodings.parameters[f"{ATTENTION}.q_proj.weight"].scale[size : 2 * size]
+    if version == "2.0.0":
+        assert entry == {"name": name, "output_dtype": "int32", "y_scale": scale.tolist(), "axis": 0}
+    else:
+        assert (entry["bw"], entry["enc_type"], entry["is_sym"]) == (32, "PER_CHANNEL", True)
+        assert entry["scale"] == scale.tolist() and entry["offset"] == [-(2**31)] * size
+    assert check(folder), check(folder)
