@@ -158,6 +158,11 @@ _ONLY: dict[str, tuple] = {
 def read_config(folder: Path) -> Config:
     """The Config of the checkpoint in `folder`. Raises InputError if it is not one that is understood."""
     path = Path(folder) / "config.json"
+    if not path.exists() and (path.parent / "adapter_config.json").exists():
+        raise InputError(
+            f"{folder} is a LoRA adapter, not a model; merge it into the model that it was trained on: "
+            f"refimpl convert MODEL --lora {folder} --out NEW"
+        )
     keys = read_json(path)
     try:
         return config_from_keys(keys)
@@ -245,7 +250,14 @@ def _quantized(keys: Any) -> bool:
         return False
     if keys == OURS:
         return True
-    known = isinstance(keys, dict) and keys.get("quant_method", "bitsandbytes") == "bitsandbytes"
+    method = keys.get("quant_method", "bitsandbytes") if isinstance(keys, dict) else None
+    if method in ("gptq", "awq"):
+        raise InputError(
+            f"the matrices are quantized by {method.upper()} ({keys.get('bits', 4)!r:.10} bits, groups of "
+            f"{keys.get('group_size', 128)!r:.10}), which is not read; take the model that it was made of, and refimpl "
+            "quantize it"
+        )
+    known = method == "bitsandbytes"
     if (
         not known
         or keys.get("llm_int8_threshold", 6.0) != 6.0

@@ -14,14 +14,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from refimpl.checkpoint import doctor
-from refimpl.checkpoint.folder import read_checkpoint
+from refimpl.checkpoint.folder import folder_remarks, read_checkpoint
 from refimpl.checkpoint.gguf import read_model
 from refimpl.checkpoint.quantized_files import provenance
 from refimpl.checkpoint.resolve import expected_shapes, resolve
 from refimpl.checkpoint.weights import QuantizedWeight, Weights
-from refimpl.config import Config, doubt, read_config
+from refimpl.config import Config, read_config
 from refimpl.errors import InputError, Remark, one_line
-from refimpl.files import read_json
 from refimpl.gguf_files import read_gguf
 from refimpl.text.tokenizer import load_tokenizer
 from refimpl_kernels import formats
@@ -97,8 +96,7 @@ def examine(folder: str | Path) -> dict[str, Any]:
         facts["files"] = _files(folder)
         facts["bytes"] = sum(array.nbytes for array in arrays)
         facts["shared storage"] = _shared(tensors)
-        unsure = [remark for remark in [doubt(read_json(folder / "config.json"))] if remark]
-        facts["remarks"] = unsure + doctor.remarks(config, tensors) + doctor.not_finite(tensors)
+        facts["remarks"] = folder_remarks(folder, config, tensors) + doctor.not_finite(tensors)
     try:
         tokenizer = load_tokenizer(folder, config)
         facts["tokenizer"] = (

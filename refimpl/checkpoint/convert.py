@@ -12,6 +12,7 @@ of the source's files are the same. The source is only read.
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,12 +22,13 @@ import numpy as np
 
 from refimpl.checkpoint import shards
 from refimpl.checkpoint.folder import read_checkpoint
+from refimpl.checkpoint.foreign import adapter_beside
 from refimpl.checkpoint.lora import adapter_files, merge
 from refimpl.checkpoint.pages import read_ahead
 from refimpl.checkpoint.resolve import expected_shapes, resolve
 from refimpl.checkpoint.weights import FLOATS, NormHead, Weight, row_lengths
 from refimpl.config import Config, read_config
-from refimpl.errors import InputError
+from refimpl.errors import InputError, Remark
 from refimpl.files import read_json, sha256
 from refimpl_kernels.ops import DTYPES
 
@@ -86,6 +88,8 @@ def convert(
     before = shards.stamps(source)
     tensors = read_checkpoint(source)
     resolve(config, tensors)  # everything is there and fits
+    if (beside := adapter_beside(source)) and (lora is None or Path(lora).resolve() != source.resolve()):
+        warnings.warn(beside, Remark, stacklevel=2)
     entries = _entries(config, tensors, dtype, normalize_head)
     if lora is not None:
         entries |= {

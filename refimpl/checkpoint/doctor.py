@@ -65,6 +65,11 @@ def mismatch(config: Config, shapes: Mapping[str, tuple[int, ...]]) -> str | Non
     if packed != config.qkv_packed:
         kinds = ("q_proj, k_proj, v_proj", "W_pack")
         differing.append(f"{kinds[packed]} (config.json: {kinds[config.qkv_packed]})")
+    if found == described and config.qkv_packed:
+        return (
+            "the weights have q_proj, k_proj and v_proj where a Baichuan has W_pack: they were made LLaMA's. W_pack is "
+            "the three below one another, in this order; join them, and keep config.json"
+        )
     owner = next((family for family, known in OFFICIAL.items() if known == found), None)
     whose = f"a {owner}'s" if owner else "another model's"
     return f"the weights are {whose}, with {', '.join(differing)}; take the config.json that came with them"

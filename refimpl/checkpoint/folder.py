@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from refimpl.checkpoint import gguf
 from refimpl.checkpoint.doctor import remarks
+from refimpl.checkpoint.foreign import adapter_beside, instead_of_weights
 from refimpl.checkpoint.quantized_files import MANIFEST, collect, provenance
 from refimpl.checkpoint.resolve import resolve
 from refimpl.checkpoint.safetensors_files import map_safetensors
@@ -42,8 +44,7 @@ class Checkpoint:
         config = read_config(folder)
         tensors = read_checkpoint(folder)
         weights = resolve(config, tensors).replace({}, provenance(folder))
-        unsure = [remark for remark in [doubt(read_json(folder / "config.json"))] if remark]
-        said = [f"{folder}: {remark}" for remark in [*unsure, *remarks(config, tensors)]]
+        said = [f"{folder}: {remark}" for remark in folder_remarks(folder, config, tensors)]
         try:
             load_tokenizer(folder, config)
         except InputError as error:
@@ -51,6 +52,12 @@ class Checkpoint:
         for remark in said:
             warnings.warn(remark, Remark, stacklevel=3)  # at who called `load`, or `quantize_checkpoint`
         return cls(folder, config, weights)
+
+
+def folder_remarks(folder: Path, config: Config, tensors: Mapping[str, Any]) -> list[str]:
+    """What to know about a folder that loads: what its config leaves open, what is not read, what is unusual."""
+    said = [doubt(read_json(folder / "config.json")), adapter_beside(folder)]
+    return [*(remark for remark in said if remark), *remarks(config, tensors)]
 
 
 def read_checkpoint(folder: Path) -> dict[str, Any]:
@@ -77,7 +84,9 @@ def _read_tensors(folder: Path) -> dict[str, Any]:
         index = folder / f"{single}.index.json"
         if index.exists():
             return _map_shards(index)
-    raise InputError(f"{folder} holds neither model.safetensors nor pytorch_model.bin nor an index; expected weights")
+    raise InputError(
+        f"{folder} holds neither model.safetensors nor pytorch_model.bin nor an index; {instead_of_weights(folder)}"
+    )
 
 
 def map_tensors(folder: Path, file: str) -> dict[str, Any]:

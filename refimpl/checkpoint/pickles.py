@@ -172,6 +172,11 @@ class _Machine:
 
     def named(self) -> None:
         pair = self.line(), self.line()
+        if pair[0].startswith("torch_npu"):
+            raise InputError(
+                f"the pickle names {pair[0]!a:.80}: the tensors were saved on a Huawei Ascend NPU; save them there "
+                "once more, moved to the CPU: torch.save({name: tensor.cpu() for name, tensor in state.items()}, file)"
+            )
         if pair not in self.names:
             raise InputError(f"the pickle names {pair[0]!a:.80} {pair[1]!a:.80}, which no tensor file needs; refused")
         self.push(self.names[pair])

@@ -13,6 +13,7 @@ from typing import Any
 
 from refimpl.checkpoint import bitsandbytes
 from refimpl.checkpoint.doctor import broken_promise, frequencies, mismatch
+from refimpl.checkpoint.foreign import of_an_engine, stubs
 from refimpl.checkpoint.weights import FLOATS, NormHead, QuantizedWeight, Weight, Weights, quantized_weight
 from refimpl.config import Config
 from refimpl.errors import InputError, at_most
@@ -90,6 +91,16 @@ def a_list(found: Found) -> str | None:
     return None
 
 
+def another_engine(found: Found) -> str | None:
+    """Matrices that another engine has quantized."""
+    return of_an_engine(found.plain)
+
+
+def without_numbers(found: Found) -> str | None:
+    """Tensors that are there without their numbers."""
+    return stubs({name: found.plain[name] for name in found.shapes if name in found.plain})
+
+
 def another_model(found: Found) -> str | None:
     """Weights and a config of different models."""
     strange = mismatch(found.config, {name: getattr(value, "shape", ()) for name, value in found.all.items()})
@@ -143,6 +154,8 @@ def head_not_normalised(found: Found) -> str | None:
 # The first that says something is what a person reads: those come first that explain what others would find, too.
 CHECKS: tuple[Callable[[Found], str | None], ...] = (
     a_list,
+    another_engine,
+    without_numbers,
     another_model,
     missing_or_unknown,
     wrong_shape,

@@ -28,6 +28,7 @@ from refimpl.files import inside, read_json, sha256
 
 SUMS, JOURNAL, LOCK, INDEX = "SHA256SUMS", "journal.json", "refimpl.lock", "model.safetensors.index.json"
 MADE = {SUMS, JOURNAL, LOCK, "config.json", "conversion.json", "quantization.json"}  # made anew, never copied
+ADAPTERS = "adapter_"  # how the names of an adapter's files begin: half of it would be worse than none
 TILE_BYTES = 8 << 20  # that are read, converted, hashed and written at a time
 WAITING = 8  # tiles that may wait for their hash
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
@@ -247,9 +248,11 @@ def _tiles(shard: Mapping[str, Entry]) -> Iterator[np.ndarray]:
 
 
 def copy_others(source: Path, work: Path) -> None:
-    """Copies a checkpoint's other files, without subfolders and without links that lead out of it and its cache."""
+    """Copies a checkpoint's other files, without subfolders, without an adapter that lies beside the weights, and
+    without links that lead out of the folder and its cache.
+    """
     for name in (path.name for path in files_of(source)):
-        if not name.endswith(WEIGHT_FILES) and name not in MADE and name[0] != ".":
+        if not name.endswith(WEIGHT_FILES) and name not in MADE and not name.startswith((".", ADAPTERS)):
             shutil.copyfile(inside(source, name), work / name)
 
 

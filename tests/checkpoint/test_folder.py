@@ -1,14 +1,20 @@
 """Folders as people have them: files that are not what they look like, and files of other tools beside the weights."""
 
+import json
 import struct
 
+import numpy as np
 import pytest
 from conftest import write_checkpoint
+from safetensors.numpy import load_file, save_file
+from torch_bytes import state_dict
 
 import refimpl
 from refimpl import InputError
+from refimpl.checkpoint.convert import convert
 from refimpl.errors import Remark
 from refimpl.files import read_json, read_small
+from refimpl.info import examine
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 500\n"
 
@@ -69,3 +75,106 @@ def test_a_file_that_one_may_not_read(folder, name, monkeypatch):
 def test_a_path_that_is_not_there(tmp_path):
     with pytest.raises(InputError, match=r"cannot read .*a\.json: No such file or directory; is the path right"):
         read_small(tmp_path / "a.json")
+
+
+def write_adapter(folder, seed=0):
+    """A LoRA adapter of the first layer's W_pack."""
+    rng = np.random.default_rng(seed)
+    at = "base_model.model.model.layers.0.self_attn.W_pack"
+    pair = {f"{at}.lora_A.weight": rng.standard_normal((2, 64)), f"{at}.lora_B.weight": rng.standard_normal((192, 2))}
+    folder.mkdir(exist_ok=True)
+    save_file({name: array.astype(np.float32) for name, array in pair.items()}, folder / "adapter_model.safetensors")
+    keys = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["W_pack"], "layers_to_transform": [0]}
+    (folder / "adapter_config.json").write_text(json.dumps(keys))
+
+
+def test_an_adapter_beside_the_weights(tmp_path, folder):
+    """transformers applies it, so whoever loads the folder here must know that we do not."""
+    plain = load_file(folder / "model.safetensors")
+    write_adapter(folder)
+    with pytest.warns(Remark, match=r"a LoRA adapter lies beside the weights.*merge it: refimpl convert"):
+        refimpl.load(folder)
+    assert any("LoRA adapter lies beside" in remark for remark in examine(folder)["remarks"])
+    with pytest.warns(Remark, match="It is not applied"):
+        convert(folder, tmp_path / "out")
+    assert not list((tmp_path / "out").glob("adapter*")), "half an adapter would be worse than none"
+    refimpl.load(tmp_path / "out")
+    convert(folder, tmp_path / "merged", lora=folder)  # what the remark says to do, without a remark
+    name = "model.layers.0.self_attn.W_pack.weight"
+    assert not np.array_equal(load_file(tmp_path / "merged" / "model.safetensors")[name], plain[name])
+    assert not list((tmp_path / "merged").glob("adapter*"))
+
+
+def test_an_adapter_given_as_a_model(tmp_path):
+    write_adapter(tmp_path / "adapter")
+    with pytest.raises(InputError, match=r"is a LoRA adapter, not a model; .*--lora .*adapter --out NEW"):
+        refimpl.load(tmp_path / "adapter")
+    with pytest.raises(InputError, match="is a LoRA adapter, not a model"):
+        examine(tmp_path / "adapter")
+
+
+@pytest.mark.parametrize(
+    ("file", "message"),
+    [
+        ("model-q4_0.gguf", "llama.cpp's; give the file itself"),
+        ("adapter_model.bin", "a LoRA adapter's; merge it into its model"),
+        ("baichuan2.om", "compiled for Huawei's Ascend"),
+        ("baichuan2.ckpt", "MindSpore"),
+        ("mp_rank_00_model_states.pt", "DeepSpeed's own; run its zero_to_fp32.py"),
+        ("consolidated.00.pth", "rename it to pytorch_model.bin"),
+        ("weights.safetensors", "rename it to model.safetensors"),
+        ("notes.txt", "expected weights"),
+    ],
+)
+def test_a_model_in_another_form(folder, file, message):
+    (folder / "model.safetensors").rename(folder / file)
+    with pytest.raises(InputError, match=f"holds neither .*{message}"):
+        refimpl.load(folder)
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq"])
+def test_a_folder_of_gptq_or_awq(folder, method):
+    tensors = load_file(folder / "model.safetensors")
+    name = "model.layers.0.self_attn.W_pack.weight"
+    del tensors[name]
+    tensors[name.replace(".weight", ".qweight")] = np.zeros((8, 24), np.int32)
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(InputError, match=r"W_pack.qweight is of GPTQ or AWQ.* refimpl quantize it"):
+        refimpl.load(folder)
+    keys = json.loads((folder / "config.json").read_text())
+    keys["quantization_config"] = {"quant_method": method, "bits": 4, "group_size": 128}
+    (folder / "config.json").write_text(json.dumps(keys))
+    with pytest.raises(InputError, match=f"quantized by {method.upper()} .4 bits, groups of 128., which is not read"):
+        refimpl.load(folder)
+
+
+@pytest.mark.parametrize("layout", ["safetensors", "bin"])
+def test_stubs_of_zero_3(folder, layout):
+    stubs = {name: np.zeros(0, np.float32) for name in load_file(folder / "model.safetensors")}
+    if layout == "bin":
+        (folder / "model.safetensors").unlink()
+        (folder / "pytorch_model.bin").write_bytes(state_dict(stubs))
+    else:
+        save_file(stubs, folder / "model.safetensors")
+    with pytest.raises(InputError, match=r"other tensors have no numbers.*ZeRO stage 3.*zero_to_fp32\.py"):
+        refimpl.load(folder)
+
+
+def test_tensors_saved_on_an_ascend(folder):
+    (folder / "model.safetensors").unlink()
+    pickle = b"\x80\x02}q\x00ctorch_npu.utils.storage\n_rebuild_npu_tensor\n."
+    from refimpl.checkpoint.pickles import read_pickle
+
+    with pytest.raises(InputError, match="saved on a Huawei Ascend NPU; save them there once more, moved to"):
+        read_pickle(pickle, 0, {}, lambda id: id)
+
+
+def test_split_q_k_v_under_a_baichuan_s_config(folder):
+    tensors = load_file(folder / "model.safetensors")
+    for layer in range(2):
+        at = f"model.layers.{layer}.self_attn."
+        for module, rows in zip("qkv", np.split(tensors.pop(f"{at}W_pack.weight"), 3), strict=True):
+            tensors[f"{at}{module}_proj.weight"] = rows.copy()
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(InputError, match=r"q_proj, k_proj and v_proj where a Baichuan has W_pack.* join them"):
+        refimpl.load(folder)

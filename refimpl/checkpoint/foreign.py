@@ -1,0 +1,70 @@
+"""What other tools leave in a folder: how to tell it, and what to do about it. Nothing here is read as weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+ADAPTER = "adapter_config.json"
+# Ends of the names of tensors by which 4-bit engines store a matrix, and their names.
+ENGINES = {
+    ".qweight": "GPTQ or AWQ", ".qzeros": "GPTQ or AWQ", ".g_idx": "GPTQ", ".weight_packed": "compressed-tensors",
+}  # fmt: skip
+# Patterns of files that hold a model, but in no form that is read here, and what to do with each.
+MODELS: dict[str, str] = {
+    "*.gguf": "llama.cpp's; give the file itself in place of the folder",
+    "adapter_model.*": "a LoRA adapter's; merge it into its model: refimpl convert MODEL --lora ADAPTER --out NEW",
+    "*.om": "compiled for Huawei's Ascend, which nothing turns back; take the PyTorch or safetensors weights",
+    "*.mindir": "compiled for Huawei's Ascend, which nothing turns back; take the PyTorch or safetensors weights",
+    "*.ckpt": "a checkpoint of MindSpore (Huawei's Ascend) or Lightning; save its state_dict as pytorch_model.bin",
+    "mp_rank_*": "DeepSpeed's own; run its zero_to_fp32.py, which writes pytorch_model.bin",
+    "zero_pp_rank_*": "DeepSpeed's own; run its zero_to_fp32.py, which writes pytorch_model.bin",
+    "global_step*": "DeepSpeed's own; run its zero_to_fp32.py, which writes pytorch_model.bin",
+    "*.pth": "PyTorch's; if it is a state_dict with Hugging Face's names, rename it to pytorch_model.bin",
+    "*.pt": "PyTorch's; if it is a state_dict with Hugging Face's names, rename it to pytorch_model.bin",
+    "*.safetensors": "safetensors under another name; rename it to model.safetensors, or add its index",
+    "*.bin": "PyTorch's under another name; rename it to pytorch_model.bin, or add its index",
+}
+
+
+def instead_of_weights(folder: Path) -> str:
+    """What is in a folder without weights that are read, and what to do; the end of an error message."""
+    for pattern, advice in MODELS.items():
+        if found := sorted(folder.glob(pattern)):
+            return f"{found[0].name} is {advice}"
+    return "expected weights"
+
+
+def adapter_beside(folder: Path) -> str | None:
+    """A remark on an adapter that lies beside the weights. transformers and peft would apply it."""
+    if not (folder / ADAPTER).exists():
+        return None
+    return (
+        f"{ADAPTER} says that a LoRA adapter lies beside the weights. It is not applied, though transformers applies "
+        f"it; merge it: refimpl convert {folder} --lora {folder} --out NEW"
+    )
+
+
+def of_an_engine(names: Iterable[str]) -> str | None:
+    """Which engine has quantized a checkpoint that has tensors of these names, as an error message; else None."""
+    for name in names:
+        for end, engine in ENGINES.items():
+            if name.endswith(end):
+                return f"{name} is of {engine}, whose 4-bit matrices are not read; {ORIGINAL}"
+    return None
+
+
+ORIGINAL = "take the model that it was made of, and refimpl quantize it"
+
+
+def stubs(tensors: Mapping[str, Any]) -> str | None:
+    """What is wrong if tensors are there without their numbers, as DeepSpeed saves those of other processes."""
+    empty = [name for name, value in tensors.items() if getattr(value, "size", None) == 0]
+    if not empty:
+        return None
+    return (
+        f"{empty[0]} and {len(empty) - 1} other tensors have no numbers. DeepSpeed's ZeRO stage 3 saves such stubs "
+        "where the weights lie in other processes; run its zero_to_fp32.py, or train with "
+        "stage3_gather_16bit_weights_on_model_save"
+    )
