@@ -15,13 +15,15 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from refimpl.errors import InputError
+from refimpl.errors import InputError, at_most
 from refimpl.files import read_json
 
 # What exports, ONNX Runtime and the compiler add to a tensor's name, in any number and order.
 _ADDED = re.compile(
     r"(\.(raw|codes|on_grid|wide|floats|reader\d+)|_token_\d+|/duplicated|_out\d+|_(q|dq|quantized|dequantized)|_converted)$"
 )
+
+MOST = 4  # operations of a tensor that a sentence names
 
 
 @dataclass(frozen=True)
@@ -95,3 +97,21 @@ def _operations(path: Path) -> Iterator[Operation]:
             yield Operation(name, str(kind), tuple(str(node) for node in nodes))
         except (TypeError, ValueError):
             raise InputError(f"{path} is damaged at {name!a:.60}; compile again") from None
+
+
+def told(folder: str | Path, graph: str, taps: Iterable[str]) -> str:
+    """A sentence for a verdict: what the compiler made of some tensors of a graph, with the ONNX nodes of each.
+
+    Raises InputError if the folder of binaries has no record of the graph.
+    """
+    record, said = read_provenance(folder, graph), []
+    for tap in taps:
+        found = record.of(tap) or record.of({"lm_head": "logits"}.get(tap, tap))  # as the end of a graph is called
+        for one in found[:MOST]:
+            nodes = [node for node in dict.fromkeys(map(plain, one.nodes)) if not node.endswith(".weight")]
+            said.append(f"{one} of {at_most(nodes, 4)}")
+        if len(found) > MOST:
+            said.append(f"{len(found) - MOST} more like these for {tap}")
+        if not found:
+            said.append(f"{tap} is inside of another operation")
+    return f"in {graph} Qualcomm's compiler made: {'; '.join(said)}"

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import platform
-import sys
 from importlib.util import find_spec
 from pathlib import Path
 
+from export.run.htp import expect_installed
 from refimpl.errors import InputError
-
-PACKAGE = "onnxruntime_qnn"
 
 
 def library(name: str) -> Path:
@@ -17,13 +15,9 @@ def library(name: str) -> Path:
 
     Raises InputError, with what to do, if the package is not here, or has no such library for this machine.
     """
-    found = find_spec(PACKAGE)
-    if found is None or found.origin is None or find_spec("onnxruntime") is None:
-        here = f"Python {'.'.join(map(str, sys.version_info[:2]))} on {platform.system()} {platform.machine()}"
-        raise InputError(
-            "onnxruntime-qnn is not installed; install refimpl[htp] "
-            f"(Linux or Windows, Python 3.11 or newer; this is {here})"
-        )
+    expect_installed()
+    found = find_spec("onnxruntime_qnn")
+    assert found and found.origin
     path = Path(found.origin).parent / (f"{name}.dll" if platform.system() == "Windows" else f"lib{name}.so")
     if not path.is_file():
         raise InputError(f"onnxruntime-qnn has no {path.name} on this machine; use one with x86_64 and Linux")

@@ -119,6 +119,8 @@ def export(arguments) -> int:
     *(FLOATS, MIN_SQNR),
     option("--max-lsb", type=float, metavar="N", help="allow a value to be N codes off, no more"),
     option("--max-over", type=float, metavar="SHARE", help="allow this share of values to be more than one code off"),
+    option("--compiled", metavar="DIR",
+           help="of refimpl compile: say which of Qualcomm's operations the guilty tensors became"),
     option("--html", metavar="FILE", help="write a page for a person: where it begins, how bad it is, why"),
     option("--junit", metavar="FILE", help="write JUnit XML"),
     option("--model-explorer", metavar="FILE", help="write node data for Google's Model Explorer"),
@@ -138,6 +140,13 @@ def verify(arguments) -> int:
     targets = [(target, text) for name, text in texts.items() if (target := getattr(arguments, name))]
     expect_writable([target for target, _ in targets])
     verdict = _verdict(arguments, path)
+    if arguments.compiled and (guilty := verdict.guilty):
+        from dataclasses import replace
+
+        from export.phone.provenance import told
+
+        made = told(arguments.compiled, guilty.graph, verdict.suspects or [guilty.tap])
+        verdict = replace(verdict, remarks=(*verdict.remarks, made))
     write_all([(target, text(verdict)) for target, text in targets])
     return report(arguments, verdict)
 

@@ -8,14 +8,17 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import onnx
 import pytest
 
 from export import emit
+from export.folder.arrays import read_arrays
+from export.folder.manifest import read_manifest
 from export.graphs.borders import read_borders
 from export.phone.binary import differences, read_binary
 from export.phone.compiler import MANIFEST, compile_graphs, read_compiled
-from export.phone.provenance import plain, read_provenance
+from export.phone.provenance import plain, read_provenance, told
 from export.preflight.by_compiler import check_by_compiling
 from refimpl import InputError, load
 from refimpl.cli import main
@@ -155,6 +158,15 @@ def test_operations_are_known_by_tap(desk_binaries, coded_export):
     assert plain("a.b.raw_token_3") == plain("a.b.codes/duplicated") == plain("a.b.on_grid.reader2_out0") == "a.b"
 
 
+def test_a_verdict_is_told_what_the_compiler_made(desk_binaries):
+    said = told(desk_binaries, TOKEN.format(2), ["model.layers.0.self_attn.probs", "model.layers.1.mlp.product"])
+    assert said.startswith(
+        "in token_ar1_cl64_2_of_2 Qualcomm's compiler made: Softmax (model.layers.0.self_attn.probs."
+    )
+    assert "ElementWiseMultiply (model.layers.1.mlp.product.raw) of " in said and "\n" not in said
+    assert "model.nowhere is inside of another operation" in told(desk_binaries, TOKEN.format(2), ["model.nowhere"])
+
+
 def test_commands(desk_binaries, coded_export, tmp_path, capsys):
     one = str(desk_binaries / f"{TOKEN.format(2)}.bin")
     assert main(["info", one]) == 0
@@ -183,3 +195,17 @@ def test_the_compiler_as_a_preflight(coded_export, tmp_path, capsys):
     assert "error not-compiled: token_ar1_cl64_1_of_1" in capsys.readouterr().out
     assert main(["export", "--check", str(folder), "--compile", "--soc", "9"]) == 2
     assert main(["export", "--compile"]) == 2
+
+
+def test_verify_names_the_operations_of_what_is_guilty(desk_binaries, coded_export, tmp_path, capsys):
+    """A device that gives its logits backwards: the verdict says what the compiler made of that product."""
+    plan, _ = read_manifest(coded_export)
+    spec = next(spec for run in plan.runs for spec in run if spec.name == TOKEN.format(2))
+    outputs = read_arrays(coded_export, spec, "simulated", spec.outputs)
+    np.savez(tmp_path / f"{spec.name}.npz", **{**outputs, "logits": outputs["logits"][..., ::-1]})
+    words = ["verify", str(coded_export), str(tmp_path / f"{spec.name}.npz"), "--graph", spec.name]
+    assert main([*words, "--compiled", str(desk_binaries), "--save", str(tmp_path / "run.json")]) == 1
+    said = capsys.readouterr().out
+    assert "in token_ar1_cl64_2_of_2 Qualcomm's compiler made: " in said and "lm_head" in said
+    assert "Qualcomm's compiler made" in (tmp_path / "run.json").read_text()
+    assert main([*words, "--compiled", str(tmp_path)]) == 2
