@@ -74,8 +74,8 @@ def too_new(path: Path, version: str) -> str:
     numbers = tuple(int(number) for number in version.split(".")[:2] if number.isdecimal())
     if max(opsets, default=0) < 23 or numbers >= (1, 24):
         return ""
-    return (f"onnxruntime {version} does not run opset {max(opsets)}; install 1.24 or newer (Python 3.11), use the engine "
-            "reference, or export with --opset 21")  # fmt: skip
+    return (f"onnxruntime {version} does not run opset {max(opsets)}; install 1.24 or newer (Python 3.11), take the "
+            "engine reference, or export with --opset 21")  # fmt: skip
 
 
 def reference_evaluator(path: Path) -> Any:

@@ -107,6 +107,14 @@ class Htp:
     def __exit__(self, *_: object) -> None:
         self._end()
 
+    def __str__(self) -> str:
+        """Where the nodes of all graphs ran that it was given."""
+        places = self.placements.values()
+        elsewhere = [str(one) for place in places for one in place.elsewhere]
+        there, ends = (sum(getattr(place, what) for place in places) for what in ("on_npu", "ends"))
+        text = f"{there} nodes on the NPU, {ends} at the ends of graphs on the CPU"
+        return f"{text}, {len(elsewhere)} besides: {at_most(elsewhere, 3)}" if elsewhere else text
+
     @property
     def emulated(self) -> bool:
         """Whether this machine has no such NPU: then an SoC must be stated."""

@@ -265,7 +265,9 @@ def _verify_here(arguments, folder: Path) -> int:
             return report(arguments, (verify_on_grids if on_grids else verify)(folder, engine))
         halves = None if on_grids else "float16"  # in which an NPU computes what has no grid
         verdict = verify_on_grids(folder, engine, arguments.dtype or halves)
-    return report(arguments, replace(verdict, about={**verdict.about, "outputs": label}))
+        where = str(engine)  # an Htp says where the nodes ran
+    remarks = (*verdict.remarks, f"{label}: {where}")
+    return report(arguments, replace(verdict, about={**verdict.about, "outputs": label}, remarks=remarks))
 
 
 @contextmanager

@@ -31,6 +31,7 @@ def test_the_npu_agrees_with_the_oracle(folder, capsys):
     assert main(["verify", str(folder), "--engine", "htp", "--strict", "--json"]) == 0
     said = json.loads(capsys.readouterr().out)
     assert said["about"]["outputs"].startswith("onnxruntime-qnn 2.")
+    assert "nodes on the NPU" in said["remarks"][-1] and "2 besides: Gather" in said["remarks"][-1]
     assert all(tensor["output"] for tensor in said["tensors"]) and len(said["tensors"]) == 32
 
 
