@@ -19,6 +19,7 @@ from refimpl.checkpoint.weights import Weights, quantized_weight
 from refimpl.config import Config, doubt, read_config
 from refimpl.errors import InputError, Remark
 from refimpl.files import inside, read_json
+from refimpl.text.templates import template_remark
 from refimpl.text.tokenizer import load_tokenizer
 
 
@@ -56,7 +57,7 @@ class Checkpoint:
 
 def folder_remarks(folder: Path, config: Config, tensors: Mapping[str, Any]) -> list[str]:
     """What to know about a folder that loads: what its config leaves open, what is not read, what is unusual."""
-    said = [doubt(read_json(folder / "config.json")), adapter_beside(folder)]
+    said = [doubt(read_json(folder / "config.json")), adapter_beside(folder), template_remark(folder, config)]
     return [*(remark for remark in said if remark), *remarks(config, tensors)]
 
 

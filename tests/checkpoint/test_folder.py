@@ -15,6 +15,8 @@ from refimpl.checkpoint.convert import convert
 from refimpl.errors import Remark
 from refimpl.files import read_json, read_small
 from refimpl.info import examine
+from refimpl.text.chat import ChatSettings, lay_out_qwen2
+from refimpl.text.templates import QWEN2
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 500\n"
 
@@ -178,3 +180,41 @@ def test_split_q_k_v_under_a_baichuan_s_config(folder):
     save_file(tensors, folder / "model.safetensors")
     with pytest.raises(InputError, match=r"q_proj, k_proj and v_proj where a Baichuan has W_pack.* join them"):
         refimpl.load(folder)
+
+
+OWN = "{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}\n{% endfor %}[bot] "
+
+
+@pytest.mark.parametrize("family", ["Qwen2-7B", "Baichuan2-7B"])
+@pytest.mark.parametrize("file", ["tokenizer_config.json", "chat_template.json", "chat_template.jinja"])
+def test_a_chat_template_of_the_folder_s_own(tmp_path, family, file):
+    """A fine-tuned model's conversations may have another layout; who chats with it must know that ours is used."""
+    folder = write_checkpoint(tmp_path / "model", family)
+    refimpl.load(folder)  # no template, no remark
+    (folder / file).write_text(OWN if file.endswith("jinja") else json.dumps({"chat_template": OWN}))
+    with pytest.warns(Remark, match=f"{file} has a chat template of its own, which is not applied.*apply_chat"):
+        refimpl.load(folder)
+    assert any("chat template of its own" in remark for remark in examine(folder)["remarks"])
+    if family == "Qwen2-7B":
+        official = {"chat_template": QWEN2}
+        (folder / file).write_text(QWEN2 if file.endswith("jinja") else json.dumps(official))
+        refimpl.load(folder)
+        qwen25 = QWEN2.replace("You are a helpful", "You are Qwen, created by Alibaba Cloud. You are a helpful")
+        (folder / file).write_text(qwen25 if file.endswith("jinja") else json.dumps({"chat_template": qwen25}))
+        with pytest.warns(Remark, match="chat template of its own"):
+            refimpl.load(folder)
+
+
+def test_the_official_template_gives_our_layout():
+    """So it is no remark that is left out, but a difference that is not there."""
+    jinja2 = pytest.importorskip("jinja2")
+    turns = [("user", "hi"), ("assistant", "yes"), ("user", "so")]
+    messages = [{"role": role, "content": text} for role, text in turns]
+    for said in (messages, [{"role": "system", "content": "Be brief."}, *messages]):
+        text = jinja2.Template(QWEN2, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True).render(
+            messages=said, add_generation_prompt=True
+        )
+        letters = lambda text: list(map(ord, text))
+        settings = ChatSettings(user_token_id=1 << 20, assistant_token_id=1 << 20, eos_token_id=1 << 19)
+        marks = {1 << 20: "<|im_start|>", 1 << 19: "<|im_end|>"}
+        assert "".join(marks.get(id) or chr(id) for id in lay_out_qwen2(said, letters, settings)) == text
