@@ -82,21 +82,22 @@ def backward(
 
     with one_thread(), np.errstate(over="ignore", invalid="ignore", divide="ignore"):
         stages = _stages(model, ids, dtype, attention_mask, Leaves(weights, wanted, config.tie_word_embeddings))
-        runs, stream = [], ids
+        runs, stream = [], ids  # of each stage, what it is begun from, or what it has on its tape
         for stage in stages:
-            run = stage(stream)
+            run = stage(stream, recording=not recompute)
             runs.append(stream if recompute else run)
             stream = run.result.array
+            del run
         loss, gradient = objective(stream)
         if not np.isfinite(loss):
             raise InputError(f"the loss is {loss}: {_first_nan(model, ids, dtype, attention_mask)}")
         for stage in reversed(stages):
-            kept = runs.pop()
-            run = stage(kept) if recompute else kept
+            run = stage(runs.pop()) if recompute else runs.pop()
             gradient = run.backward(gradient, show)
             for leaf in run.leaves:
                 if leaf.gradient is not None:
                     found[leaf.name] = leaf.gradient if leaf.name not in found else found[leaf.name] + leaf.gradient
+            del run
     return loss, found
 
 
@@ -124,9 +125,10 @@ def _stages(model: Forward, ids: np.ndarray, dtype: str, attention_mask, leaves:
     cos, sin = model.position_tables(token_positions(mask), ops.wide)
     bias = model.attention_bias(mask, ids.shape[1], ops.wide)
 
-    def stage(forward: Callable) -> Callable[[np.ndarray], _Run]:
-        def run(stream: np.ndarray) -> _Run:
-            tape, read = Tape(ops, model.config.pad_token_id), Leaves(leaves.weights, leaves.wanted, leaves.tied)
+    def stage(forward: Callable) -> Callable[..., _Run]:
+        def run(stream: np.ndarray, recording: bool = True) -> _Run:
+            tape = Tape(ops, model.config.pad_token_id, recording)
+            read = Leaves(leaves.weights, leaves.wanted, leaves.tied)
             decoder = replace(model.decoder(ops, tape.tap, None), ops=tape, weights=read)
             source = None if stream is ids else tape.tensor(stream)
             result = forward(decoder, stream if source is None else source)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from refimpl.loss import IGNORE, cross_entropy
+from refimpl.loss import IGNORE
 from refimpl_kernels.ops import softmax
 
 Objective = Callable[[np.ndarray], tuple[float, np.ndarray]]  # logits (B, T, V) -> the loss, and its gradient by them
@@ -41,13 +41,17 @@ class NextToken:
         counted = labels != IGNORE
         seen = np.ones_like(counted) if self.real is None else self.real[:, 1:] > 0
         count, positions = self.counts or (int(counted.sum()), int(seen.sum()))
-        loss = float(cross_entropy(x, labels).sum(dtype=np.float64) / count)
-        gradient = np.zeros_like(logits)
-        g = gradient[:, :-1]
-        g[:] = softmax(x)
+        gradient = np.empty_like(logits)
+        g, gradient[:, -1] = gradient[:, :-1], 0
+        np.subtract(x, x.max(-1, keepdims=True), out=g)
         at = np.maximum(labels, 0)[..., None]
-        np.put_along_axis(g, at, np.take_along_axis(g, at, -1) - 1, -1)
-        g *= counted[..., None] / np.asarray(count, x.dtype)
+        right = np.take_along_axis(g, at, -1)  # the label's logit less the largest
+        np.exp(g, out=g)
+        total = g.sum(-1, keepdims=True)
+        loss = float(np.where(counted, (np.log(total) - right)[..., 0], 0.0).sum(dtype=np.float64) / count)
+        g *= counted[..., None] / (total * np.asarray(count, x.dtype))
+        share = counted[..., None] / np.asarray(count, x.dtype)
+        np.put_along_axis(g, at, np.take_along_axis(g, at, -1) - share, -1)
         if self.z_loss_weight:
             top = x.argmax(-1)[..., None]
             largest = np.take_along_axis(x, top, -1) * seen[..., None]

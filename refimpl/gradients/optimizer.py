@@ -23,6 +23,8 @@ import numpy as np
 
 from refimpl.errors import InputError
 
+CHUNK = 1 << 15  # numbers that are moved at a time: what is computed on the way stays in the processor's cache
+
 
 @dataclass(frozen=True)
 class AdamW:
@@ -57,16 +59,19 @@ class AdamW:
         """Moves the parameters, in place, by gradients that are clipped already."""
         moments.count += 1
         first, second = 1 - self.beta1**moments.count, 1 - self.beta2**moments.count
-        for name, g in gradients.items():
-            w = parameters[name]
-            m = moments.mean.setdefault(name, np.zeros_like(w))
-            v = moments.square.setdefault(name, np.zeros_like(w))
-            if self.weight_decay and self.decays(name, w):
-                w *= 1 - self.learning_rate * self.weight_decay
-            m += (g - m) * (1 - self.beta1)
-            v *= self.beta2
-            v += (1 - self.beta2) * g * g
-            w -= (self.learning_rate / first) * m / (np.sqrt(v) / math.sqrt(second) + self.epsilon)
+        for name, gradient in gradients.items():
+            parameter = parameters[name]
+            decay = self.learning_rate * self.weight_decay if self.decays(name, parameter) else 0.0
+            mean = moments.mean.setdefault(name, np.zeros_like(parameter))
+            square = moments.square.setdefault(name, np.zeros_like(parameter))
+            parts = [x.reshape(-1) for x in (parameter, mean, square, gradient)]
+            for start in range(0, parameter.size, CHUNK):
+                w, m, v, g = (part[start : start + CHUNK] for part in parts)
+                w *= 1 - decay
+                m += (g - m) * (1 - self.beta1)
+                v *= self.beta2
+                v += (1 - self.beta2) * g * g
+                w -= (self.learning_rate / first) * m / (np.sqrt(v) / math.sqrt(second) + self.epsilon)
 
 
 class Moments:

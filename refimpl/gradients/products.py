@@ -42,8 +42,7 @@ def transposed_product(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 def matmul(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """a (B, K, R, D) @ b (B, K, D, S): head by head."""
     out = np.empty((*a.shape[:-1], b.shape[-1]), np.result_type(a, b))
-    heads = [np.ndindex(a.shape[:-2])][0]
-    places = list(heads)
+    places = list(np.ndindex(a.shape[:-2]))
 
     def one(tile: slice) -> None:
         for place in places[tile]:

@@ -151,8 +151,8 @@ class Tape:
     embedding of the token `padding`, as in `torch.nn.Embedding`'s padding_idx (in a Baichuan, that is <unk>, too).
     """
 
-    def __init__(self, ops: NumPyOps, padding: int | None = None):
-        self.ops, self.padding = ops, padding
+    def __init__(self, ops: NumPyOps, padding: int | None = None, recording: bool = True):
+        self.ops, self.padding, self.recording = ops, padding, recording
         self.order: list[Tensor] = []
 
     def tensor(self, array: np.ndarray) -> Tensor:
@@ -160,7 +160,9 @@ class Tape:
         return Tensor(self, array)
 
     def write(self, array: np.ndarray, *inputs: tuple[Any, Adjoint]) -> Tensor:
-        """The result of an operation, and the adjoint for each of its inputs."""
+        """The result of an operation, and the adjoint for each of its inputs. Nothing is kept if not `recording`."""
+        if not self.recording:
+            return Tensor(self, array)
         known = tuple((x, adjoint) for x, adjoint in inputs if isinstance(x, Tensor) or getattr(x, "wanted", False))
         self.order.append(Tensor(self, array, known))
         return self.order[-1]
@@ -200,8 +202,10 @@ class Tape:
 
     def take(self, weight: Leaf, ids: np.ndarray) -> Tensor:
         def scatter(g):
-            whole = np.zeros(weight.shape, g.dtype)
-            np.add.at(whole, ids.reshape(-1), _rows(g))  # a token that occurs twice counts twice
+            whole, flat = np.zeros(weight.shape, g.dtype), ids.reshape(-1)
+            order = np.argsort(flat, kind="stable")
+            rows, starts = np.unique(flat[order], return_index=True)
+            whole[rows] = np.add.reduceat(_rows(g)[order], starts, axis=0)  # a token that occurs twice counts twice
             if self.padding is not None:
                 whole[self.padding] = 0
             return whole
@@ -257,7 +261,13 @@ class Tape:
 
     def softmax(self, x: Tensor) -> Tensor:
         y = self.ops.softmax(x.array)
-        return self.write(y, (x, lambda g: y * (g - (g * y).sum(-1, keepdims=True))))
+
+        def adjoint(g):
+            gy = g * y
+            gy -= y * gy.sum(-1, keepdims=True)
+            return gy
+
+        return self.write(y, (x, adjoint))
 
     def split(self, x: Tensor, sizes: Sequence[int]) -> list[Tensor]:
         ends = list(accumulate(sizes))
@@ -288,10 +298,11 @@ def through_lengths(head: NormHead, g: np.ndarray) -> np.ndarray:
     With n = w / |w|, dL/dw = (g - n (n · g)) / |w|: what would only make the row longer changes nothing. A row shorter
     than 1e-12 is divided by that constant. Source: `torch.nn.functional.normalize`.
     """
-    rows, wide = head.read(g.dtype), head.array.astype(g.dtype, copy=False)
-    lengths = np.sqrt((wide * wide).sum(-1, keepdims=True))
-    along = np.where(lengths > 1e-12, (rows * g).sum(-1, keepdims=True), 0)
-    return (g - rows * along) / np.maximum(lengths, np.asarray(1e-12, g.dtype))
+    w = head.array.astype(g.dtype, copy=False)
+    lengths = np.sqrt(np.einsum("oi,oi->o", w, w))[:, None]
+    floored = np.maximum(lengths, np.asarray(1e-12, g.dtype))
+    along = np.einsum("oi,oi->o", w, g)[:, None] / floored**2  # of n · g, what n is multiplied with, for each of w
+    return (g - w * np.where(lengths > 1e-12, along, 0)) / floored
 
 
 def _array(x: Any) -> Any:

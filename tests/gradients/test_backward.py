@@ -194,3 +194,20 @@ def test_the_number_of_threads_changes_no_bit(tmp_path):
         for threads in ("1", "2")
     ]  # fmt: skip
     assert said[0][1:] == said[1][1:], json.dumps(said)
+
+
+def test_recomputing_needs_the_memory_of_one_layer(tmp_path):
+    import tracemalloc
+
+    model = refimpl.load(write_checkpoint(tmp_path / "m", "Baichuan2-7B", num_hidden_layers=8))
+    ids = np.random.default_rng(0).integers(1, 96, (4, 64))
+
+    def peak(recompute):
+        gradients(model, ids, ids, "lm_head", recompute=recompute)  # what is kept of weights is there
+        tracemalloc.start()
+        gradients(model, ids, ids, "lm_head", recompute=recompute)
+        found = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return found
+
+    assert peak(True) < 0.3 * peak(False)
