@@ -13,7 +13,6 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
-import ml_dtypes
 import numpy as np
 import onnx
 from google.protobuf.message import DecodeError
@@ -22,7 +21,6 @@ from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 from refimpl.errors import InputError
 
 CODES = {TensorProto.UINT8: np.uint8, TensorProto.UINT16: np.uint16}
-LINEARS = ("Conv", "Gemm", "MatMul")
 LARGEST = 1 << 30  # bytes of a model.onnx without its weights
 
 
@@ -53,19 +51,15 @@ class Border:
 def coded(proto: ModelProto) -> ModelProto:
     """The graph with codes at its border, in the form that Qualcomm's compiler takes as a whole.
 
-    Beside the border that needs: zero points on 4-bit weights, which are read wrongly without; keys and values of 8
-    bits through 16, for there is no product of 16 by 4 bits that gives 8; an embedding that gathers floats; a
-    DequantizeLinear for each reader, or layout changes move in between the two of a pair.
+    Beside the border that needs an embedding that gathers floats, and a DequantizeLinear for each reader: changes of
+    layout would move in between the two of a pair.
 
     Raises InputError for an input or output that is a float without a grid.
     """
     made = ModelProto()
     made.CopyFrom(proto)
     edit = _Edit(made)
-    edit.give_zero_points()
-    edit.widen()
     edit.gather_floats()
-    edit.drop_idle_transposes()
     edit.open_inputs()
     edit.open_outputs()
     edit.split_readers()
@@ -93,16 +87,6 @@ class _Edit:
         """Name -> the node that gives it."""
         return {name: node for node in self.nodes for name in node.output}
 
-    def constant(self, name: str, array: np.ndarray) -> str:
-        """A new small initializer, or the one that is there."""
-        if name not in self.initializers:
-            self.initializers[name] = numpy_helper.from_array(np.asarray(array), name)
-        return name
-
-    def value(self, name: str) -> np.ndarray:
-        """A small initializer's value."""
-        return numpy_helper.to_array(self.initializers[name])
-
     def put(self, after: NodeProto, *nodes: NodeProto) -> None:
         """Nodes behind another one."""
         at = next(i for i, node in enumerate(self.nodes) if node is after) + 1
@@ -112,40 +96,6 @@ class _Edit:
         """Nodes that nobody needs any more."""
         gone = {id(node) for node in nodes}
         self.nodes = [node for node in self.nodes if id(node) not in gone]
-
-    def give_zero_points(self) -> None:
-        """4-bit weights about 0 say so: ONNX means 0 where nothing is said, the provider does not."""
-        for node in self.nodes:
-            weight = self.initializers.get(node.input[0]) if node.op_type == "DequantizeLinear" else None
-            if weight is not None and len(node.input) == 2 and weight.data_type == TensorProto.INT4:
-                dims = self.initializers[node.input[1]].dims
-                name = f"{node.input[0].removesuffix('.codes')}.zero_point"
-                node.input.append(self.constant(name, np.zeros(list(dims), ml_dtypes.int4)))
-
-    def widen(self) -> None:
-        """A linear of 4- or 8-bit weights that gives 8 bits gives 16 first, whose step is the 257th part."""
-        users, makers = self.users(), self.makers()
-        for node in list(self.nodes):
-            weight = makers.get(node.input[1]) if node.op_type in LINEARS else None
-            readers = users.get(node.output[0], [])
-            if weight is None or weight.input[0] not in self.initializers or len(readers) != 1:
-                continue
-            (quantize,) = readers
-            if (
-                quantize.op_type != "QuantizeLinear"
-                or self.initializers[quantize.input[2]].data_type != TensorProto.UINT8
-            ):
-                continue
-            name = f"{node.output[0]}.wide"
-            scale = self.value(quantize.input[1]) / np.float32(257)
-            zero_point = np.array(int(self.value(quantize.input[2])) * 257, np.uint16)
-            step = [self.constant(f"{name}.scale", scale), self.constant(f"{name}.zero_point", zero_point)]
-            self.put(
-                node,
-                helper.make_node("QuantizeLinear", [node.output[0], *step], [f"{name}.codes"], f"{name}.codes"),
-                helper.make_node("DequantizeLinear", [f"{name}.codes", *step], [name], name),
-            )
-            quantize.input[0] = name
 
     def gather_floats(self) -> None:
         """codes -> Gather -> DequantizeLinear becomes DequantizeLinear -> Gather -> a pair."""
@@ -159,38 +109,6 @@ class _Edit:
             whole = helper.make_node("DequantizeLinear", [table, *step], [gather.input[0]], gather.input[0])
             self.nodes.insert(0, whole)
             self.put(gather, helper.make_node("QuantizeLinear", [gather.output[0], *step], [raw], f"{raw}.codes"))
-
-    def drop_idle_transposes(self) -> None:
-        """A transpose of axes of which all but one are 1 moves nothing, but would stand between the two of a pair."""
-        shapes = {v.name: [d.dim_value for d in v.type.tensor_type.shape.dim]
-                  for v in (*self.graph.value_info, *self.graph.input, *self.graph.output)}  # fmt: skip
-        users, makers = self.users(), self.makers()
-        for node in [node for node in self.nodes if node.op_type == "Transpose"]:
-            order = next(list(a.ints) for a in node.attribute if a.name == "perm")
-            shape = shapes.get(node.input[0])
-            if shape is None or [i for i in order if shape[i] != 1] != sorted(i for i in order if shape[i] != 1):
-                continue
-            if [shape[i] for i in order] != shape:  # it moves nothing, but reshapes
-                continue
-            source, readers = makers.get(node.input[0]), users.get(node.output[0], [])
-            if (
-                source is None
-                or source.op_type != "DequantizeLinear"
-                or [r.op_type for r in readers] != ["QuantizeLinear"]
-            ):
-                continue
-            back = users[readers[0].output[0]]
-            if len(back) != 1 or back[0].op_type != "DequantizeLinear":
-                continue
-            same = all(
-                np.array_equal(self.value(a), self.value(b))
-                for a, b in zip(source.input[1:], back[0].input[1:], strict=True)
-            )
-            if not same:
-                continue
-            self.replace(back[0].output[0], node.input[0])
-            self.remove([node, readers[0], back[0]])
-            users, makers = self.users(), self.makers()
 
     def replace(self, old: str, new: str) -> None:
         """Whoever reads one name reads another."""
@@ -233,16 +151,22 @@ class _Edit:
 
     def split_readers(self) -> None:
         """A DequantizeLinear of a value for each node that reads it."""
-        for node in [node for node in self.nodes if node.op_type == "DequantizeLinear"]:
-            places = [
-                (reader, i) for reader in self.nodes for i, name in enumerate(reader.input) if name == node.output[0]
-            ]
-            for number, (reader, i) in enumerate(places[1:], 1):
+        places: dict[str, list[tuple[NodeProto, int]]] = {}
+        for reader in self.nodes:
+            for i, name in enumerate(reader.input):
+                places.setdefault(name, []).append((reader, i))
+        nodes: list[NodeProto] = []
+        for node in self.nodes:
+            nodes.append(node)
+            if node.op_type != "DequantizeLinear":
+                continue
+            for number, (reader, i) in enumerate(places.get(node.output[0], [])[1:], 1):
                 twin = NodeProto()
                 twin.CopyFrom(node)
                 twin.name = twin.output[0] = f"{node.output[0]}.reader{number}"
                 reader.input[i] = twin.name
-                self.put(node, twin)
+                nodes.append(twin)
+        self.nodes = nodes
 
     def finish(self) -> None:
         """Puts nodes and initializers back, without what nobody reads."""
