@@ -1,5 +1,7 @@
 """What an NPU computes wrongly: each rule finds its fault in a graph that rounds by itself, and nothing else."""
 
+from importlib.util import find_spec
+
 import ml_dtypes
 import numpy as np
 import pytest
@@ -9,6 +11,9 @@ from export import emit
 from export.preflight import of_npu
 from export.preflight.check import check
 from export.preflight.rule import rules_of
+from export.run.engines import Engine
+from export.run.htp import Htp
+from refimpl.errors import Remark
 from refimpl.grids.calibrate import calibrate
 
 RULES = {rule.id for rule in rules_of(of_npu)}
@@ -56,7 +61,7 @@ class Maker:
         return {breach.rule for breach in check(folder).findings} & RULES
 
 
-INT4 = np.zeros((4, 8), ml_dtypes.int4)
+INT4 = np.random.default_rng(0).integers(-8, 8, (4, 8)).astype(ml_dtypes.int4)
 ZEROS = np.zeros(4, ml_dtypes.int4)
 
 
@@ -186,3 +191,40 @@ def test_small_values_are_read_as_onnx_has_them(tmp_path):
     assert {name: value for name, (value, _) in found.items()} == {
         "a": 0.5, "b": -2.5, "c": 40000, "d": 40000, "e": -3, "f": None, "g": None, "h": None}  # fmt: skip
     assert {name: zeros for name, (_, zeros) in found.items() if name > "e"} == {"f": True, "g": False, "h": True}
+
+
+# How many codes the emulation is off in what is wrong, at least, and in what is right, at most.
+MEASURED = {
+    "int4-without-zero-point": (5000, 500),
+    "product-16x16": (15, 6),
+    "product-off-center": (4, 2),
+    "sigmoid-range": (1000, 4),
+    "transpose-changes-grid": (0.9, 0.1),
+}
+
+
+@pytest.mark.skipif(find_spec("onnxruntime_qnn") is None, reason="needs the extra htp")
+@pytest.mark.parametrize("rule", MEASURED)
+def test_the_emulation_takes_what_is_wrong_and_computes_other_numbers(rule, tmp_path):
+    """Against ONNX Runtime on the CPU, which computes what the graph says. Nothing is said, and nothing falls back."""
+    off = []
+    for name, build in zip(("wrong", "right"), FAULTS[rule], strict=True):
+        maker = Maker()
+        maker.save(tmp_path / name, output := build(maker))
+        graph, rng = tmp_path / name / "g", np.random.default_rng(1)
+        sizes = {v.name: [axis.dim_value for axis in v.type.tensor_type.shape.dim] for v in maker.inputs}
+        fed = {key: rng.uniform(-1.35, 1.35, size).astype(np.float32) for key, size in sizes.items()}
+        with Htp(strict=True) as device:
+            (found,), (right,) = device.run(graph, [fed]), Engine("onnxruntime").run(graph, [fed])
+        last = next(node for node in maker.nodes if output in node.output)
+        scale = numpy_helper.to_array(next(tensor for tensor in maker.made if tensor.name == last.input[1]))
+        off.append(float(np.abs(found[output] - right[output]).max() / scale))
+    assert off[0] >= MEASURED[rule][0] and off[1] <= MEASURED[rule][1], off
+
+
+@pytest.mark.skipif(find_spec("onnxruntime_qnn") is None, reason="needs the extra htp")
+def test_a_linear_that_narrows_has_its_weight_read_on_the_cpu(tmp_path):
+    maker = Maker()
+    maker.save(tmp_path / "x", FAULTS["linear-narrows"][0](maker))
+    with Htp() as device, pytest.warns(Remark, match="DequantizeLinear"):
+        device.compile(tmp_path / "x" / "g")
