@@ -63,6 +63,14 @@ def vocabulary_facts(folder: Path, config: Config) -> dict[str, Any]:
         facts = _facts_of_byte_level(read_json(byte_level), config.vocab_size)
     elif config.family != "Qwen2-7B" and sentencepiece.exists():
         facts = _facts_of_sentencepiece(sentencepiece)
+        missing = config.vocab_size - len(facts["tokens"])
+        if missing > 0:  # words that were added, and padding
+            added = read_json(folder / "added_tokens.json") if (folder / "added_tokens.json").exists() else {}
+            texts = {id: text for text, id in added.items()}
+            more = range(len(facts["tokens"]), config.vocab_size)
+            facts["tokens"] += [texts.get(id, f"[PAD{id}]") for id in more]
+            facts["scores"] += [0.0] * missing
+            facts["token_type"] += [USER_DEFINED if id in texts else UNUSED for id in more]
     if facts["model"] != "no_vocab":
         end = config.eos_token_id[0] if isinstance(config.eos_token_id, list) else config.eos_token_id
         ids = {"bos": config.bos_token_id, "eos": end, "padding": config.pad_token_id}

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import operator
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from refimpl.config import Config, read_config
-from refimpl.errors import InputError
+from refimpl.errors import InputError, at_most
 from refimpl.files import read_json, read_small
 from refimpl.gguf_files import read_gguf
 from refimpl.text.chat import LAYOUTS, ChatSettings, Message
@@ -39,6 +39,7 @@ class Tokenizer:
     before: tuple[int, ...] = ()  # every encoded text; the official checkpoints put nothing before or after it
     after: tuple[int, ...] = ()
     blank: str = ""  # what decode puts before a text that a special token follows
+    added_tokens: Mapping[str, int] = field(default_factory=dict)  # words that were added to a Baichuan: text -> id
 
     def encode(self, text: str, plain: bool = False) -> list[int]:
         """The token ids of a text. No <s> before and no </s> after it, unless tokenizer_config.json asks for them.
@@ -46,6 +47,8 @@ class Tokenizer:
         A special token written out in the text becomes its id, and so does one that opens a turn: who types
         "<reserved_106>" (Baichuan) or "<|im_start|>" (Qwen2) speaks as somebody else. The original does so, and it is
         how prompts are injected; `plain=True` spells all of them out, for text that is not yours.
+
+        A token of `added_tokens.json` takes the blanks and line breaks beside it along, as in the original.
 
         Raises InputError for what is not text, and for half a surrogate pair, which has no UTF-8.
 
@@ -56,27 +59,42 @@ class Tokenizer:
         if half := re.search("[\ud800-\udfff]", text):
             raise InputError(f"character {half.start()} of the text is {half[0]!a}, half of one; read text as UTF-8")
         parts = (self._inside_markers if plain else self._special_token).split(text)
-        special = self.special_tokens
-        ids = [id for part in parts if part for id in ([special[part]] if part in special else self.encode_plain(part))]
+        for place, part in enumerate(parts):
+            if part in self.added_tokens and not plain:
+                parts[place - 1], parts[place + 1] = parts[place - 1].rstrip(), parts[place + 1].lstrip()
+        known = {} if plain else {**self.special_tokens, **self.added_tokens}
+        ids = [id for part in parts if part for id in ([known[part]] if part in known else self.encode_plain(part))]
         return [*self.before, *ids, *self.after]
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = False) -> str:
         """The text of token ids. A byte that belongs to no character becomes U+FFFD (Qwen2: all that belong together).
 
         Baichuan means to put a blank before a special token, but puts it before the text in front of that: "a", </s>,
-        "b" becomes " a</s>b". U+2581 becomes a blank. Every other text comes back as it was encoded.
+        "b" becomes " a</s>b". U+2581 becomes a blank. Blanks stand around an added token. Every other text comes back
+        as it was encoded.
 
         Raises InputError for an id outside the vocabulary.
 
-        **Source** `convert_tokens_to_string` in tokenization_baichuan.py.
+        **Source** `convert_tokens_to_string` in tokenization_baichuan.py, `_decode` of transformers 4.33.
         """
-        text, run = "", []  # type: str, list[int]
+        texts, piece = [], []  # type: list[str], list[int]
         for id in self._checked(ids):
-            if id not in self._special_text:
-                run.append(id)
-            elif not skip_special_tokens:
+            if id in self._added_text:
+                texts += [*([self._decode_piece(piece)] if piece else []), self._added_text[id]]
+                piece = []
+            elif not (skip_special_tokens and id in self._special_text):
+                piece.append(id)
+        return " ".join([*texts, *([self._decode_piece(piece)] if piece else [])])
+
+    def _decode_piece(self, ids: list[int]) -> str:
+        """The text of ids among which there is no added token."""
+        text, run = "", []  # type: str, list[int]
+        for id in ids:
+            if id in self._special_text:
                 text += (self.blank + self.decode_plain(run) if run else "") + self._special_text[id]
                 run = []
+            else:
+                run.append(id)
         return text + self.decode_plain(run)
 
     def stream(self, ids: Iterable[int]) -> Iterator[str]:
@@ -88,10 +106,17 @@ class Tokenizer:
         **Source** `TextIterStreamer` in generation_utils.py.
         """
         text, given = "", 0
+        between = ""  # what stands between an added token and what comes next
         recent: list[int] = []  # one id whose text is given (a text's first id may lose its blank), then those to give
         for id in self._checked(ids):
             if id in self._special_text:
                 continue
+            if id in self._added_text:
+                yield text[given:] + (" " if recent else between) + self._added_text[id]
+                text, given, recent, between = "", 0, [], " "
+                continue
+            if between and not recent:
+                yield between
             recent.append(id)
             text = self.decode_plain(recent)
             # A character has at most 4 bytes: of what is no character yet, the last 3 at most can become one.
@@ -132,8 +157,12 @@ class Tokenizer:
         return {id: text for text, id in self.special_tokens.items()}
 
     @cached_property
+    def _added_text(self) -> dict[int, str]:
+        return {id: text for text, id in self.added_tokens.items()}
+
+    @cached_property
     def _special_token(self) -> re.Pattern[str]:
-        longest_first = sorted(self.special_tokens, reverse=True)
+        longest_first = sorted([*self.special_tokens, *self.added_tokens], reverse=True)
         return re.compile(f"({'|'.join(map(re.escape, longest_first))})")
 
     @cached_property
@@ -142,6 +171,7 @@ class Tokenizer:
         return re.compile("|".join(f"(?<={re.escape(text[:1])})(?={re.escape(text[1:])})" for text in self.markers))
 
 
+MULTIPLES = tuple(1 << n for n in range(3, 12))  # that vocabularies are padded to, for the sake of GPUs
 _FILES = ("tokenizer.model", "tokenizer.json")  # of Baichuan, and of Qwen2
 
 
@@ -151,6 +181,8 @@ def load_tokenizer(folder: str | Path, config: Config | None = None) -> Tokenize
     Baichuan reads `tokenizer.model` (SentencePiece), Qwen2 `tokenizer.json` (byte-level BPE). The family and the
     context come from `config`, by default the folder's. Role ids and `max_new_tokens` come from generation_config.json
     if they are there, and tokenizer_config.json may ask for <s> and </s>.
+
+    Tokens that were added to a Baichuan stand in `added_tokens.json`.
 
     Raises InputError for a file that is damaged or belongs to another model, and for a library that is missing.
     """
@@ -182,7 +214,9 @@ def _read_sentencepiece(
         special = {model.id_to_piece(id): id for id in (model.unk_id(), model.bos_id(), model.eos_id()) if id >= 0}
     except RuntimeError:
         raise InputError(f"{path} is damaged: {len(data)} bytes are no SentencePiece model; copy it again") from None
-    _check_size(path, model.get_piece_size(), config)
+    pieces = model.get_piece_size()
+    added = _added_tokens(path, pieces)
+    _check_size(path, pieces + len(added), config)
     if special != {"<unk>": 0, "<s>": 1, "</s>": 2}:
         raise InputError(f"{path} has the special tokens {special}, expected <unk> 0, <s> 1, </s> 2; copy Baichuan's")
     if model.encode("a  b") == model.encode("a b"):  # what SentencePiece does if the settings at the end are missing
@@ -190,8 +224,9 @@ def _read_sentencepiece(
     settings = _settings(config, generation, max_new_tokens=min(2048, config.max_position_embeddings // 2))
     roles = [model.id_to_piece(id) for id in (settings.user_token_id, settings.assistant_token_id)]
     return Tokenizer(
-        model.encode, model.decode, config.vocab_size, special, (*special, *roles), 2, settings, config.family,
-        bos_token_id=1, pad_token_id=0, blank=" ",
+        model.encode, lambda ids: model.decode([id for id in ids if id < pieces]), config.vocab_size,
+        special, (*special, *roles, *added), 2, settings, config.family,
+        bos_token_id=1, pad_token_id=0, blank=" ", added_tokens=added,
         before=(1,) if keys.get("add_bos_token") else (), after=(2,) if keys.get("add_eos_token") else (),
     )  # fmt: skip
 
@@ -223,10 +258,29 @@ def _read_byte_level(
     )  # fmt: skip
 
 
+def _added_tokens(path: Path, pieces: int) -> dict[str, int]:
+    """The tokens of `added_tokens.json` beside a SentencePiece model of that many pieces: text -> id, from there on."""
+    file = path.parent / "added_tokens.json"
+    if path.is_dir() or path.suffix == ".gguf" or not file.exists():
+        return {}
+    found = {text: id for text, id in read_json(file).items() if type(id) is not int or id >= pieces}
+    numbers = all(type(id) is int for id in found.values())
+    if not numbers or sorted(found.values()) != list(range(pieces, pieces + len(found))) or "" in found:
+        ids = at_most(found.values(), 3)
+        raise InputError(f"{file} has the ids {ids}, expected those from {pieces} on, each once; copy it again")
+    return dict(sorted(found.items(), key=lambda one: one[1]))
+
+
 def _check_size(path: Path, size: int, config: Config) -> None:
-    # Qwen2 pads its vocabulary. Baichuan does not: there, fewer tokens mean a damaged file or tokens added elsewhere.
-    if size > config.vocab_size or (size < config.vocab_size and config.family != "Qwen2-7B"):
-        raise InputError(f"{path} has {size} tokens, the model has {config.vocab_size}; copy the file of this model")
+    # Qwen2 pads its vocabulary, and so does who enlarges a Baichuan's to a multiple. Otherwise fewer tokens mean a
+    # damaged file, or tokens that were added elsewhere.
+    room = config.vocab_size
+    padded = config.family == "Qwen2-7B" or any(room == -(-size // multiple) * multiple for multiple in MULTIPLES)
+    if size > room or (size < room and not padded):
+        raise InputError(
+            f"{path} has {size} tokens, the model has {room}; copy the file of this model, and its added_tokens.json "
+            "if words were added"
+        )
 
 
 def _settings(config: Config, keys: dict[str, Any], max_new_tokens: int = 1) -> ChatSettings:

@@ -256,9 +256,11 @@ def refused(folder: Path, config: Config | None = None) -> str:
 def test_damaged_sentencepiece_files_are_refused(folder):
     path = folder / "tokenizer.model"
     data = path.read_bytes()
-    for damaged in (b"", data[:-1], data[: len(data) // 2], b"\0" * 100, b"version https://git-lfs.github.com/spec/v1"):
+    for damaged in (b"", data[:-1], data[: len(data) // 2], b"\0" * 100):
         path.write_bytes(damaged)
         assert f"{path} is damaged: {len(damaged)} bytes are no SentencePiece model" in refused(folder)
+    path.write_bytes(b"version https://git-lfs.github.com/spec/v1")
+    assert f"{path} is only git-lfs's pointer" in refused(folder)
     path.write_bytes(data[: data.rindex(b"\n\x08identity") - 2])  # just before the normalizer's settings: still a model
     assert "takes two blanks for one" in refused(folder)
 
@@ -275,6 +277,63 @@ def test_a_tokenizer_of_another_model_is_refused(folder, tmp_path):
     )  # fmt: skip
     size = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model")).get_piece_size()
     assert "expected <unk> 0, <s> 1, </s> 2" in refused(folder, replace(config, vocab_size=size))
+
+
+# What transformers 4.33.3 gave for a slow tokenizer of the embedded model, of the official one's methods, with these
+# added_tokens.json: text, ids, their text, their text without special tokens.
+ADDED = {"<|audio|>": 3584, "<tool>": 3585, "</tool>": 3586}
+ADDED_ENCODED = [
+    ("a<tool>b", [842, 3585, 1010], "a <tool> b", "a <tool> b"),
+    ("a <tool>  b </tool> c", [842, 3585, 1010, 3586, 938], "a <tool> b </tool> c", "a <tool> b </tool> c"),
+    ("<tool><tool>", [3585, 3585], "<tool> <tool>", "<tool> <tool>"),
+    ("<|audio|> a", [3584, 842], "<|audio|> a", "<|audio|> a"),
+    ("x</s> <tool> y", [2616, 2, 3585, 895], " x</s> <tool> y", "x <tool> y"),
+    (" <tool>", [3585], "<tool>", "<tool>"),
+    (" a </s> b ", [455, 836, 2, 466, 836], "  a </s> b ", " a  b "),
+    ("登<tool>\n 鹳", [1147, 3585, 3534], "登 <tool> 鹳", "登 <tool> 鹳"),
+    (None, [3585, 3585], "<tool> <tool>", "<tool> <tool>"),
+    (None, [3585, 2, 3586], "<tool> </s> </tool>", "<tool> </tool>"),
+    (None, [300, 2, 3585, 301], " g</s> <tool> h", "g <tool> h"),
+    (None, [2, 3585], "</s> <tool>", "<tool>"),
+]
+
+
+@pytest.mark.parametrize(("text", "ids", "decoded", "shown"), ADDED_ENCODED)
+def test_added_tokens_are_those_of_the_official_tokenizer(folder, text, ids, decoded, shown):
+    (folder / "added_tokens.json").write_text(json.dumps(ADDED))
+    tokenizer = load_tokenizer(folder, replace(read_config(folder), vocab_size=3587))
+    if text is not None:
+        assert tokenizer.encode(text) == ids
+        assert not set(ADDED.values()) & set(tokenizer.encode(text, plain=True))
+    assert tokenizer.decode(ids) == decoded
+    assert tokenizer.decode(ids, skip_special_tokens=True) == shown
+    assert "".join(tokenizer.stream(ids)) == shown
+
+
+def test_a_vocabulary_padded_to_a_multiple(folder):
+    (folder / "added_tokens.json").write_text(json.dumps(ADDED))
+    config = read_config(folder)
+    tokenizer = load_tokenizer(folder, replace(config, vocab_size=3648))  # 57 times 64
+    assert tokenizer.encode("a<tool>") == [842, 3585] and tokenizer.decode([842, 3600, 3647]) == "a"
+    with pytest.raises(InputError, match="has 3587 tokens, the model has 3601; copy the file of this model"):
+        load_tokenizer(folder, replace(config, vocab_size=3601))
+    (folder / "added_tokens.json").unlink()
+    assert load_tokenizer(folder, replace(config, vocab_size=4096)).decode([3584]) == ""
+
+
+@pytest.mark.parametrize("added", [{"<a>": 3585}, {"<a>": 3584, "<b>": 3584}, {"<a>": "3584"}, {"": 3584}])
+def test_added_tokens_that_leave_gaps_are_refused(folder, added):
+    (folder / "added_tokens.json").write_text(json.dumps(added))
+    with pytest.raises(InputError, match=r"added_tokens.json has the ids .*, expected those from 3584 on"):
+        load_tokenizer(folder, replace(read_config(folder), vocab_size=3584 + len(added)))
+
+
+def test_added_tokens_go_into_gguf(folder):
+    (folder / "added_tokens.json").write_text(json.dumps(ADDED))
+    facts = vocabulary_facts(folder, replace(read_config(folder), vocab_size=3592))
+    tokens, types = (facts[f"tokenizer.ggml.{name}"] for name in ("tokens", "token_type"))
+    assert tokens[3584:] == [*ADDED, *(f"[PAD{id}]" for id in range(3587, 3592))]
+    assert types[3584:] == [4] * 3 + [5] * 5 and len(facts["tokenizer.ggml.scores"]) == 3592
 
 
 def test_a_missing_library_is_named(folder, qwen_folder, monkeypatch):
