@@ -1,8 +1,8 @@
 """How fast a training step is beside PyTorch's on the same CPU: python tests/bench_gradients.py [--wide]
 
-Both take forward, backward, clipping and AdamW, all parameters, in float32 on as many threads as NUMBA_NUM_THREADS says (all cores); they take turns, and medians
-of the times and of the ratios are printed. `--wide`: two layers of Baichuan2-7B's width, with 4,000 words, and
-without AdamW, whose moments would take more memory than all else.
+Both take forward, backward, clipping and AdamW, all parameters, in float32 on as many threads as NUMBA_NUM_THREADS says
+(all cores if it says nothing). They take turns; medians of the times and of the ratios are printed. `--wide`: two
+layers of Baichuan2-7B's width, with 4,000 words, and without AdamW, whose moments take more memory than all else.
 """
 
 import argparse
@@ -78,8 +78,13 @@ def main():
             with torch.no_grad():
                 training.loss(Case(ids), ids)
 
-        ways = {"forward": forward, "step": ours, "step, recomputing": lambda: ours(True), "PyTorch's forward": their_forward,
-                "PyTorch's step": theirs}  # fmt: skip
+        ways = {
+            "forward": forward,
+            "step": ours,
+            "step, recomputing": lambda: ours(True),
+            "PyTorch's forward": their_forward,
+            "PyTorch's step": theirs,
+        }
         times = {name: [] for name in ways}
         for turn in range(a.repeat + 1):
             for name, way in ways.items():
@@ -93,9 +98,8 @@ def main():
         pairs = [(x[0] / y[0], x[1] / y[1]) for x, y in zip(times[one], times[other], strict=True)]
         wall, busy = (statistics.median(column) for column in zip(*pairs, strict=True))
         print(f"{one} / {other}: {wall:.2f}, of the processor's time {busy:.2f}")
-    print(
-        f"peak memory of this process, PyTorch included: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6:.1f} GB"
-    )
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    print(f"peak memory of this process, PyTorch included: {peak / 1e6:.1f} GB")
 
 
 if __name__ == "__main__":
