@@ -74,11 +74,7 @@ def bundle(
     checkpoint, out = Path(checkpoint), Path(out)
     soc_called(soc)
     config = read_config(checkpoint)
-    if config.alibi:
-        raise InputError(
-            f"{config.family} has ALiBi, a bias for each head, and Genie feeds one mask for all heads; its own ALiBi "
-            "input does not fit these graphs, so run them from a host of your own, which adds the bias to the mask"
-        )
+    expect_no_alibi(config)
     parts = parts_of(config, Path(graphs))
     context = max(part.called[2] for part in parts)  # type: ignore[index]
     names = _compiled_names(parts, read_compiled(compiled), soc) if compiled else _names(config, parts, bins)
@@ -105,6 +101,15 @@ def bundle(
         [Path(compiled) / name for name in names] if compiled else [],
     )
     return out
+
+
+def expect_no_alibi(config: Config) -> None:
+    """Raises InputError for a model that Genie cannot feed."""
+    if config.alibi:
+        raise InputError(
+            f"{config.family} has ALiBi, a bias for each head, and Genie feeds one mask for all heads; its own ALiBi "
+            "input does not fit these graphs, so run them from a host of your own, which adds the bias to the mask"
+        )
 
 
 def _names(config: Config, parts: Sequence[GraphFolder], bins: Sequence[str]) -> list[str]:

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from export import emit
 from export.files.encodings import read_encodings, write_encodings
 from export.phone.accuracy import by_graphs, by_model, perplexity
-from export.phone.bundle import bundle
+from export.phone.bundle import bundle, expect_no_alibi
 from export.phone.compiler import compile_graphs
 from export.phone.fed import Fed, Parting, judge_calls, parting
 from export.phone.host import Host
@@ -50,6 +50,9 @@ def build(model: Model, folder: Path, sizes: Sizes, text: Path | None) -> tuple[
 
     Raises InputError for a folder that was made with other settings, and what each step raises.
     """
+    expect_no_alibi(model.config)
+    if text is None and model.folder != EMBEDDED:
+        raise InputError("there is no text to calibrate the model on; give one with --text FILE")
     settings = {**vars(sizes), "model": str(model.folder), "text": str(text or "")}
     kept = folder / SETTINGS
     if folder.exists() and any(folder.iterdir()) and (not kept.exists() or read_json(kept) != settings):
@@ -72,8 +75,6 @@ def build(model: Model, folder: Path, sizes: Sizes, text: Path | None) -> tuple[
 
 
 def _calibrate(model: Model, path: Path, text: Path | None, sizes: Sizes) -> None:
-    if text is None and model.folder != EMBEDDED:
-        raise InputError("there is no text to calibrate the model on; give one with --text FILE")
     ids = read_documents(text or EMBEDDED / "held_out.txt", model, CALIBRATION)
     window = min(sizes.context, len(ids))
     write_encodings(calibrate(model, np.asarray(ids), window=window), path)

@@ -184,3 +184,11 @@ def test_command_over_a_bundle(bundled, coded_export, capsys):
     assert main(["genie", "-p", "白", "--graphs", str(bundled)]) == 2
     assert main(["genie", "-p", "白", "--text", "nowhere"]) == 2
     assert capsys.readouterr().err.count("\n") == 3
+
+
+@pytest.mark.parametrize("family, why", [("Baichuan2-13B", "has ALiBi"), ("Baichuan2-7B", "there is no text")])
+def test_what_cannot_become_a_bundle_is_said_at_once(family, why, tiny_folder, tmp_path, capsys):
+    out = tmp_path / "out"
+    shutil.copyfile(EMBEDDED / "tokenizer.model", tiny_folder(family) / "tokenizer.model")
+    assert main(["genie", str(tiny_folder(family)), "-p", "白", "--out", str(out)]) == 2
+    assert why in capsys.readouterr().err and not out.exists()
