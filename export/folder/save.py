@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 from onnx import numpy_helper
 from tqdm import tqdm
@@ -21,7 +22,7 @@ from export.folder.manifest import BESIDE, FORMAT, TEST_DATA, contents
 from export.graphs.data import Built, write_data
 from export.graphs.grids import bias_encodings, graph_encodings
 from export.graphs.part import Part
-from export.graphs.plan import Arrays, Plan
+from export.graphs.plan import Arrays, GraphSpec, Plan, unpadded
 from export.graphs.profiles import Profile
 from golden.bundle import sha256 as digest
 from refimpl.errors import InputError, at_most
@@ -103,6 +104,7 @@ class Parts:
                 replaced.rename(folder)
         return folder
 
+    @np.errstate(over="ignore", invalid="ignore")  # what overflows is refused
     def _write(self, folder: Path, golden: bool) -> None:
         files, goldens = WrittenFiles(folder), self._goldens() if golden else None
         cases = goldens or [(spec, dict[str, Arrays]()) for run in self.plan.runs for spec in run]
@@ -117,6 +119,7 @@ class Parts:
                 own = replace(own, parameters={**own.parameters, **bias_encodings(own, built)})
                 files.encodings(graph / "model.encodings", own, self.encodings_version)
             if golden:
+                expect_numbers(spec, case["output"])
                 files.data_set(folder / TEST_DATA.format(spec.name), case)
         files.share()
         if self.encodings:
@@ -194,6 +197,14 @@ class WrittenFiles:
         for kind, arrays in case.items():
             for i, (name, array) in enumerate(arrays.items()):
                 self.proto(folder / f"{kind}_{i}.pb", numpy_helper.from_array(array, name))
+
+
+def expect_numbers(spec: GraphSpec, outputs: Arrays) -> None:
+    """Raises InputError if a golden output is NaN or infinite: a device that answers NaN would agree with it."""
+    for value in spec.outputs:
+        if not np.isfinite(unpadded(value, outputs[value.name], spec)).all():
+            raise InputError(f"the golden output {value.name} of {spec.name} is NaN or infinite, so no device can be "
+                             "judged by it; mend the model, whose numbers overflow")  # fmt: skip
 
 
 def check_free(folder: Path, overwrite: bool) -> None:

@@ -21,7 +21,7 @@ import numpy as np
 from export.graphs.data import Parameter
 from export.graphs.ops import OnnxOps
 from export.graphs.symbols import Graph, Stack, Tensor
-from refimpl.checkpoint.resolve import expected_shapes
+from refimpl.checkpoint.resolve import model_shapes
 from refimpl.checkpoint.weights import Weight
 from refimpl.config import Config
 from refimpl.errors import InputError, at_most
@@ -129,8 +129,8 @@ def dependencies(config: Config, inputs: Mapping[str, tuple[int, ...]], run: Cal
         names[x] = name
         return x
 
-    shapes = {"lm_head.weight": (config.vocab_size, config.hidden_size), **expected_shapes(config)}
     nothing = np.zeros((), np.float32)
+    shapes = model_shapes(config)
     weights = {n: Parameter.whole(n, Weight(np.broadcast_to(nothing, shape))) for n, shape in shapes.items()}
     run(weights, OnnxOps(graph), symbols, tap)
     return {name: _nearest(tensor, names) for name, tensor in tapped.items()}

@@ -17,6 +17,7 @@ import numpy as np
 from onnx import ModelProto, TensorProto
 
 from refimpl.checkpoint.pages import let_go, read_ahead
+from refimpl.errors import InputError
 from refimpl_kernels.ops import TILE_BYTES, Readable
 
 ALIGNMENT = 4096  # of a weight in model.data: a page, so that a runtime can map it
@@ -88,7 +89,8 @@ def assign_offsets(parameters: Iterable[TensorProto]) -> dict[str, tuple[int, in
 def write_data(file: BinaryIO, built: Built) -> str:
     """Fills `model.data` tile by tile, and returns its sha256. Equal weights give equal bytes.
 
-    One tile is hashed while it is written and the next one computed.
+    One tile is hashed while it is written and the next one computed. Raises InputError for weights that are no numbers:
+    every answer of such a graph would be NaN, and would be taken for right.
     """
     digest, end = hashlib.sha256(), 0
     with ThreadPoolExecutor(1) as other:
@@ -102,8 +104,17 @@ def write_data(file: BinaryIO, built: Built) -> str:
 
         for name, (offset, length) in built.layout.items():
             end += write(bytes(offset - end))
-            written = sum(write(np.ascontiguousarray(tile).data.cast("B")) for tile in built.tiles[name]())
+            written = sum(write(expect_finite(name, tile).data.cast("B")) for tile in built.tiles[name]())
             if written != length:
                 raise ValueError(f"{name} has {written} bytes, the graph says {length}")
             end += written
     return digest.hexdigest()
+
+
+def expect_finite(name: str, array: np.ndarray) -> np.ndarray:
+    """The array, contiguous. Raises InputError if it holds NaN or infinity."""
+    if array.dtype.kind == "f" and not np.isfinite(array).all():
+        count = np.count_nonzero(~np.isfinite(array))
+        raise InputError(f"{name} holds {count} numbers that are NaN or infinite, so nothing computed from it "
+                         "is right; take weights that are whole")  # fmt: skip
+    return np.ascontiguousarray(array)

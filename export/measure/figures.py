@@ -34,6 +34,8 @@ from refimpl_kernels.affine import Encoding
 ROWS, TYPICAL = 4.0, 1.5  # how many yards one row in thousands, and the median row, may be off
 BINS = 16  # of the histogram: a row's error is 2^-8 to 2^7 of what is allowed, and the ends hold what is beyond
 
+ON_BOTH_SIDES = "NaN or infinity on both sides"  # a problem: no device is right that answers NaN
+
 
 class Birth(str, Enum):
     """Whether a wrong tensor became wrong in its own operation, or was computed rightly from what was wrong already."""
@@ -180,6 +182,9 @@ def compared(spot: Spot, kind: Kind, sides: Sides, limit: Tolerance, grid: Encod
     """The comparison of one tensor. `limit`: what rounding of floats may do; `grid`: of the tensor, if it has one."""
     nothing, row = spot.nothing(kind), taps(spot.spec.config).get(spot.tap)
     found = _difference(sides.device, sides.reference, limit)
+    if not found.problem and not np.isfinite(sides.device).all():
+        at = tuple(np.argwhere(~np.isfinite(sides.device))[0].tolist())
+        found = replace(found, problem=ON_BOTH_SIDES, index=at, value=math.nan, reference=math.nan)
     if found.problem:
         return _incomparable(nothing, found, sides, row)
     if kind.coded and grid is not None and (lost := unused_bits(sides.device, sides.reference, grid)):
@@ -202,7 +207,7 @@ def _incomparable(nothing: Comparison, found: Difference, sides: Sides, row: Row
     """Where numbers are not finite, or that the shape is another."""
     needs = nothing.needs
     if sides.device.shape == sides.reference.shape:
-        odd = np.where(np.isfinite(sides.device) == np.isfinite(sides.reference), 0.0, np.inf)
+        odd = np.where(np.isfinite(sides.device) & np.isfinite(sides.reference), 0.0, np.inf)
         needs = replace(needs, tokens=_along(odd, row, "T", np.max), heads=_along(odd, row, "HK", np.max))
     device = Figures(index=found.index, value=found.value, reference=found.reference)
     return replace(nothing, problem=found.problem, shape=sides.device.shape, needs=needs, device=device)

@@ -31,7 +31,7 @@ from export.measure.kinds import ENDS, EVEN, FLOAT, SIMULATION, WEIGHTS, Kind
 from export.measure.places import Dataflow
 from export.run.engines import Engine
 from golden.compare import compare
-from refimpl.checkpoint.resolve import expected_shapes
+from refimpl.checkpoint.resolve import model_shapes
 from refimpl.config import Config
 from refimpl.errors import InputError
 from refimpl.files import read_json
@@ -47,7 +47,7 @@ from refimpl_kernels.ops import NumPyOps
 def shapes_of(folder: Path, config: Config | None = None) -> Model:
     """As much of an export's model as encodings are read by: its config, and the shapes of its parameters."""
     config = config or read_manifest(folder, weights=False)[0].config
-    weights = {name: SimpleNamespace(shape=shape) for name, shape in expected_shapes(config).items()}
+    weights = {name: SimpleNamespace(shape=shape) for name, shape in model_shapes(config).items()}
     return cast(Model, SimpleNamespace(config=config, weights=weights))
 
 

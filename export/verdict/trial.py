@@ -22,7 +22,7 @@ from export.folder.manifest import read_manifest
 from export.folder.verify import run_graphs
 from export.graphs.plan import Arrays, GraphSpec, Value, Way, carry
 from export.measure.device import Answer, fit_answers
-from export.measure.figures import Birth, Comparison, Spot
+from export.measure.figures import ON_BOTH_SIDES, Birth, Comparison, Spot
 from export.measure.kinds import WEIGHTS, Kind
 from export.measure.limits import AS_SHOWN, Terms, Thresholds
 from export.measure.references import References
@@ -186,7 +186,8 @@ class Trial:
         """By what follows from the device's own inputs, and own earlier tensors."""
         again, born = {t.tap: t for t in self._from_own_tensors(kind, answer)}, {}
         for at, tensor in enumerate(bad):
-            right = thresholds.within(again[tensor.tap])
+            follows = again[tensor.tap]
+            right = thresholds.within(follows) or follows.problem == ON_BOTH_SIDES  # what is made of NaN is NaN
             # without a model, nobody knows what a graph's own earlier error did to its later tensors
             known = right or at == 0 or self.references.model is not None
             born[tensor.name] = (Birth.INHERITED if right else Birth.HERE) if known else Birth.UNKNOWN

@@ -101,6 +101,7 @@ def make(
                 model = _build(source, config, parameters, dtype)
                 for name, case in cases.items():
                     traces[name, dtype] = _record(model, config, case, dtype, taps)
+                    _expect_finite(traces[name, dtype], case, f"{name} in {dtype}")
                     progress.update()
             del model
     longest = max(case.ids.shape[1] for case in cases.values())
@@ -108,6 +109,15 @@ def make(
     rules = {dtype: tolerances(config, dtype, longest, scores=scores) for dtype in dtypes}
     write(out, config, cases, traces, _provenance(folder, source, files, seed), rules)
     return read(out)
+
+
+def _expect_finite(trace: Trace, case: Case, which: str) -> None:
+    """Raises InputError for logits that are no numbers; those of padding may be."""
+    logits = trace.get("lm_head")
+    seen = np.ones(case.ids.shape, bool) if case.attention_mask is None else case.attention_mask.astype(bool)
+    if logits is not None and not np.isfinite(logits[seen].astype(np.float64)).all():
+        raise InputError(f"the logits of {which} are NaN or infinite, so nothing can be judged by them; leave that "
+                         "format out, or mend the model")  # fmt: skip
 
 
 def _provenance(folder: Path, source: _Source, files: Sequence[Path], seed: int) -> dict[str, Any]:
@@ -176,6 +186,10 @@ def _checkpoint(folder: Path) -> tuple[dict[str, torch.Tensor], list[Path]]:
                 tensors |= load(folder / name)
             except Exception as error:  # each format has its own ways to be broken
                 raise InputError(f"cannot read {folder / name}: {_first_line(error)}; download it again") from None
+        for name, x in tensors.items():
+            if x.is_floating_point() and not bool(torch.isfinite(x).all()):
+                raise InputError(f"{name} of {folder} holds NaN or infinity, so no golden can be made of it; take "
+                                 "weights that are whole")  # fmt: skip
         return tensors, [folder / name for name in names]
     raise InputError(f"{folder} holds neither model.safetensors nor pytorch_model.bin; expected weights")
 

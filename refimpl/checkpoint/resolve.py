@@ -186,3 +186,8 @@ def expected_shapes(config: Config) -> dict[str, tuple[int, ...]]:
     if not config.tie_word_embeddings:
         shapes["lm_head.weight"] = (config.vocab_size, hidden)
     return shapes
+
+
+def model_shapes(config: Config) -> dict[str, tuple[int, ...]]:
+    """Name -> the shape of every parameter of a model in memory. A tied head, which no file needs, is among them."""
+    return {**expected_shapes(config), HEAD: (config.vocab_size, config.hidden_size)}

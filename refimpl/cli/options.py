@@ -75,6 +75,19 @@ def text_ids(arguments, model: Model) -> list[int]:
     return read_documents(Path(arguments.text or EMBEDDED / "held_out.txt"), model, arguments.tokens)
 
 
+def listed_ids(given: str, tokens: int | None) -> list[int]:
+    """The token ids of a list such as 5,17,9, or of a file that holds such a list; `tokens`: no more than so many."""
+    if tokens is not None and tokens < 1:
+        raise InputError(f"tokens is {tokens}, expected how many to read, from 1")
+    path = Path(given)
+    if not path.is_file():
+        return list(integers(given))[:tokens]
+    try:
+        return list(integers(",".join(path.read_text(encoding="utf-8").replace(",", " ").split())))[:tokens]
+    except UnicodeDecodeError:
+        raise InputError(f"{path} is no text; expected whole numbers between commas or blanks") from None
+
+
 def size_of_blocks(text: str) -> int | str:
     """A number of weights, or a word such as "channel" or "tensor", which each format accepts or refuses."""
     return int(text) if text.lstrip("-").isdecimal() else text

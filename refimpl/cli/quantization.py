@@ -13,6 +13,7 @@ from refimpl.cli.options import (
     MODEL,
     SWEEP,
     TEXT,
+    listed_ids,
     load_model,
     model_folder,
     size_of_blocks,
@@ -159,7 +160,11 @@ def quality(arguments) -> int:
 
 @verb(
     "refimpl calibrate weights/B2-7B --text wiki.txt --out encodings.json",
-    *(MODEL, TEXT, DTYPE, SWEEP, JSON),
+    *(MODEL, DTYPE, SWEEP, JSON),
+    option("--text", metavar="FILE", help="UTF-8 text with blank lines between documents"),
+    option("--ids", metavar="IDS", help="in place of a text: token ids such as 5,17,9, or a file of them"),
+    option("--tokens", type=int, metavar="N", help="read only the first N tokens (default: all)"),
+    option("--window", type=int, default=512, metavar="N", help="tokens that are run at a time (default: 512)"),
     option("--out", required=True, metavar="FILE", help="a new file"),
     option("--version", default="1.0.0", help="of the file's format: 0.6.1, 1.0.0 (default) or 2.0.0"),
     option("--method", choices=("minmax", "percentile", "mse"), default="minmax",
@@ -171,14 +176,17 @@ def quality(arguments) -> int:
     option("--lpbq", action="store_true", help="make the scales of blocks small multiples of the row's scale"),
 )  # fmt: skip
 def calibrate(arguments) -> int:
-    """Find the range of every tensor on a text, and write AIMET encodings for a phone."""
+    """Find the range of every tensor on a text or its ids, and write AIMET encodings for a phone."""
     from export.files.encodings import write_encodings
     from refimpl.grids.calibrate import calibrate
     from refimpl.grids.recipe import Recipe
     from refimpl.sweep import workers
 
+    if bool(arguments.text) == bool(arguments.ids):
+        said = "both a text and token ids" if arguments.text else "nothing to calibrate on"
+        raise InputError(f"there is {said}; give either --text FILE, or --ids, for which no tokenizer is needed")
     model = load_model(arguments)
-    ids = text_ids(arguments, model)
+    ids = listed_ids(arguments.ids, arguments.tokens) if arguments.ids else text_ids(arguments, model)
     recipe = Recipe(weight_bits=arguments.weight_bits, block_size=arguments.block_size, lpbq=arguments.lpbq)
     with workers(arguments.jobs, arguments.dask) as executor:
         found = calibrate(model, ids, recipe, arguments.method, arguments.percentile, arguments.window, arguments.dtype,

@@ -41,6 +41,20 @@ def test_ids_come_out_where_there_is_no_tokenizer(tmp_path, capsys):
     assert len(capsys.readouterr().out.split()) == 3
 
 
+def test_ids_calibrate_a_model_without_a_tokenizer(tmp_path, capsys):
+    folder = str(write_checkpoint(tmp_path / "model", "Qwen2-7B"))
+    numbers = [str(i) for i in range(40)]
+    (tmp_path / "ids.txt").write_text(" ".join(numbers[:20]) + "\n" + ",".join(numbers[20:]))
+    for name, ids in (("listed", ",".join(numbers)), ("kept", str(tmp_path / "ids.txt"))):
+        assert main(["calibrate", folder, "--ids", ids, "--out", str(tmp_path / name)]) == 0
+        assert "from 40 tokens" in capsys.readouterr().out
+    assert (tmp_path / "listed").read_bytes() == (tmp_path / "kept").read_bytes()
+    for ids, said in ((["5,x"], "is not a list of whole numbers"), ([], "there is nothing to calibrate on"),
+                      (["5,17", "--text", "a"], "there is both a text and token ids")):  # fmt: skip
+        assert main(["calibrate", folder, *(["--ids", *ids] if ids else []), "--out", str(tmp_path / "x")]) == 2
+        assert said in capsys.readouterr().err and not (tmp_path / "x").exists()
+
+
 def test_a_chat(capsys):
     assert main(["chat", "-m", "《静夜思》的作者是谁？", "--max-new-tokens", "16"]) == 0
     assert "李白" in capsys.readouterr().out

@@ -16,7 +16,7 @@ import pytest
 from conftest import write_checkpoint
 from onnx import TensorProto, numpy_helper
 from onnx.reference import ReferenceEvaluator
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 import refimpl
 from export import emit, verify
@@ -347,6 +347,24 @@ def test_tied_and_random_heads(tmp_path):
     folder = write_checkpoint(tmp_path / "m", "Qwen2-7B", tie_word_embeddings=True)
     emit(refimpl.load(folder), tokens=(4, 1), context=8).save(tmp_path / "x")
     assert verify(tmp_path / "x", engine="reference")
+
+
+def test_a_model_that_is_no_numbers_is_refused(tmp_path):
+    """By the weight that is damaged, without goldens too; or, where weights are sound, by the output that overflows."""
+    folder = write_checkpoint(tmp_path / "m", "Baichuan2-7B")
+    tensors = load_file(folder / "model.safetensors")
+    for name, value in (("model.layers.1.mlp.up_proj.weight", np.nan), ("model.embed_tokens.weight", np.inf)):
+        bad = {n: x.copy() for n, x in tensors.items()}
+        bad[name][-1, 3] = value
+        save_file(bad, folder / "model.safetensors")
+        for golden in (True, False):
+            with pytest.raises(InputError, match=f"{name} holds 1 numbers that are NaN or infinite"):
+                emit(refimpl.load(folder), tokens=4, context=8, prompt=[1, 2]).save(tmp_path / "x", golden=golden)
+            assert [path.name for path in tmp_path.iterdir()] == ["m"], "nothing is half-written"
+    huge = {"model.norm.weight": np.full_like(tensors["model.norm.weight"], 3e38)}
+    save_file(tensors | huge, folder / "model.safetensors")
+    with pytest.raises(InputError, match=r"the golden output logits of prompt_ar4_cl8_\S+ is NaN or infinite"):
+        emit(refimpl.load(folder), tokens=4, context=8, prompt=[1, 2]).save(tmp_path / "x")
 
 
 def test_refimpl_does_without_onnx():

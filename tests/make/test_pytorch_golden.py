@@ -115,6 +115,24 @@ def test_code_from_elsewhere_is_refused(tmp_path, reference):
         make(folder, tmp_path / "g", [IDS], trust_remote_code=True)
 
 
+def test_a_golden_is_made_of_numbers(tmp_path):
+    """NaN in a weight, even one that no prompt reads, and logits that overflow in a format."""
+    folder = write_checkpoint(tmp_path / "m", "Baichuan2-7B")
+    tensors = load_file(folder / "model.safetensors")
+    bad = {name: x.copy() for name, x in tensors.items()}
+    bad["model.embed_tokens.weight"][-1, 0] = np.nan
+    save_file(bad, folder / "model.safetensors")
+    with pytest.raises(InputError, match=r"model.embed_tokens.weight of .* holds NaN or infinity"):
+        make(folder, tmp_path / "g", [IDS])
+    save_file(
+        tensors | {"model.norm.weight": tensors["model.norm.weight"] * np.float32(1e6)}, folder / "model.safetensors"
+    )
+    with pytest.raises(InputError, match="the logits of p0 in float16 are NaN or infinite"):
+        make(folder, tmp_path / "g", [IDS], dtypes=("float32", "float16"))
+    assert not (tmp_path / "g").exists()
+    assert make(folder, tmp_path / "g", [IDS], dtypes=("float32",))
+
+
 def test_code_that_is_missing_or_broken_is_an_input_error(tmp_path):
     folder = with_code(tmp_path / "m", "Baichuan2-13B")
     text = (folder / "modeling_baichuan.py").read_text()

@@ -468,6 +468,20 @@ def test_one_nan_is_placed_and_counted(world, way):
     assert ">NaN<" in html(verdict) and "NaN or in<" not in html(verdict)
 
 
+def test_no_device_is_right_that_answers_nan(world, monkeypatch):
+    """Even if the golden is NaN, too."""
+    devices, golden = world.run("float", "isolated")["isolated"], References.golden
+    devices = {name: {n: x.copy() for n, x in arrays.items()} for name, arrays in devices.items()}
+    devices[P.format(4)]["logits"][:] = np.nan
+    monkeypatch.setattr(References, "golden", lambda self, spec: {
+        name: x * np.nan if name == "logits" and spec.name == P.format(4) else x
+        for name, x in golden(self, spec).items()
+    })  # fmt: skip
+    verdict = judge(world.folder, devices)
+    assert not verdict and [t.name for t in verdict.failures] == [f"{P.format(4)}/isolated/lm_head"]
+    assert verdict.summary.endswith("NaN or infinity on both sides") and "the first is at (0, 0, 0)" in verdict.story
+
+
 def test_one_token_is_not_everywhere(world):
     outputs = at(4, "logits", lambda x, s: x * 1.5, T)(world, "simulation", "isolated")
     verdict = world.judged(outputs)
@@ -600,6 +614,8 @@ HALF = float(np.float16(0.3))  # and no bfloat16
     ([HALF], 0.1, {"x": 1}, "float32"), ([0.25], 0.1, {}, "float32"), ([[HALF, np.inf]], 1e9, {}, "float16"),
     ([[HALF, np.nan]], 0.1, {}, "float16"), ([[HALF, 70000.0]], 0.1, {}, "float32"),
     ([HALF, HALF, 0.1], 0.1, {}, "float16"), ([HALF, 0.1, 0.1], 0.1, {}, "float32"),
+    ([HALF * (1 + 1.2e-7)], 0.1, {}, "float16"), ([HALF * (1 + 5e-7)], 0.1, {}, "float32"),
+    ([[HALF * (1 - 8.5e-8), np.inf]], 0.1, {}, "float16"), ([0.25 * (1 + 1.2e-7)], 0.1, {}, "float32"),
 ])  # fmt: skip
 def test_the_dtype_is_what_most_outputs_show(device, golden, grids, dtype):
     """Where the oracle's numbers are as short, such as rows of a bfloat16 embedding, nothing is shown."""
@@ -786,6 +802,16 @@ def test_modules_alone_are_judged(world, tmp_path):
     assert verdict.suspects == [f"model.layers.1.mlp.{tap}" for tap in inner]
     save_run(verdict, tmp_path / "run.json")
     assert read_run(tmp_path / "run.json").suspects == verdict.suspects
+
+
+def test_a_tied_head_has_a_grid(tmp_path):
+    """A file need not hold it, so what an export needs is more than what a checkpoint must have."""
+    model = refimpl.load(write_checkpoint(tmp_path / "m", "Qwen2-7B", tie_word_embeddings=True))
+    encodings = calibrate(model, np.arange(64))
+    folder = emit(model, tokens=4, context=8, profile="qdq", encodings=encodings, prompt=[1, 2, 3]).save(tmp_path / "x")
+    references = References(folder, model)
+    outputs = {name: references.run(SIMULATION, s, references.inputs(s)) for name, s in references.specs.items()}
+    assert judge(folder, outputs, model) and judge(folder, outputs)
 
 
 def test_the_loop_and_the_verdict(tiny_model, tmp_path, monkeypatch):
