@@ -19,6 +19,18 @@ from refimpl_kernels.affine import Encoding, fake_quantize, from_range, quantize
 ROWS_TO_FIT = 8  # tokens that it takes to fit a factor for each channel
 
 
+def byte_order(e: Evidence) -> Iterator[Guess]:
+    """The bytes of each float, or of each code of 16 bits, are in the other order; such floats may well be NaN."""
+    turned = [e.shown(e.raw.astype(np.float32, copy=False).byteswap())]
+    if e.grid is not None and e.grid.bits == 16 and not e.grid.scale.ndim and np.isfinite(e.device).all():
+        codes = quantize(e.device.astype(np.float32), e.grid).astype(np.uint16).byteswap()
+        turned.append((codes + float(e.grid.offset)) * float(e.grid.scale))
+    for values in turned:
+        near = nearness(values, e.expected)
+        yield Guess("the bytes of each number are in the other order: big-endian, expected little-endian", e.expected,
+                    values, certain=near > 20 and near > nearness(e.device, e.expected))  # fmt: skip
+
+
 def not_finite(e: Evidence) -> Iterator[Guess]:
     """NaN or infinity."""
     wrong = ~np.isfinite(e.device)
@@ -157,7 +169,7 @@ def narrowed(e: Evidence) -> Iterator[Guess]:
         yield Guess(lost, e.expected, certain=True)
     if e.kind.coded:
         return
-    for name, dtype in (("bfloat16", ml_dtypes.bfloat16), ("float16", np.float16)):
+    for name, dtype in _narrower(e):
         with np.errstate(over="ignore"):
             same, others = ((x.astype(dtype).astype(np.float64) == x).mean() for x in (e.device, e.expected))
         if same == 1 and others < 0.5:
@@ -175,11 +187,17 @@ def dtypes(e: WhatIf) -> Iterator[Hypothesis]:
     """A suspect is rounded to fewer bits."""
     for tap in e.suspects:
         name, grid = last_name(tap), e.references.grids.get(tap) if e.kind.on_grids else None
-        for dtype, called in ((np.float16, "float16"), (ml_dtypes.bfloat16, "bfloat16")) if grid is None else ():
+        for called, dtype in _narrower(e) if grid is None else ():
             yield Hypothesis(f"{name} is rounded to {called}", (name,), partial(_narrow, dtype=dtype))
         if grid is not None and grid.bits > 8 and not grid.scale.ndim:
             narrow = from_range(grid.low, grid.high, 8)
             yield Hypothesis(f"{name} has 8 bits, expected {grid.bits}", (name,), partial(_coarse, grid=narrow))
+
+
+def _narrower(e: WhatIf) -> Iterator[tuple[str, Any]]:
+    """Names and types of floats that a device should not round to: others than those it is judged to compute in."""
+    return ((name, dtype) for name, dtype in (("bfloat16", ml_dtypes.bfloat16), ("float16", np.float16))
+            if name != e.dtype)  # fmt: skip
 
 
 def _narrow(o: Operation, dtype: Any) -> np.ndarray:

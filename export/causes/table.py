@@ -13,6 +13,7 @@ from export.causes.host import never_written, padding_side, parts_exchanged, sta
 from export.causes.layout import channels_permuted, heads_permuted, shifted, transposed
 from export.causes.mask import mask
 from export.causes.numbers import (
+    byte_order,
     dtypes,
     narrowed,
     not_dequantized,
@@ -41,17 +42,25 @@ def computed_again(hypotheses: Callable[[WhatIf], Iterator[Hypothesis]]) -> Dete
         for tap in e.suspects:
             layers.setdefault(stage(tap, e.config.num_hidden_layers), []).append(tap)
         # One fault is in one layer; another model differs in all of them.
-        views = [(f", in layer {n}" * (len(layers) > 1), replace(e, suspects=tuple(own))) for n, own in layers.items()]
-        for where, view in [*views, ("", e)] if len(layers) > 1 else views:
+        several = len(layers) > 1
+        views = [(where(n, e.config.num_hidden_layers) if several else "", replace(e, suspects=tuple(own)))
+                 for n, own in layers.items()]  # fmt: skip
+        for place, view in [*views, ("", e)] if several else views:
             doubtful = {last_name(tap) for tap in view.suspects}
             for hypothesis in hypotheses(view):
                 if doubtful.intersection(hypothesis.at):
-                    yield Guess(hypothesis.text + where, view.if_true(hypothesis))
+                    yield Guess(hypothesis.text + place, view.if_true(hypothesis))
 
     return detector
 
 
+def where(stage: int, layers: int) -> str:
+    """A stage of a model in words: its layers are 0, 1, …, and the head comes after the last."""
+    return ", in the embedding" if stage < 0 else ", after the last layer" if stage == layers else f", in layer {stage}"
+
+
 CAUSES: dict[str, Detector] = {
+    "byte order": byte_order,
     "not finite": not_finite,
     "never written": never_written,
     "zeros": zeros,

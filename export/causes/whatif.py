@@ -9,7 +9,7 @@ itself, or only a tensor that comes much later.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -43,6 +43,7 @@ class WhatIf:
 
     `value`: the tensor, as an output of the graph `spec`. `inputs`: what the graph was given.
     `suspects`: the taps of the operations of which one is wrong, the tensor's own the last.
+    `dtype`: the floats that the device is judged to compute in; rounding to those is no fault.
     """
 
     references: References
@@ -51,6 +52,7 @@ class WhatIf:
     value: Value
     inputs: Mapping[str, np.ndarray]
     suspects: tuple[str, ...]
+    dtype: str = field(default="float32", kw_only=True)
 
     @property
     def config(self) -> Config:
@@ -60,6 +62,7 @@ class WhatIf:
     def tap(self) -> str:
         return self.value.tap or self.value.name
 
+    @np.errstate(invalid="ignore")  # bytes in another order may be a signalling NaN
     def shown(self, array: np.ndarray) -> np.ndarray:
         """An array in the graph's layout as this tap in float64, without padding."""
         return unpadded(self.value, array, self.spec).astype(np.float64)

@@ -165,5 +165,6 @@ class OneGraph:
             value = shown[one.tap]
             array = array.transpose(np.argsort(value.tap_axes)) if value.tap_axes else array
         raw = array.astype(np.float32)
-        cause = explained(Evidence(self.references, kind, self.spec, value, self.inputs, suspects, raw))
+        floats = self.dtype or "float32"
+        cause = explained(Evidence(self.references, kind, self.spec, value, self.inputs, suspects, raw, dtype=floats))
         return str(cause) if cause else None

@@ -27,14 +27,24 @@ EXPLAINED = "what rounding explains"
 
 def agrees(count: int, rule: str, kind: Kind, worst: Comparison, excess: float) -> str:
     """All tensors are right."""
-    needs = worst.problem or f"{excess:.2g} of what is allowed"
+    needs = worst.problem or share(excess)
     return f"agrees: {count} tensors within {rule}; the device computes like {kind.text}; worst {worst.name}, {needs}"
 
 
 def differs(failing: int, count: int, first: Comparison, excess: float) -> str:
     """Some tensors are wrong."""
-    said = first.problem or f"{excess:.2g} times what is allowed"
+    said = first.problem or times(excess)
     return f"differs: {failing} of {count} tensors; the first is {first.name}, {said}"
+
+
+def share(excess: float) -> str:
+    """How much of what is allowed a right tensor needs."""
+    return "nearly all of what is allowed" if f"{excess:.2g}" == "1" else f"{excess:.2g} of what is allowed"
+
+
+def times(excess: float) -> str:
+    """How many times what is allowed a wrong tensor needs; "1 times" would sound like a right one."""
+    return "a little more than what is allowed" if f"{excess:.2g}" == "1" else f"{excess:.2g} times what is allowed"
 
 
 def rule(given: int, others: int, default: bool) -> str:
@@ -214,7 +224,7 @@ def how_wrong(one: Comparison, excess: float, pieces: Collection[str]) -> str:
     parts = [f"wrong only in {at_most(pieces, 6)}"] if pieces else []
     place = ", ".join(parts + [f"in {wrong}" for wrong in [wrong_in(one.needs)] if wrong])
     at = f"{one.device.value:.5g} at {one.device.index}, expected {one.device.reference:.5g}".replace(",)", ")")
-    by = f"{excess:.2g} times what is allowed"
+    by = times(excess)
     return f"It has {one.device.sqnr:.1f} dB to {one.kind.text}, {by}{f', {place}' if place else ''}; worst {at}."
 
 

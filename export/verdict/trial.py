@@ -200,8 +200,9 @@ class Trial:
         for name, value in answer.values.items() if self.references.model is not None else ():
             if name in answer.arrays and np.isfinite(answer.arrays[name]).all():
                 feed[value.tap or name] = _in_layout(value, answer.arrays[name])
-        right = self.references.run(kind, spec, inputs, feed, answer.probed)
-        base = self.references.run(WEIGHTS, spec, inputs, feed, answer.probed) if kind.on_grids else None
+        with np.errstate(over="ignore", invalid="ignore"):  # a device's own tensors may be anything
+            right = self.references.run(kind, spec, inputs, feed, answer.probed)
+            base = self.references.run(WEIGHTS, spec, inputs, feed, answer.probed) if kind.on_grids else None
         yield from self.standard.beside(kind, answer, Right(right, base))
 
     def _as_fed(self, answer: Answer) -> Arrays:
@@ -250,7 +251,8 @@ class Trial:
         inputs, raw = self._as_fed(answer), answer.arrays[value.name]
         needs = self.standard.needs(kind, Spot(spec, answer.way, tensor.tap), value, inputs)
         handed_on = any(t.born == Birth.INHERITED for t in verdict.following(tensor))
-        return Evidence(self.references, kind, spec, value, inputs, suspects, raw, answer.way, needs, handed_on)
+        return Evidence(self.references, kind, spec, value, inputs, suspects, raw, answer.way, needs, handed_on,
+                        dtype=self.standard.dtype)  # fmt: skip
 
 
 def _in_layout(value: Value, array: np.ndarray) -> np.ndarray:

@@ -17,7 +17,7 @@ import refimpl
 from export import emit
 from export.causes.evidence import Evidence
 from export.causes.likely import likeliest
-from export.causes.table import CAUSES
+from export.causes.table import CAUSES, where
 from export.causes.whatif import Stretch, WhatIf
 from export.files.entries import of_mapping
 from export.graphs.plan import carry
@@ -30,6 +30,7 @@ from export.measure.limits import Terms, Thresholds
 from export.measure.references import References
 from export.measure.standard import shown_dtype
 from export.search.bisection import bisect
+from export.verdict import english
 from export.verdict.report import html
 from export.verdict.saved import read_run, save_run
 from export.verdict.trial import judge
@@ -770,6 +771,46 @@ def test_codes_that_were_not_dequantized_are_named(world, name, tap, first):
     codes = at(4 if name == "logits" else 3, name, lambda x, s: np.rint(x / float(its.scale)) - zero)
     verdict = world.judged(codes(world, "simulation", "isolated"))
     assert verdict.guilty.tap == tap and verdict.causes[verdict.guilty.name].name == "codes", str(verdict)
+
+
+@pytest.mark.parametrize("kind", ["float", "simulation"])
+@pytest.mark.parametrize("part, name", [(3, "past_value_1_out"), (4, "logits")])
+def test_bytes_in_the_other_order_are_named(world, kind, part, name):
+    """Such floats look like NaN, and such codes like noise."""
+    swapped = at(part, name, lambda x, s: x.astype(np.float32).byteswap())
+    verdict = world.judged(swapped(world, kind, "isolated"))
+    assert verdict.guilty.output == name and "Likely cause: the bytes of each number are in the other" in verdict.story
+    its = world.references.grids.get("lm_head")
+    if kind == "simulation" and name == "logits":
+
+        def codes(x, s):
+            codes = np.clip(np.rint(x / float(its.scale) - float(its.offset)), 0, 65535).astype(np.uint16)
+            return (codes.byteswap() + float(its.offset)) * float(its.scale)
+
+        verdict = world.judged(at(part, name, codes)(world, kind, "isolated"))
+        assert verdict.causes[verdict.guilty.name].name == "byte order", verdict
+
+
+def test_a_float_that_is_assumed_is_no_cause(world):
+    """A float16 device rounds to float16 whatever else is wrong with it."""
+    noise = np.random.default_rng(0)
+    disturbed = at(3, "past_value_1_out", lambda x, s: x + 0.03 * x.std() * noise.standard_normal(x.shape))
+    outputs = disturbed(world, "float", "isolated")["isolated"]
+    outputs = {n: {k: x.astype(np.float16).astype(np.float32) for k, x in v.items()} for n, v in outputs.items()}
+    for dtype, causes in (("float16", []), ("float32", ["dtype"])):
+        verdict = judge(world.folder, outputs, world.model, terms=Terms(dtype))
+        assert not verdict and [cause.name for cause in verdict.causes.values()][:1] == causes, verdict
+
+
+def test_what_is_above_1_is_not_called_1_times():
+    assert english.times(1.02) == "a little more than what is allowed" and english.times(1.1).startswith("1.1 times")
+    assert english.share(0.998) == "nearly all of what is allowed" and english.share(0.9) == "0.9 of what is allowed"
+
+
+def test_the_head_is_no_layer():
+    assert [where(stage, 3) for stage in (-1, 0, 2, 3)] == [
+        ", in the embedding", ", in layer 0", ", in layer 2", ", after the last layer",
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", ["float", "simulation"])
