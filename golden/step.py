@@ -4,7 +4,8 @@ A step runs some batches forward and back, averages their gradients, clips them 
 Its tensors, in the order in which they are known; b0, b1, … are the batches, and the second step (s1) shows what the
 first cannot: at AdamW's first step the moments cancel, whatever beta2 is.
 
-    s0/b0/loss  s0/b0/gradient/NAME      of every tap, last to first, and of every parameter
+    s0/b0/forward/NAME  s0/b0/loss       every tap of the forward, and the loss
+    s0/b0/gradient/NAME                  of every tap, last to first, and of every parameter
     s0/gradient/NAME  s0/norm            of the mean loss; the norm before clipping
     s0/mean/NAME  s0/square/NAME         AdamW's moments after the step, which have the clipped gradient in them
     s0/after/NAME                        the parameters
@@ -126,6 +127,9 @@ def take(
             at = f"s{s}/b{b}"
             given = {n.removeprefix(f"{at}/gradient/"): x for n, x in (feed or {}).items() if n.startswith(f"{at}/g")}
             loss, gradients = _batch(model, batch, setting, dtype, way, parameters, s == 0, given)
+            if s == 0:
+                forward = model.trace(batch.case.ids, dtype, batch.case.attention_mask)
+                found.update((f"{at}/forward/{name}", x) for name, x in forward.items())
             found[f"{at}/loss"] = np.array([loss])
             if s == 0:
                 found.update((f"{at}/gradient/{name}", g) for name, g in gradients.items())

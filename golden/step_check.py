@@ -42,11 +42,15 @@ MISTAKES: dict[str, tuple[str, Way]] = {
 
 @dataclass(frozen=True)
 class StepReport:
-    """A verdict on a step: the comparison, `born`: names that are wrong by themselves, `causes`: keys of MISTAKES."""
+    """A verdict on a step: the comparison, `born`: names that are wrong by themselves, `causes`: keys of MISTAKES.
+
+    `absent`: how many of the golden's tensors the judged side does not have, which no verdict depends on.
+    """
 
     report: Report
     born: tuple[str, ...] = ()
     causes: tuple[str, ...] = ()
+    absent: int = 0
 
     def __bool__(self) -> bool:
         return bool(self.report)
@@ -57,13 +61,14 @@ class StepReport:
         return self.report.failures[0].name if self.report.failures else ""
 
     def __str__(self) -> str:
-        if self:
-            return f"{self.report.summary}"
+        absent = f"; {self.absent} of the golden's tensors are not there" if self.absent else ""
+        if self or not self.report.failures:
+            return f"{self.report.summary}{absent}"
+        kind = self.first.rpartition("/")[0].rpartition("/")[2]
         birth = "born there" if self.first in self.born else "inherited"
-        if not self.first.rpartition("/")[0].endswith("gradient"):
-            birth = "not a gradient of a tensor"
+        birth = {"gradient": f" ({birth})", "forward": ", before the way back has begun"}.get(kind, "")
         lines = [f"differs: {len(self.report.failures)} of {len(self.report.tensors)} tensors; the first wrong one on "
-                 f"the way back is {self.first} ({birth})"]  # fmt: skip
+                 f"the way back is {self.first}{birth}{absent}"]  # fmt: skip
         if self.born:
             lines.append(f"wrong by themselves: {', '.join(self.born[:6])}" + (" …" if len(self.born) > 6 else ""))
         lines += [f"cause: {MISTAKES[name][0]} [{name}]" for name in self.causes]
@@ -102,9 +107,11 @@ def judge(
     """
     reference = truth.trace(dtype)
     allowed = {name: Tolerance(**stored) for name, stored in reference.meta["tolerance"].items()}
-    report = compare_gradients(trace, reference, allowed)
-    if report:
-        return StepReport(report)
+    there = [name for name in reference if name in trace]
+    report = compare_gradients(trace, _only(reference, there), allowed)
+    absent = len(reference) - len(there)
+    if report or not there:
+        return StepReport(report, absent=absent)
     wrong = [tensor.name for tensor in report.failures]
     steps = 2 if dtype == "float64" else 1
     expected = take(model, truth.batches, truth.setting, dtype, steps=1, feed=own_feed or trace)
@@ -113,7 +120,7 @@ def judge(
     fed = compare_gradients(_only(one, of_taps), _only(other, of_taps), allowed)
     born = tuple(tensor.name for tensor in fed.failures)
     causes = () if own_feed else _causes(trace, truth, dtype, model, allowed, steps, len(wrong))
-    return StepReport(report, born, causes)
+    return StepReport(report, born, causes, absent)
 
 
 def _causes(
@@ -123,7 +130,7 @@ def _causes(
     left = {}
     for name, (_, way) in MISTAKES.items():
         mistaken = take(model, truth.batches, truth.setting, dtype, way, steps)
-        mistaken = Trace({key: mistaken[key] for key in truth.trace(dtype) if key in mistaken})
+        mistaken = _only(mistaken, [key for key in truth.trace(dtype) if key in mistaken and key in trace])
         left[name] = len(compare_gradients(trace, mistaken, allowed).failures)
     if exact := [name for name, count in left.items() if not count]:
         return tuple(exact)

@@ -60,11 +60,16 @@ class Training:
         return loss + z_loss_weight * (logits.max(-1).values ** 2).mean() if z_loss_weight else loss
 
     def gradients(self, case: Case, labels: np.ndarray, z_loss_weight: float = 0.0) -> tuple[float, Trace]:
-        """The loss, and its gradients: of the taps from last to first, then of the parameters."""
+        """The loss, and its gradients: of the taps from last to first, then of the parameters.
+
+        `meta["forward"]` of the trace is that of the forward.
+        """
         seen: dict[str, torch.Tensor] = {}
+        forward: dict[str, torch.Tensor] = {}
         watch = GradientWatch()
 
         def note(name: str, x: torch.Tensor) -> None:
+            forward[name] = x.detach().clone()
             x.register_hook(lambda gradient: seen.update({name: gradient.clone()}))
 
         for leaf in self.leaves.values():
@@ -77,6 +82,7 @@ class Training:
         trace = Trace(meta={
             "engine": "pytorch", "kind": "gradients", "dtype": self.dtype, "ids": prompt_of(case.ids),
             "origin": {name: found[name][1] for name in order} | dict.fromkeys(self.leaves, "observed"),
+            "forward": pytorch._trace(self.config, forward, watch, self.dtype, None),
         })  # fmt: skip
         trace.update((name, found[name][0]) for name in order)
         trace.update((name, pytorch._numpy(leaf.grad)) for name, leaf in self.leaves.items() if leaf.grad is not None)
@@ -227,6 +233,9 @@ def _steps(training: Training, batches: Sequence[Batch], setting: Setting, steps
         if s == 0:
             for b, batch in enumerate(batches):
                 loss, trace = training.gradients(batch.case, batch.labels, setting.z_loss_weight)
+                forward = trace.meta["forward"]
+                found |= {f"s0/b{b}/forward/{name}": x for name, x in forward.items()}
+                origin |= {f"s0/b{b}/forward/{name}": how for name, how in forward.meta["origin"].items()}
                 found[f"s0/b{b}/loss"] = np.array([loss])
                 found |= {f"s0/b{b}/gradient/{name}": x for name, x in trace.items()}
                 origin |= {f"s0/b{b}/gradient/{name}": how for name, how in trace.meta["origin"].items()}

@@ -149,6 +149,20 @@ def test_an_inherited_error_is_told_from_one_that_is_born(golden):
     assert len(found.report.failures) > 20
 
 
+def test_a_wrong_forward_comes_first_and_tensors_may_be_absent(golden):
+    folder, truth = golden
+    model = refimpl.load(folder)
+    right = take(model, BATCHES, SETTING)
+    at_ = "s0/b1/forward/model.layers.0.mlp.act_fn"
+    assert list(right).index(at_) < list(right).index("s0/b1/loss")
+    found = judge({**right, at_: right[at_] * 1.001}, truth, "float64", model)
+    assert found.first == at_ and "before the way back has begun" in str(found)
+    part = {name: x for name, x in right.items() if name.startswith("s0/gradient/")}
+    found = judge(part, truth, "float64", model)
+    assert found and f"{len(right) - len(part)} of the golden's tensors are not there" in str(found)
+    assert not judge({}, truth, "float64", model)
+
+
 def test_bad_folders(golden, tmp_path):
     folder, truth = golden
     with pytest.raises(InputError, match="holds no manifest"):
