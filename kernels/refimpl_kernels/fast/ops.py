@@ -204,7 +204,7 @@ def _dense(array: np.ndarray, divisors: np.ndarray | None) -> Matrix | None:
     return Matrix(Packed(Layout(array.dtype.name), _lines(array), _NOTHING, _NOTHING), divisors)
 
 
-# How a layout names the codes of formats.py.
+# How a layout names the codes of formats/table.py.
 _CODES = {"lpbq": "int4", "qlinear4": "int4", "q8_0": "int8", "qlinear8": "int8"} | {name: name for name in NIBBLES}
 
 

@@ -88,7 +88,7 @@ def tensors(
 
 
 def from_tensors(B: np.ndarray, scales: np.ndarray, zero_points: np.ndarray | None = None) -> dict[str, np.ndarray]:
-    """The arrays that formats.py keeps (`packed`, `scales`, `zero_points`), from the operator's inputs."""
+    """The arrays that formats/table.py keeps (`packed`, `scales`, `zero_points`), from the operator's inputs."""
     rows, blocks, _ = B.shape
     parts = {"packed": B.reshape(rows, -1), "scales": scales.reshape(rows, blocks)}
     if zero_points is not None:
