@@ -9,6 +9,7 @@ import re
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import NamedTuple
 
 from export.files.skeleton import GraphInfo, GridInfo, ModelInfo, TensorInfo, ValueInfo, read_grids, read_onnx
 from export.graphs.grids import MOVES
@@ -18,6 +19,16 @@ NAME = re.compile(r"(?:(prompt|token)_)?ar(\d{1,6})_cl(\d{1,7})_(\d{1,4})_of_(\d
 ALONE = re.compile(r"(?:prompt|token)_ar\d{1,6}_cl\d{1,7}_(?:model|lm_head)\b[\w.]*")  # a module, which is no part
 CACHE = re.compile(r"past_(key|value)_(\d{1,6})_(in|out)")
 HOST = ("attention_mask", "position_ids_cos", "position_ids_sin")
+
+
+class Called(NamedTuple):
+    """What a folder's name says: prompt or token, tokens at a time, context, and which part of how many."""
+
+    phase: str | None
+    tokens: int
+    context: int
+    number: int
+    total: int
 
 
 @dataclass
@@ -47,10 +58,16 @@ class GraphFolder:
         return self.model.graph
 
     @cached_property
-    def called(self) -> tuple[str | None, int, int, int, int] | None:
-        """What the name says: prompt or token, tokens, context, number and total of parts."""
+    def called(self) -> Called | None:
+        """What the name says, if it is that of a part."""
         found = NAME.fullmatch(self.name.removesuffix(".aimet").removesuffix(".onnx"))
-        return (found[1], *(int(found[i]) for i in (2, 3, 4, 5))) if found else None  # type: ignore[return-value]
+        return Called(found[1], *(int(found[i]) for i in (2, 3, 4, 5))) if found else None
+
+    @property
+    def part(self) -> Called:
+        """What the name says, where it must be that of a part: `read_parts` gives such folders alone."""
+        assert self.called is not None, self.name
+        return self.called
 
     @cached_property
     def is_language_model(self) -> bool:
@@ -66,7 +83,7 @@ class GraphFolder:
                 tokens, context = value.shape[2:]
                 if isinstance(tokens, int) and isinstance(context, int):
                     return tokens, context
-        return self.called[1:3] if self.called else None
+        return (self.called.tokens, self.called.context) if self.called else None
 
     @cached_property
     def ends(self) -> list[ValueInfo]:
@@ -143,6 +160,20 @@ def read_folders(folder: str | Path) -> list[GraphFolder]:
     if not found:
         raise InputError(f"{folder} has no .onnx in it, and no folder with one; give the folder of an export")
     return [GraphFolder(path) for path in (found[:1] if folder in found else found)]
+
+
+def read_parts(folder: str | Path) -> list[GraphFolder]:
+    """The graphs in a folder, of which each must be whole, and called as a part is. Raises InputError otherwise."""
+    graphs = read_folders(folder)
+    for graph in graphs:
+        if graph.damage:
+            raise InputError(f"{graph.folder}: {graph.damage[0]}")
+        if not graph.called:
+            raise InputError(
+                f"{graph.folder} is not called {{prompt|token}}_ar{{S}}_cl{{C}}_{{i}}_of_{{N}}, so its part is not "
+                "known; export again"
+            )
+    return graphs
 
 
 def _is_onnx(path: Path) -> bool:

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import refimpl
-from export.files.graph_folder import GraphFolder, read_folders
+from export.files.graph_folder import GraphFolder, read_parts
 from export.phone.compiler import Compiled, read_compiled
 from export.phone.metadata import as_metadata, as_yaml, described
 from export.phone.settings import genie_config, htp_config
@@ -76,7 +76,7 @@ def bundle(
     config = read_config(checkpoint)
     expect_no_alibi(config)
     parts = parts_of(config, Path(graphs))
-    context = max(part.called[2] for part in parts)  # type: ignore[index]
+    context = max(graph.part.context for graph in parts)
     names = _compiled_names(parts, read_compiled(compiled), soc) if compiled else _names(config, parts, bins)
     generation = _optional(checkpoint / "generation_config.json")
     tokenizer, settings, ids = tokenizer_files(checkpoint, config, generation)
@@ -114,7 +114,7 @@ def expect_no_alibi(config: Config) -> None:
 
 def _names(config: Config, parts: Sequence[GraphFolder], bins: Sequence[str]) -> list[str]:
     """The names of binaries that are not there yet."""
-    total, stem = parts[0].called[4], config.family.lower().replace("-", "_")  # type: ignore[index]
+    total, stem = parts[0].part.total, config.family.lower().replace("-", "_")
     names = [Path(name).name for name in bins] or [f"{stem}_part_{i + 1}_of_{total}.bin" for i in range(total)]
     if len(names) != total or len(set(names)) < total:
         raise InputError(f"there are {len(set(names))} different names of binaries for {total} parts; name each once")
@@ -131,7 +131,7 @@ def _compiled_names(parts: Sequence[GraphFolder], compiled: Compiled, soc: str) 
             f"{compiled.folder} has binaries of {at_most(sorted(there))}, the export has {at_most(sorted(known))}; "
             "compile this export"
         )
-    order = {part.name: (-part.called[1], part.called[3]) for part in parts}  # type: ignore[index]
+    order = {graph.name: (-graph.part.tokens, graph.part.number) for graph in parts}
     return sorted(compiled.binaries, key=lambda name: min(order[graph] for graph in compiled.binaries[name]))
 
 
@@ -142,28 +142,21 @@ def binaries(folder: str | Path) -> list[str]:
 
 def parts_of(config: Config, folder: Path) -> list[GraphFolder]:
     """The exported graphs of a model, part after part. Raises InputError if they are none of it, or not all."""
-    parts = read_folders(folder)
-    for part in parts:
-        if part.damage:
-            raise InputError(f"{part.folder}: {part.damage[0]}")
-        if not part.called:
-            raise InputError(
-                f"{part.folder} is not called {{prompt|token}}_ar{{S}}_cl{{C}}_{{i}}_of_{{N}}; export again"
-            )
-    parts.sort(key=lambda part: (part.called[3], -part.called[1], part.called[2]))  # type: ignore[index]
+    graphs = read_parts(folder)
+    graphs.sort(key=lambda graph: (graph.part.number, -graph.part.tokens, graph.part.context))
     runs: dict[tuple[int, int], list[GraphFolder]] = {}
-    for part in parts:
-        runs.setdefault(part.called[1:3], []).append(part)  # type: ignore[index]
-    totals = {part.called[4] for part in parts}  # type: ignore[index]
+    for graph in graphs:
+        runs.setdefault((graph.part.tokens, graph.part.context), []).append(graph)
+    totals = {graph.part.total for graph in graphs}
     for (tokens, context), run in runs.items():
-        numbers = [part.called[3] for part in run]  # type: ignore[index]
+        numbers = [graph.part.number for graph in run]
         if len(totals) > 1 or numbers != list(range(1, max(totals) + 1)):
             raise InputError(
                 f"{folder} has parts {at_most(numbers)} of {at_most(sorted(totals))} with {tokens} tokens at a time "
                 f"and a context of {context}; export all of them in one go"
             )
         _check_run(config, folder, run)
-    return parts
+    return graphs
 
 
 def _check_run(config: Config, folder: Path, run: list[GraphFolder]) -> None:

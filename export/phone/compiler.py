@@ -27,7 +27,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from export.files.graph_folder import GraphFolder, read_folders
+from export.files.graph_folder import GraphFolder, read_parts
 from export.run.ledger import lock
 from export.run.library import library
 from export.run.process import Process
@@ -67,7 +67,7 @@ def compile_graphs(
     """
     folder, out, chosen = Path(folder), Path(out), soc_called(soc)
     library("QnnHtp")
-    graphs = [one for one in _checked(read_folders(folder)) if part is None or one.called[3] == part]  # type: ignore[index]
+    graphs = [one for one in _in_order(read_parts(folder)) if part is None or one.part.number == part]
     if not graphs:
         raise InputError(f"{folder} has no part {part}")
     groups = _groups(graphs, shared)
@@ -108,24 +108,17 @@ def read_compiled(folder: str | Path) -> Compiled:
     return Compiled(folder, named, str(manifest.get("soc")), bool(manifest.get("shared")))
 
 
-def _checked(graphs: list[GraphFolder]) -> list[GraphFolder]:
-    for one in graphs:
-        if one.damage:
-            raise InputError(f"{one.folder}: {one.damage[0]}")
-        if not one.called:
-            raise InputError(
-                f"{one.folder.name} is not called {{prompt|token}}_ar{{S}}_cl{{C}}_{{i}}_of_{{N}}, so its part is not "
-                "known; export again"
-            )
-    return sorted(graphs, key=lambda one: (one.called[3], -one.called[1]))  # type: ignore[index]
+def _in_order(graphs: list[GraphFolder]) -> list[GraphFolder]:
+    """Part after part, those of prompts before those of single tokens."""
+    return sorted(graphs, key=lambda one: (one.part.number, -one.part.tokens))
 
 
 def _groups(graphs: Sequence[GraphFolder], shared: bool) -> dict[str, list[GraphFolder]]:
     """The name of a binary -> the graphs in it, prompt first."""
     found: dict[str, list[GraphFolder]] = {}
     for one in graphs:
-        *_, number, total = one.called  # type: ignore[misc]
-        found.setdefault(f"part_{number}_of_{total}.bin" if shared else f"{one.name}.bin", []).append(one)
+        binary = f"part_{one.part.number}_of_{one.part.total}" if shared else one.name
+        found.setdefault(f"{binary}.bin", []).append(one)
     return found
 
 

@@ -29,7 +29,7 @@ CODE_BITS = {2: 8, 3: 8, 4: 16, 5: 16, 21: 4, 22: 4}  # of ONNX's types for code
 
 def as_metadata(parts: Sequence[GraphFolder], name: str, chat: Mapping[str, str], versions: Mapping[str, str]) -> dict:
     """What `metadata.json` says. `chat`: the texts around what each role says; `versions`: of the tools."""
-    contexts = sorted({part.called[2] for part in parts if part.called})
+    contexts = sorted({part.called.context for part in parts if part.called})
     return {
         "model_id": name.lower().replace("-", "_"),
         "model_name": name,

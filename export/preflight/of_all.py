@@ -8,7 +8,7 @@ from itertools import pairwise
 from pathlib import Path
 
 from export.files.graph_folder import GraphFolder
-from export.preflight.of_names import STARTS, sanitized
+from export.preflight.of_names import STARTS, as_compiled
 from export.preflight.rule import readable, rule
 from refimpl.errors import at_most
 
@@ -39,7 +39,7 @@ def encodings_file_missing(graphs: list[GraphFolder]):
 def chain_broken(graphs: list[GraphFolder]):
     """Parts 1 to N are all there. Each reads what the part before it gives, and has the layers that come next."""
     for run in _runs(graphs):
-        numbers, totals = [part.called[3] for part in run], {part.called[4] for part in run}  # type: ignore[index]
+        numbers, totals = [graph.part.number for graph in run], {graph.part.total for graph in run}
         if len(totals) > 1 or numbers != list(range(1, max(totals) + 1)):
             yield run[0], "", f"there are parts {at_most(numbers, 12)} of {at_most(sorted(totals))}"
             continue
@@ -49,7 +49,7 @@ def chain_broken(graphs: list[GraphFolder]):
             yield run[-1], run[-1].gives.name, "the last part gives it, expected logits"
         for giver, taker in pairwise(run):
             a, b = giver.gives, taker.reads
-            if a and b and sanitized(a.name) != sanitized(b.name):
+            if a and b and as_compiled(a.name) != as_compiled(b.name):
                 yield taker, b.name, f"{giver.name} gives {readable(a.name)} instead"
             elif a and b and (a.shape, a.dtype) != (b.shape, b.dtype):
                 yield taker, b.name, f"its shape is {b.shape}, but {giver.name} gives {a.shape}"
@@ -70,7 +70,7 @@ def encodings_boundary_differs(graphs: list[GraphFolder]):
     """Both sides of a boundary have the same grid, number for number."""
     for run in _runs(graphs):
         for giver, taker in pairwise(run):
-            if giver.gives and taker.reads and sanitized(giver.gives.name) == sanitized(taker.reads.name):
+            if giver.gives and taker.reads and as_compiled(giver.gives.name) == as_compiled(taker.reads.name):
                 a, b = giver.standing.get(giver.gives.name), taker.standing.get(taker.reads.name)
                 if a and b and a != b:
                     yield taker, taker.reads.name, f"it has {b}, but {giver.name} gives {a}"
@@ -123,7 +123,7 @@ def _runs(graphs: list[GraphFolder]) -> Iterator[list[GraphFolder]]:
             runs.setdefault(graph.called[:3], []).append(graph)
     for run in runs.values():
         if len(graphs) > 1:
-            yield sorted(run, key=lambda part: part.called[3])  # type: ignore[index]
+            yield sorted(run, key=lambda graph: graph.part.number)
 
 
 def _siblings(graphs: list[GraphFolder]) -> Iterator[tuple[GraphFolder, GraphFolder]]:

@@ -15,7 +15,7 @@ INT32, INT64 = 6, 7  # ONNX's numbers of types
 STARTS = ("input_ids", "input_embeds", "inputs_embeds")  # what the first part may read
 
 
-def sanitized(name: str) -> str:
+def as_compiled(name: str) -> str:
     """A tensor's name as the compiler writes it."""
     return name.replace("/", "_").replace(".", "_")
 
@@ -33,7 +33,7 @@ def names_clash(graph: GraphFolder):
     given = dict.fromkeys([*(v.name for v in graph.ends), *(t.name for t in graph.graph.initializers), *nodes])
     groups: dict[str, list[str]] = {}
     for name in given:
-        groups.setdefault(sanitized(name), []).append(name)
+        groups.setdefault(as_compiled(name), []).append(name)
     for flat, same in groups.items():
         if len(same) > 1:
             yield from ((name, f"they all become {readable(flat)}") for name in same)
