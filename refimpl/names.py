@@ -42,6 +42,7 @@ class Row:
     observed: str = "output"
 
 
+NORMS = ("input_layernorm", "post_attention_layernorm", "norm")  # the last names of what RMSNorm gives
 _LAYER = "model.layers.{i}"
 _ATTN = _LAYER + ".self_attn"
 _MLP = _LAYER + ".mlp"

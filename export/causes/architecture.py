@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from export.causes.whatif import NORMS, Hypothesis, Operation, WhatIf, last_name
+from export.causes.whatif import Hypothesis, Operation, WhatIf, last_name
+from refimpl.names import NORMS
 
 
 def architecture(e: WhatIf) -> Iterator[Hypothesis]:

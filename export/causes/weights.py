@@ -9,8 +9,9 @@ import ml_dtypes
 import numpy as np
 
 from export.causes.evidence import Evidence, Guess
-from export.causes.whatif import LINEARS, NORMS, Hypothesis, Operation, WhatIf, last_name
+from export.causes.whatif import LINEARS, Hypothesis, Operation, WhatIf, last_name
 from refimpl.checkpoint.weights import NormHead
+from refimpl.names import NORMS
 
 
 def weights(e: WhatIf) -> Iterator[Hypothesis]:

@@ -25,7 +25,6 @@ from refimpl.names import input_of
 from refimpl_kernels.affine import Encoding, fake_quantize, integers
 
 LINEARS = ("W_pack", "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head")
-NORMS = ("input_layernorm", "post_attention_layernorm", "norm")
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,8 @@ from __future__ import annotations
 from typing import Any
 
 from export.graphs.symbols import Graph, Tensor
+from refimpl.names import NORMS
 from refimpl.trace import Tap
-
-NORMS = ("input_layernorm", "post_attention_layernorm", "norm")
 
 
 def fusing(graph: Graph, then: Tap) -> Tap:

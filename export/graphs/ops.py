@@ -28,6 +28,7 @@ from refimpl_kernels.formats import int4, matmulnbits
 from refimpl_kernels.formats.table import Blocks
 
 STAY = ("gate_proj.weight", "up_proj.weight")  # which Qualcomm's zoo keeps as products (its issue AISW-148745)
+LINEARS = ("Conv", "Gemm", "MatMul")  # the operators that multiply by a matrix
 MICROSOFT = "com.microsoft"  # the domain of onnxruntime's own operators
 
 

@@ -24,12 +24,12 @@ import numpy as np
 from onnx import ModelProto, NodeProto, TensorProto, helper
 
 from export.graphs.data import Built, Parameter, assign_offsets
+from export.graphs.ops import LINEARS
 from refimpl.errors import InputError
 from refimpl.grids.encodings import Encodings, Grid
 from refimpl_kernels.affine import Encoding, integers, quantize
 from refimpl_kernels.formats import int4
 
-LINEARS = ("Gemm", "Conv", "MatMul")
 WIDE = 257  # (2^16 - 1) / (2^8 - 1)
 UNSIGNED = {4: TensorProto.UINT4, 8: TensorProto.UINT8, 16: TensorProto.UINT16}
 SIGNED = {4: TensorProto.INT4, 8: TensorProto.INT8, 16: TensorProto.INT16}

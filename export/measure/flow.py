@@ -17,8 +17,7 @@ from export.graphs.cut import dependencies
 from export.graphs.part import Part
 from export.graphs.plan import GraphSpec
 from refimpl.config import Config
-
-NORMS = ("norm", "layernorm")  # how the names of taps end that do not see how large all of their input is
+from refimpl.names import NORMS
 
 
 class Flow(ABC):

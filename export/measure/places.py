@@ -23,9 +23,10 @@ from onnx import ModelProto, NodeProto, TensorProto, external_data_helper
 from export.graphs.data import assign_offsets
 from export.graphs.grids import MOVES
 from export.graphs.plan import GraphSpec, Value, unpadded
-from export.measure.flow import NORMS, Flow
+from export.measure.flow import Flow
 from refimpl.errors import InputError
 from refimpl.files import read_json
+from refimpl.names import NORMS
 
 PICKS = {"Split", "Slice", "Gather"}  # what hands on some of a tensor
 CARRIES = (MOVES - PICKS) | {"QuantizeLinear", "DequantizeLinear", "Concat"}  # what hands on all of a tensor, unchanged

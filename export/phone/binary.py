@@ -20,6 +20,7 @@ from typing import Any
 from export.files.graph_folder import GraphFolder, read_folders
 from export.files.skeleton import ValueInfo
 from export.graphs.borders import read_borders
+from export.graphs.naming import sanitised
 from export.run.library import library
 from export.run.process import Process
 from export.run.socs import soc_called, soc_numbered
@@ -234,8 +235,3 @@ def _borders(graph: GraphFolder) -> dict[str, tuple[float, int, int]]:
         borders = read_borders(graph.of_kind(".onnx")[0])
         found = {name: (grid.scale, grid.zero_point, grid.bits) for name, grid in borders.items()}
     return found
-
-
-def sanitised(name: str) -> str:
-    """A name as AI Hub's compiler writes it."""
-    return re.sub(r"[./:]", "_", name)

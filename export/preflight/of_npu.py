@@ -13,11 +13,11 @@ from dataclasses import dataclass
 
 from export.files.graph_folder import GraphFolder
 from export.files.skeleton import BITS, NodeInfo
+from export.graphs.ops import LINEARS
 from export.preflight.rule import rule
 
 MEASURED = "measured: onnxruntime-qnn 2.7.0, emulation"
 INT4, UINT8, UINT16 = 22, 2, 4  # ONNX's numbers of types
-LINEARS = ("MatMul", "Gemm", "Conv")
 LARGEST = 8 << 20  # bytes of one operand that the NPU's own memory holds
 HALF = 65504.0  # the largest float16
 

@@ -29,8 +29,9 @@ from typing import Any
 
 import numpy as np
 
+from export.graphs.plan import Arrays
 from export.run.library import library, search_path
-from export.run.process import Arrays, EndedError, Process
+from export.run.process import EndedError, Process
 from refimpl.errors import InputError
 from refimpl.files import read_json
 

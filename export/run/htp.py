@@ -33,7 +33,8 @@ from typing import Any
 import onnx
 
 from export.graphs.borders import across
-from export.run.process import Arrays, EndedError, Process, read_arrays, write_arrays
+from export.graphs.plan import Arrays
+from export.run.process import EndedError, Process, read_arrays, write_arrays
 from export.run.qnn import PROVIDER
 from export.run.socs import soc_called
 from refimpl.errors import InputError, Remark, at_most

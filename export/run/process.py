@@ -39,8 +39,6 @@ LONGEST = 64 << 20  # bytes of an answer: the nodes of a large graph are some MB
 LOUDEST = 1 << 30  # bytes that libraries may print
 TICK = 0.1  # seconds between two looks at the clock and at memory
 
-Arrays = dict[str, np.ndarray]
-
 
 class EndedError(InputError):
     """The process is gone: it crashed, was killed, or ran past a limit. `reason` says which, in a few words."""
@@ -221,7 +219,7 @@ def write_arrays(folder: Path, arrays: Mapping[str, np.ndarray]) -> list[list[st
     return written
 
 
-def read_arrays(folder: Path, written: Iterable[Iterable[str]]) -> Arrays:
+def read_arrays(folder: Path, written: Iterable[Iterable[str]]) -> dict[str, np.ndarray]:
     """What `write_arrays` has written. Raises InputError for anything else."""
     try:
         return {name: np.load(folder / Path(file).name, allow_pickle=False) for name, file in written}
