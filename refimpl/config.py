@@ -6,7 +6,7 @@ The five families are rows of `FAMILIES`, not subclasses. Whatever they differ i
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -119,6 +119,9 @@ FAMILIES: dict[str, dict[str, Any]] = {
         qkv_packed=False, qkv_bias=True, norm_head=False, rope_upcast=False, fused_attention=False),
 }  # fmt: skip
 
+# Without these keys nothing can be built.
+_SIZES_STATED = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+
 # What transformers' Qwen2Config has where config.json says nothing.
 _QWEN2_DEFAULTS = {
     "pad_token_id": None, "bos_token_id": None, "eos_token_id": None, "max_position_embeddings": 32768,
@@ -180,49 +183,21 @@ def config_from_keys(keys: Mapping[str, Any]) -> Config:
     Traceback (most recent call last):
     refimpl.errors.InputError: model_type is 'llama', expected 'baichuan' or 'qwen2'
     """
-    keys = dict(keys)
-    family = _family(keys)
-    needed = ["hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size"]
-    rope = keys.pop("rope_parameters", None)  # where transformers 5 keeps what used to be rope_theta
-    if rope is not None:
-        plain = isinstance(rope, dict) and rope.get("rope_type", "default") == "default"
-        if not plain or set(rope) - {"rope_theta", "rope_type", "partial_rotary_factor"}:
-            raise InputError(f"rope_parameters is {rope!r:.60}, which is not understood; expected the type 'default'")
-        keys["rope_theta"] = rope.get("rope_theta", keys.get("rope_theta"))
-        keys.setdefault("partial_rotary_factor", rope.get("partial_rotary_factor"))
-    if family.startswith("Baichuan"):
-        heads, kv = keys.get("num_attention_heads"), keys.get("num_key_value_heads")
-        if kv not in (None, heads):  # such as Qualcomm's wrapper, which declares Qwen2's sizes for Baichuan2-7B
-            raise InputError(
-                f"num_key_value_heads is {kv!r}, but a Baichuan has as many as heads, {heads!r}; is it a Qwen2?"
-            )
-        keys.pop("rope_theta", None)  # hard-coded in the official code, whatever config.json says
-    else:
-        needed += ["num_key_value_heads", "rope_theta"]
-        for name, default in _QWEN2_DEFAULTS.items():
-            keys.setdefault(name, default)
-        keys.pop("attention_bias", None)  # Qwen2's code has biases whatever this says
-        if keys.get("max_window_layers", 0) == keys.get("num_hidden_layers"):
-            keys.pop("use_sliding_window", None)  # the layers that have a window come after these
-    if keys.get("head_dim") and _head_dim(keys) == keys["head_dim"]:
-        keys.pop("head_dim")
-    for name in needed:
-        if keys.get(name) is None:
-            raise InputError(f"the key {name} is missing; a {family} cannot be built without it")
-    for key, allowed in _ONLY.items():
-        value = keys.pop(key, None)
-        if value not in allowed:
-            raise InputError(f"{key} is {value!r:.60}, expected {allowed[0]!r}; this would change the numbers")
-    quantized = _quantized(keys.pop("quantization_config", None))
+    keys, family = dict(keys), _family(keys)
     facts = dict(FAMILIES[family])
+    _take_rope(keys)
+    if family == "Qwen2-7B":
+        _take_qwen2(keys)
+        _expect_keys(keys, (*_SIZES_STATED, "num_key_value_heads", "rope_theta"), family)
+    else:
+        _take_baichuan(keys)
+        _expect_keys(keys, _SIZES_STATED, family)
+    _take_what_changes_numbers(keys)
+    quantized = _quantized(keys.pop("quantization_config", None))
     normalized = keys.pop("lm_head_normalized", None)  # `refimpl convert --normalize-head` says so; checked at load
     if normalized not in (None, False, True):
         raise InputError(f"lm_head_normalized is {normalized!r:.40}, expected true or false")
     facts["norm_head"] = facts["norm_head"] and not normalized
-    keys.pop("sliding_window", None)  # without use_sliding_window it does nothing
-    kinds = keys.pop("layer_types", None) or []
-    if not isinstance(kinds, list) or any(kind != "full_attention" for kind in kinds):
-        raise InputError("layer_types has layers without full attention; this would change the numbers")
 
     dtype = keys.get("torch_dtype") or keys.get("dtype") or "float32"
     context = keys.get("max_position_embeddings", keys.get("model_max_length", 4096))
@@ -233,6 +208,61 @@ def config_from_keys(keys: Mapping[str, Any]) -> Config:
     values = {k: v for k, v in keys.items() if k in known}
     values.update(max_position_embeddings=context, torch_dtype=str(dtype), quantized=quantized)
     return Config(family=family, **{**values, **facts})
+
+
+# Each of these takes the keys out that it has understood
+
+
+def _take_rope(keys: dict[str, Any]) -> None:
+    """RoPE's keys where transformers 5 keeps them, put where they used to be."""
+    rope = keys.pop("rope_parameters", None)
+    if rope is None:
+        return
+    plain = isinstance(rope, dict) and rope.get("rope_type", "default") == "default"
+    if not plain or set(rope) - {"rope_theta", "rope_type", "partial_rotary_factor"}:
+        raise InputError(f"rope_parameters is {rope!r:.60}, which is not understood; expected the type 'default'")
+    keys["rope_theta"] = rope.get("rope_theta", keys.get("rope_theta"))
+    keys.setdefault("partial_rotary_factor", rope.get("partial_rotary_factor"))
+
+
+def _take_baichuan(keys: dict[str, Any]) -> None:
+    """What the official code of Baichuan does not read."""
+    heads, kv = keys.get("num_attention_heads"), keys.get("num_key_value_heads")
+    if kv not in (None, heads):  # such as Qualcomm's wrapper, which declares Qwen2's sizes for Baichuan2-7B
+        raise InputError(
+            f"num_key_value_heads is {kv!r}, but a Baichuan has as many as heads, {heads!r}; is it a Qwen2?"
+        )
+    keys.pop("rope_theta", None)  # hard-coded in the official code, whatever config.json says
+
+
+def _take_qwen2(keys: dict[str, Any]) -> None:
+    """Qwen2's defaults, and what its code does not read."""
+    for name, default in _QWEN2_DEFAULTS.items():
+        keys.setdefault(name, default)
+    keys.pop("attention_bias", None)  # Qwen2's code has biases whatever this says
+    if keys.get("max_window_layers", 0) == keys.get("num_hidden_layers"):
+        keys.pop("use_sliding_window", None)  # the layers that have a window come after these
+
+
+def _take_what_changes_numbers(keys: dict[str, Any]) -> None:
+    """Keys that have one value here. Raises InputError for another."""
+    if keys.get("head_dim") and _head_dim(keys) == keys["head_dim"]:
+        keys.pop("head_dim")
+    for key, allowed in _ONLY.items():
+        value = keys.pop(key, None)
+        if value not in allowed:
+            raise InputError(f"{key} is {value!r:.60}, expected {allowed[0]!r}; this would change the numbers")
+    keys.pop("sliding_window", None)  # without use_sliding_window it does nothing
+    kinds = keys.pop("layer_types", None) or []
+    if not isinstance(kinds, list) or any(kind != "full_attention" for kind in kinds):
+        raise InputError("layer_types has layers without full attention; this would change the numbers")
+
+
+def _expect_keys(keys: Mapping[str, Any], needed: Sequence[str], family: str) -> None:
+    """Raises InputError if a key is missing."""
+    for name in needed:
+        if keys.get(name) is None:
+            raise InputError(f"the key {name} is missing; a {family} cannot be built without it")
 
 
 def _head_dim(keys: Mapping[str, Any]) -> int | None:
