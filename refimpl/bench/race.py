@@ -33,6 +33,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from refimpl.blocks.gguf_out import add_sizes
 from refimpl.cache import DTYPES, room
 from refimpl.checkpoint.resolve import expected_shapes
 from refimpl.checkpoint.weights import QuantizedWeight, Weight, Weights
@@ -282,14 +283,7 @@ def write_gguf(model: Model, path: Path) -> None:
     gguf = _engine("gguf")
     config, kinds = model.config, gguf.GGMLQuantizationType
     writer = gguf.GGUFWriter(path, "llama")
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_vocab_size(config.vocab_size)
+    add_sizes(writer, config)
     writer.add_tokenizer_model("no_vocab")
 
     def q4_0(name: str, blocks: Blocks) -> None:

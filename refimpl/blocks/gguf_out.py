@@ -146,9 +146,8 @@ def _architecture(config: Config) -> str:
     return "baichuan" if config.num_hidden_layers == (40 if config.alibi else 32) else "llama"
 
 
-def _facts(writer: Any, checkpoint: Checkpoint) -> None:
-    config = checkpoint.config
-    writer.add_name(config.family)
+def add_sizes(writer: Any, config: Config) -> None:
+    """States the sizes of a model in a file of gguf's `GGUFWriter`."""
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(config.num_hidden_layers)
@@ -157,6 +156,12 @@ def _facts(writer: Any, checkpoint: Checkpoint) -> None:
     writer.add_head_count_kv(config.num_key_value_heads)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_vocab_size(config.vocab_size)
+
+
+def _facts(writer: Any, checkpoint: Checkpoint) -> None:
+    config = checkpoint.config
+    writer.add_name(config.family)
+    add_sizes(writer, config)
     if config.rope_theta is not None:
         writer.add_rope_dimension_count(config.head_dim)
         writer.add_rope_freq_base(config.rope_theta)
