@@ -139,7 +139,7 @@ def write(
         },
         "provenance": dict(provenance),
     }
-    _write(Path(folder), GOLDEN, manifest, tensors, extra)
+    write_tensors(Path(folder), GOLDEN, manifest, tensors, extra)
 
 
 def read(folder: str | Path, verify: bool = True) -> Golden:
@@ -148,11 +148,11 @@ def read(folder: str | Path, verify: bool = True) -> Golden:
     Raises InputError for a folder that is missing, truncated, changed or not a golden.
     """
     folder = Path(folder)
-    manifest, _ = _read(folder, GOLDEN, verify)
+    manifest, _ = read_tensors(folder, GOLDEN, verify)
     entries = manifest["tensors"]
     try:
         config = Config(**manifest["config"])
-        cases = {name: _case(name, stored, config) for name, stored in manifest["cases"].items()}
+        cases = {name: read_case(name, stored, config) for name, stored in manifest["cases"].items()}
         dtypes = tuple(manifest["dtypes"])
         if not dtypes or not set(dtypes) <= ROUNDINGS.keys():
             raise InputError(f"the number formats are {dtypes!r:.60}, expected some of {', '.join(ROUNDINGS)}")
@@ -162,7 +162,7 @@ def read(folder: str | Path, verify: bool = True) -> Golden:
             case, dtype, name = key.split("/")
             if case not in cases or dtype not in dtypes:
                 raise InputError(f"{key} belongs to no case and format that the manifest lists")
-            _check_tolerance(name, entry["tolerance"])
+            expect_tolerance(name, entry["tolerance"])
             if not isinstance(entry["origin"], str):
                 raise InputError(f"the origin of {key} is not a text")
     except InputError as error:
@@ -175,7 +175,7 @@ def read(folder: str | Path, verify: bool = True) -> Golden:
 
 def write_trace(folder: str | Path, trace: Trace) -> None:
     """Stores one trace in a new folder, all or nothing. Raises InputError if the folder exists."""
-    _write(Path(folder), TRACE, {"meta": trace.meta}, trace, {})
+    write_tensors(Path(folder), TRACE, {"meta": trace.meta}, trace, {})
 
 
 def read_trace(folder: str | Path, verify: bool = True, dtype: str | None = None) -> Trace:
@@ -187,13 +187,13 @@ def read_trace(folder: str | Path, verify: bool = True, dtype: str | None = None
     if path.is_file() and read_json(path).get("format") == GOLDEN:
         golden = read(folder, verify)
         return golden.trace(dtype=dtype if dtype in golden.dtypes else finest(golden.dtypes))
-    manifest, tensors = _read(Path(folder), TRACE, verify)
+    manifest, tensors = read_tensors(Path(folder), TRACE, verify)
     try:
         meta = dict(manifest["meta"])
         if "config" in meta:
             Config(**meta["config"])
         for name, stored in meta.get("tolerance", {}).items():
-            _check_tolerance(name, stored)
+            expect_tolerance(name, stored)
     except (InputError, KeyError, TypeError, ValueError, AttributeError) as error:
         raise InputError(f"{folder}/manifest.json is not a trace's: {error}; write the trace again") from None
     return Trace(tensors, meta)
@@ -222,7 +222,7 @@ def _digest(array: np.ndarray) -> str:
     return hashlib.sha256(array.reshape(-1).view(np.uint8).data).hexdigest()
 
 
-def _write(folder: Path, kind: str, manifest: Mapping, tensors: Mapping[str, Any], extra: Mapping) -> None:
+def write_tensors(folder: Path, kind: str, manifest: Mapping, tensors: Mapping[str, Any], extra: Mapping) -> None:
     """Writes both files under a temporary name and renames the folder, so a half-written one never appears."""
     expect_new(folder)
     folder = folder.absolute()
@@ -248,7 +248,7 @@ def _write(folder: Path, kind: str, manifest: Mapping, tensors: Mapping[str, Any
         (partial / "manifest.json").write_text(text + "\n", encoding="utf-8")
 
 
-def _read(folder: Path, kind: str, verify: bool) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+def read_tensors(folder: Path, kind: str, verify: bool) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """The manifest and the tensors that it lists. Raises InputError if they are not of this kind, or do not fit."""
     path, tensors_path = folder / "manifest.json", folder / "tensors.safetensors"
     if not path.is_file():
@@ -280,7 +280,8 @@ def _read(folder: Path, kind: str, verify: bool) -> tuple[dict[str, Any], dict[s
     return manifest, {key: tensors[key] for key in entries}
 
 
-def _check_tolerance(name: str, stored: Mapping[str, Any]) -> None:
+def expect_tolerance(name: str, stored: Mapping[str, Any]) -> None:
+    """Raises InputError for a stored tolerance that is none."""
     tolerance = Tolerance(**stored)
     relative = tolerance.relative
     if type(relative) not in (int, float) or not 0 <= relative <= 1 or not isinstance(tolerance.reason, str):
@@ -289,7 +290,8 @@ def _check_tolerance(name: str, stored: Mapping[str, Any]) -> None:
         )
 
 
-def _case(name: str, stored: Mapping[str, Any], config: Config) -> Case:
+def read_case(name: str, stored: Mapping[str, Any], config: Config) -> Case:
+    """The case that a manifest states. Raises InputError for ids, a mask or a text that cannot be one."""
     expect_name(name)
     ids, mask, text = np.array(stored["ids"]), stored["attention_mask"], stored["text"]
     if ids.ndim != 2 or not ids.size or ids.dtype.kind != "i" or ids.min() < 0 or ids.max() >= config.vocab_size:

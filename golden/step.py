@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from golden.bundle import Case, _case, _check_tolerance, _read, _write
+from golden.bundle import Case, expect_tolerance, read_case, read_tensors, write_tensors
 from golden.gradients import gradient_tolerances
 from golden.tolerance import ROUNDINGS, SAFETY, Tolerance
 from refimpl.checkpoint.weights import NormHead, Weight
@@ -158,12 +158,12 @@ def _batch(
     head, lengths = weights["lm_head.weight"], None
     if not way.row_lengths and isinstance(head, NormHead):
         rows = head.read(np.dtype(dtype))
-        weights, lengths = weights.replace({"lm_head.weight": Weight(rows)}), np.linalg.norm(head.array, axis=-1)
+        weights, lengths = weights.replace({"lm_head.weight": Weight(rows)}), head.lengths(np.dtype(dtype))
     wrt: str | Callable[[str], bool] = "*" if taps_too else parameters.keys().__contains__
     loss, found = backward(model, batch.case.ids, NextToken(labels, weight, counts=counts), wrt, dtype,
                            batch.case.attention_mask, feed=feed, weights=weights)  # fmt: skip
     if lengths is not None and "lm_head.weight" in found:
-        found["lm_head.weight"] = found["lm_head.weight"] / lengths[:, None]
+        found["lm_head.weight"] = found["lm_head.weight"] / lengths
     return loss, found
 
 
@@ -201,7 +201,7 @@ def write_step(
             for batch in batches
         ],
     }  # fmt: skip
-    _write(Path(folder), STEP, manifest, tensors, extra)
+    write_tensors(Path(folder), STEP, manifest, tensors, extra)
 
 
 def is_step(folder: str | Path) -> bool:
@@ -213,13 +213,13 @@ def is_step(folder: str | Path) -> bool:
 def read_step(folder: str | Path, verify: bool = True) -> StepGolden:
     """The golden of a step in a folder. Raises InputError for one that is missing, truncated, changed or another."""
     folder = Path(folder)
-    manifest, tensors = _read(folder, STEP, verify)
+    manifest, tensors = read_tensors(folder, STEP, verify)
     try:
         config = Config(**manifest["config"])
         setting = Setting(manifest["setting"]["z_loss_weight"], AdamW(**manifest["setting"]["adamw"]))
         batches = []
         for number, stored in enumerate(manifest["batches"]):
-            case, labels = _case(f"b{number}", stored, config), np.array(stored["labels"])
+            case, labels = read_case(f"b{number}", stored, config), np.array(stored["labels"])
             if labels.shape != case.ids.shape or labels.dtype.kind != "i":
                 raise InputError(f"the labels of batch {number} do not fit its ids {case.ids.shape}")
             batches.append(Batch(case, labels))
@@ -227,7 +227,7 @@ def read_step(folder: str | Path, verify: bool = True) -> StepGolden:
         if not batches or not dtypes or not set(dtypes) <= {"float64", "float32"}:
             raise InputError("it has no batches, or number formats other than float64 and float32")
         for key, entry in manifest["tensors"].items():
-            _check_tolerance(key, entry["tolerance"])
+            expect_tolerance(key, entry["tolerance"])
         provenance = dict(manifest["provenance"])
     except InputError as error:
         raise InputError(f"{folder / 'manifest.json'}: {error}; record the golden again") from None

@@ -93,7 +93,7 @@ class Forward:
             raise InputError(f"logits_to_keep is {logits_to_keep}, expected a number of tokens, or 0 for all")
         batch, tokens = ids.shape
         past = cache.length if cache else 0
-        self._expect_room(past + tokens)
+        self.expect_room(past + tokens)
         if attention_mask is not None:
             attention_mask = np.array(attention_mask)
             if attention_mask.shape != (batch, past + tokens) or attention_mask.dtype.kind not in "iub":
@@ -128,7 +128,7 @@ class Forward:
         there; `start` may be the number of layers. Raises InputError as a call does.
         """
         ids, ops = self.token_ids(ids), self.ops(dtype)
-        self._expect_room(ids.shape[1])
+        self.expect_room(ids.shape[1])
         mask = np.ones_like(ids)
         cos, sin = self.position_tables(token_positions(mask), ops.wide)
         bias = self.attention_bias(mask, ids.shape[1], ops.wide)
@@ -143,7 +143,8 @@ class Forward:
         """The logits (B, T, V) of a stream (B, T, C) that has left the last layer."""
         return self.decoder(self.ops(dtype), silent, None).head(stream)
 
-    def _expect_room(self, tokens: int) -> None:
+    def expect_room(self, tokens: int) -> None:
+        """Raises InputError for more tokens than the context holds."""
         if tokens > self.config.max_position_embeddings:
             raise InputError(f"{tokens} tokens exceed the context of {self.config.max_position_embeddings}; use fewer")
 

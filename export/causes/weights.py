@@ -131,7 +131,7 @@ def norm_head(e: Evidence) -> Iterator[Guess]:
     model = e.references.model
     weight = model.weights["lm_head.weight"] if model is not None else None
     if isinstance(weight, NormHead):
-        lengths = row_lengths(weight.array)
+        lengths = weight.lengths(np.dtype(np.float64))[:, 0]
     elif e.spec.real > 1:  # fitted to the tokens, of which there must be more than one
         lengths = (e.device * e.expected).sum((0, 1)) / np.maximum(np.square(e.expected).sum((0, 1)), 1e-300)
     else:
@@ -140,14 +140,7 @@ def norm_head(e: Evidence) -> Iterator[Guess]:
                 "of its row: NormHead is missing", e.expected * lengths)  # fmt: skip
     if isinstance(weight, NormHead):
         yield Guess("each word's logit is divided by the length of its row once more: NormHead is applied twice",
-                    e.expected / np.maximum(lengths, 1e-12))  # fmt: skip
-
-
-def row_lengths(matrix: np.ndarray) -> np.ndarray:
-    """Of a matrix, in float64, some rows at a time."""
-    step = max(1, (16 << 20) // matrix.shape[1])
-    pieces = [np.linalg.norm(matrix[i : i + step].astype(np.float64), axis=1) for i in range(0, len(matrix), step)]
-    return np.concatenate(pieces)
+                    e.expected / lengths)  # fmt: skip
 
 
 CODED: dict[str, Callable[[np.ndarray, np.ndarray, int], np.ndarray | None]] = {

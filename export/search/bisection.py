@@ -87,7 +87,7 @@ class Bisection:
     ledger: Ledger | None = None
     runs: list[SearchRun] = field(default_factory=list)
     given: dict[str, Arrays] = field(default_factory=dict)  # place that is wrong -> the run that showed it
-    _kind: Kind = FLOAT  # what the device computes like, by the first run
+    kind: Kind = FLOAT  # what the device computes like, by the first run
 
     @property
     def flow(self) -> Dataflow:
@@ -126,7 +126,7 @@ class Bisection:
     def _finding(
         self, search: Planner, seen: Mapping[str, Comparison], gone: Sequence[str], first: SearchRun
     ) -> Finding:
-        guilty, kind = search.guilty, self._kind
+        guilty, kind = search.guilty, self.kind
         assert guilty is not None
         one = self.flow.places[guilty]
         given = self._given(guilty)
@@ -168,22 +168,22 @@ class Bisection:
                 if not sound or not isinstance(kept.get("figures"), dict):
                     raise InputError(f"{self.ledger.path} is damaged; move it away and begin anew")
                 if not showed:
-                    self._kind, self.judge = KINDS[kept["reference"]], replace(self.judge, dtype=kept["dtype"])
+                    self.kind, self.judge = KINDS[kept["reference"]], replace(self.judge, dtype=kept["dtype"])
                 figures = {name: from_flat(one) for name, one in kept["figures"].items()}
                 return SearchRun(showed, until, figures, self.wrong(figures))
             given = self._execute(graph) if outputs is None else outputs
         if not showed:
             self.judge = replace(self.judge, dtype=self.judge.dtype or self.judge.shown_dtype(given))
-            self._kind = self.judge.kind(given, self.thresholds)
+            self.kind = self.judge.kind(given, self.thresholds)
         places = [self.flow.places[name] for name in showed]
         places += [] if until else [one for one in self.judge.outputs if one not in places]
-        figures = self.judge.compared(self._kind, places, given)
+        figures = self.judge.compared(self.kind, places, given)
         wrong = self.wrong(figures)
         self.given |= {name: given for name in wrong if name not in self.given}
         if self.ledger and key:
             content = {name: to_flat(one) for name, one in figures.items()}
             self.ledger.write(key, kind="run", label=self.how.label, graph=graph.name, showed=list(showed), until=until,
-                              reference=self._kind.name, dtype=self.judge.dtype, figures=content)  # fmt: skip
+                              reference=self.kind.name, dtype=self.judge.dtype, figures=content)  # fmt: skip
         return SearchRun(showed, until, figures, wrong)
 
     def _graph(self, showed: tuple[str, ...]) -> AbstractContextManager[Path]:
@@ -255,7 +255,7 @@ def bisect(
                 judge.expect_goldens()
             one = Bisection(judge, executor or Engine(), terms.thresholds, how, ledger)
             first = one.first(known.get(name))
-            kind = one._kind
+            kind = one.kind
             remarks = (english.HALVES,) if one.judge.dtype != (terms.dtype or "float32") else remarks
             if not first.wrong:
                 healthy.append(name)

@@ -73,13 +73,14 @@ class NormHead(Weight):
         """These rows, divided. The lengths are computed once for each format and kept."""
         if self.array.size <= KEEP_ELEMENTS:
             return super().read(dtype, rows)
-        return self._divided(self.array[rows], dtype, self._lengths(dtype)[rows])
+        return self._divided(self.array[rows], dtype, self.lengths(dtype)[rows])
 
     @property
     def in_place(self):
-        return self.array, self._lengths(np.dtype(np.float32))[:, 0]
+        return self.array, self.lengths(np.dtype(np.float32))[:, 0]
 
-    def _lengths(self, dtype: np.dtype) -> np.ndarray:
+    def lengths(self, dtype: np.dtype) -> np.ndarray:
+        """The lengths (O, 1) of the rows, rounded to `dtype` and at least 1e-12."""
         if ("lengths", dtype) not in self._kept:
             step = max(1, KEEP_ELEMENTS // self.shape[1])
             tiles = [_lengths(self.array[i : i + step], dtype) for i in range(0, self.shape[0], step)]

@@ -121,7 +121,7 @@ def _stages(model: Forward, ids: np.ndarray, dtype: str, attention_mask, leaves:
     if mask.shape != ids.shape or mask.dtype.kind not in "iub":
         raise InputError(f"attention_mask is {mask.dtype} {mask.shape}, expected integers of shape {ids.shape}")
     mask, ops = mask.astype(np.int64), model.ops(dtype)
-    model._expect_room(ids.shape[1])
+    model.expect_room(ids.shape[1])
     cos, sin = model.position_tables(token_positions(mask), ops.wide)
     bias = model.attention_bias(mask, ids.shape[1], ops.wide)
 

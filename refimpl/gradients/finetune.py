@@ -21,7 +21,8 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -134,10 +135,12 @@ class Tuning:
             if cut[-1] and longest * (len(cut[-1]) + 1) > PIECE_TOKENS:
                 cut.append([])
             cut[-1].append(row)
-        lora = self.options.lora
-        return [
-            (self.model, self.parameters, lora, *_padded(part), counts, weight, self.options.recompute) for part in cut
-        ]
+        pieces = []
+        for part in cut:
+            ids, labels, real = _padded(part)
+            objective = NextToken(labels, weight, real, counts)
+            pieces.append((self.model, self.parameters, self.options.lora, ids, objective, self.options.recompute))
+        return pieces
 
     # --- on disk ---
 
@@ -223,14 +226,13 @@ def finetune(
 
 
 def piece_gradients(
-    model: Forward, parameters: Mapping[str, np.ndarray], lora: Lora | None, ids: np.ndarray, labels: np.ndarray,
-    real: np.ndarray, counts: tuple[int, int], z_loss_weight: float, recompute: bool,
+    model: Forward, parameters: Mapping[str, np.ndarray], lora: Lora | None, ids: np.ndarray, objective: NextToken,
+    recompute: bool,
 ) -> Result:  # fmt: skip
     """What some rows add to a batch's loss, and to its gradients by the parameters."""
-    objective = NextToken(labels, z_loss_weight, real, counts)
     weights = trained(model, parameters, lora)
     wanted = parameters.keys().__contains__
-    loss, found = backward(model, ids, objective, wanted, "float32", real, recompute, weights=weights)
+    loss, found = backward(model, ids, objective, wanted, "float32", objective.real, recompute, weights=weights)
     return {"loss": np.array(loss), **{name: found.get(name, np.zeros_like(x)) for name, x in parameters.items()}}
 
 
@@ -312,7 +314,7 @@ def _finish(tuning: Tuning, out: Path) -> None:
     model, options = tuning.model, tuning.options
     assert model.folder is not None
     report = {"losses": tuning.losses, "gradient_norms": tuning.norms, "options": asdict(options)}
-    with _ending_as_input_error(out), whole_folder(out) as partial:
+    with _full_disk_as_input_error(out), whole_folder(out) as partial:
         if options.lora:
             options.lora.save(partial, tuning.parameters, str(model.folder))
         else:
@@ -326,17 +328,12 @@ def _finish(tuning: Tuning, out: Path) -> None:
         write_whole(partial / "loss.svg", curve(tuning.losses))
 
 
-class _ending_as_input_error:  # noqa: N801  (used as a function)
+@contextmanager
+def _full_disk_as_input_error(out: Path) -> Iterator[None]:
     """What safetensors raises for a full disk, as the InputError that it is."""
+    from safetensors import SafetensorError
 
-    def __init__(self, out: Path):
-        self.out = out
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind, error, trace) -> None:
-        from safetensors import SafetensorError
-
-        if isinstance(error, SafetensorError):
-            raise InputError(f"cannot write {self.out}: {error}; free some space, and the run goes on") from None
+    try:
+        yield
+    except SafetensorError as error:
+        raise InputError(f"cannot write {out}: {error}; free some space, and the run goes on") from None
