@@ -26,8 +26,8 @@ from export.hub.client import PUBLIC, configured, likely, one_line, scratch, ver
 from export.hub.connection import Connection, GoneError, T
 from export.hub.outputs import io_spec, named_outputs, of_graph
 from export.phone.options import Options
-from export.phone.source import Source, arrays_digest, digest
-from export.run.ledger import Ledger
+from export.phone.source import Source
+from export.run.ledger import Ledger, arrays_digest, digest
 from refimpl.errors import InputError, at_most
 from refimpl.files import sha256
 

@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import zlib
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
-from export.graphs.plan import Arrays
 from export.run.executor import ends
+from export.run.ledger import digest
 from refimpl.files import sha256
 
 SAMPLE = 1 << 20  # bytes from each of a few places of a file, by which the size of its zip is estimated
@@ -75,19 +70,3 @@ class Source:
             read = sum(map(len, pieces))
             total += size * sum(len(zlib.compress(piece, 1)) for piece in pieces) / max(read, 1)
         return int(total)
-
-
-def digest(content: object) -> str:
-    """The sha256 of content, written as JSON."""
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def arrays_digest(samples: Sequence[Arrays]) -> str:
-    """The sha256 of samples: names, order, dtypes, shapes and bytes."""
-    return digest(
-        [
-            [name, str(a.dtype), list(a.shape), hashlib.sha256(np.ascontiguousarray(a).data).hexdigest()]
-            for sample in samples
-            for name, a in sample.items()
-        ]
-    )

@@ -13,13 +13,18 @@ which is unique, to learn whether it has it. A line that a kill cut off is dropp
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import re
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any
 
+import numpy as np
+
+from export.graphs.plan import Arrays
 from refimpl.errors import InputError
 
 FILE = "hub.jsonl"
@@ -159,3 +164,19 @@ def lock(file: IO[bytes]) -> None:
             raise BlockingIOError from None
         return
     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def digest(content: object) -> str:
+    """The sha256 of content, written as JSON."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def arrays_digest(samples: Sequence[Arrays]) -> str:
+    """The sha256 of samples: names, order, dtypes, shapes and bytes."""
+    return digest(
+        [
+            [name, str(a.dtype), list(a.shape), hashlib.sha256(np.ascontiguousarray(a).data).hexdigest()]
+            for sample in samples
+            for name, a in sample.items()
+        ]
+    )

@@ -34,10 +34,9 @@ from export.measure.kinds import FLOAT, KINDS, Kind
 from export.measure.limits import AS_SHOWN, Terms, Thresholds
 from export.measure.places import Dataflow
 from export.measure.references import References
-from export.phone.source import arrays_digest, digest
 from export.run.engines import Engine
 from export.run.executor import Executor, ends
-from export.run.ledger import Ledger
+from export.run.ledger import Ledger, arrays_digest, digest
 from export.search.finding import Finding, Guilty, SearchRun
 from export.search.one_graph import OneGraph
 from export.search.planner import Planner

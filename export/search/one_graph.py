@@ -19,7 +19,7 @@ from export.measure.limits import DERIVED, Thresholds
 from export.measure.places import Dataflow, Place
 from export.measure.references import References
 from export.measure.standard import Standard, shown_dtype
-from export.phone.source import arrays_digest
+from export.run.ledger import arrays_digest
 from refimpl.errors import InputError, at_most
 from refimpl.grids.encodings import Encodings, Float16
 
