@@ -71,7 +71,7 @@ class Evidence(WhatIf):
             return self.references.stored(self.spec, self.way)
         return self.run(self.inputs)
 
-    @property
+    @cached_property
     def expected(self) -> np.ndarray:
         """What the tensor should be, as the tap."""
         return self.shown(self.outputs[self.value.name])

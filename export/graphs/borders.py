@@ -18,7 +18,6 @@ import onnx
 from google.protobuf.message import DecodeError
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
-from export.graphs.ops import LINEARS
 from refimpl.errors import InputError
 
 CODES = {TensorProto.UINT8: np.uint8, TensorProto.UINT16: np.uint16}

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from refimpl.blocks.importance import Importance
 from refimpl.blocks.quantize import Recipe, plan, quantizing
 from refimpl.checkpoint.folder import Checkpoint
-from refimpl.checkpoint.gguf import FAMILY, LIBRARY, NORMALIZED, GGUFMatrix, tensor_names
+from refimpl.checkpoint.gguf import FAMILY, NORMALIZED, GGUFMatrix, library, tensor_names
 from refimpl.checkpoint.weights import NormHead, QuantizedWeight
 from refimpl.config import Config
 from refimpl.errors import InputError
@@ -55,7 +55,7 @@ def write_gguf(
     out = Path(out)
     if out.exists():
         raise InputError(f"{out} exists; choose another name, or remove it")
-    library, config, weights = _library(), checkpoint.config, checkpoint.weights
+    gguf, config, weights = library("a GGUF file is written"), checkpoint.config, checkpoint.weights
     architecture = _architecture(config)
     planned = plan(weights, recipe, keep, **options) if recipe is not None else None
     schemes = planned.schemes if planned else {}
@@ -63,12 +63,12 @@ def write_gguf(
         if scheme.format not in gguf_bytes.FORMATS:
             raise InputError(f"{name} is to be {scheme.format}, which GGUF does not have; {_formats()} are there")
     with replacing(out) as partial, quantizing(weights, schemes, importance, threads) as blocks:
-        writer = library.GGUFWriter(partial, architecture)
+        writer = gguf.GGUFWriter(partial, architecture)
         _facts(writer, checkpoint)
         tensors = list(_tensors(checkpoint, {name: scheme.format for name, scheme in schemes.items()}))
         for tensor in tensors:
-            kind = library.GGMLQuantizationType[tensor.kind]
-            stored = (*tensor.shape[:-1], _row_bytes(library, kind, tensor.shape[-1]))
+            kind = gguf.GGMLQuantizationType[tensor.kind]
+            stored = (*tensor.shape[:-1], _row_bytes(gguf, kind, tensor.shape[-1]))
             writer.add_tensor_info(tensor.name, stored, np.dtype(np.uint8), int(np.prod(stored)), raw_dtype=kind)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
@@ -129,8 +129,8 @@ def _joined(rows: int, heads: int) -> np.ndarray:
     return np.arange(rows).reshape(heads, 2, -1).swapaxes(1, 2).reshape(-1)
 
 
-def _row_bytes(library: Any, kind: Any, columns: int) -> int:
-    weights, nbytes = library.GGML_QUANT_SIZES[kind]
+def _row_bytes(gguf: Any, kind: Any, columns: int) -> int:
+    weights, nbytes = gguf.GGML_QUANT_SIZES[kind]
     if columns % weights:
         raise InputError(f"rows of {columns} are no multiple of the {weights} weights of a block of {kind.name}")
     return columns // weights * nbytes
@@ -171,14 +171,6 @@ def _facts(writer: Any, checkpoint: Checkpoint) -> None:
     add = {str: writer.add_string, bool: writer.add_bool, int: writer.add_uint32, list: writer.add_array}
     for key, value in vocabulary_facts(checkpoint.folder, config).items():
         add[type(value)](key, value)
-
-
-def _library() -> Any:
-    try:
-        import gguf
-    except ImportError:
-        raise InputError(f"a GGUF file is written by the library gguf, which is missing: {LIBRARY}") from None
-    return gguf
 
 
 def _formats() -> str:

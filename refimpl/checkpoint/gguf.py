@@ -185,6 +185,15 @@ class NormedMatrix(GGUFMatrix):
         return (values / np.maximum(length, 1e-12)).astype(dtype, copy=False)
 
 
+def library(what: str) -> Any:
+    """The library gguf. Raises InputError, which says `what` needs it, where it is not installed."""
+    try:
+        import gguf
+    except ImportError:
+        raise InputError(f"{what} by the library gguf, which is missing: {LIBRARY}") from None
+    return gguf
+
+
 def dequantize(raw: np.ndarray, kind: str) -> np.ndarray:
     """The values (N, I) of rows (N, bytes a row) of a kind, float32; of floats, in their own format.
 
@@ -197,10 +206,7 @@ def dequantize(raw: np.ndarray, kind: str) -> np.ndarray:
             return formats.dequantize(gguf_bytes.from_bytes(raw, kind))
         except ValueError as error:
             raise InputError(str(error)) from None
-    try:
-        import gguf
-    except ImportError:
-        raise InputError(f"{kind} is read by the library gguf, which is missing: {LIBRARY}") from None
+    gguf = library(f"{kind} is read")
     return gguf.quants.dequantize(np.ascontiguousarray(raw), gguf.GGMLQuantizationType[kind.upper()])
 
 

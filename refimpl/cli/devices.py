@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from refimpl.grids.encodings import Encodings
     from refimpl.model import Model
 
+ENGINES = ("auto", "onnxruntime", "reference", "htp")  # what runs graphs on this machine
 # options of verify: for these a device's outputs must be given; for those a saved run is enough
 NEED_OUTPUTS = {"engine", "model", "encodings", "chained", "graph", "dtype"}
 NEED_FIGURES = {"min_sqnr", "max_lsb", "max_over", "html", "junit", "model_explorer", "save"}
@@ -109,7 +110,7 @@ def export(arguments) -> int:
     "refimpl verify build/b2-7b outputs/ --model weights/Baichuan2-7B-Chat --html verdict.html",
     option("folder", metavar="DIR", help="an export; or a file of --save, to judge that run again"),
     option("outputs", metavar="OUTPUTS", nargs="?", help="what a device returned: a file or a folder"),
-    option("--engine", choices=("auto", "onnxruntime", "reference", "htp"),
+    option("--engine", choices=ENGINES,
            help="what runs graphs here; htp is Qualcomm's NPU, emulated (default: auto)"),
     *NPU,
     *(EXPORTED, ENCODINGS),
@@ -157,7 +158,7 @@ def verify(arguments) -> int:
     option("outputs", metavar="OUTPUTS", nargs="?", help="what the device returned already: it saves a run"),
     *(EXPORTED, ENCODINGS),
     option("--graph", metavar="NAME", help="search in this graph (default: the first whose outputs are wrong)"),
-    option("--executor", choices=("auto", "onnxruntime", "reference", "htp", "hub"), default="auto",
+    option("--executor", choices=(*ENGINES, "hub"), default="auto",
            help="what runs the graphs: an engine here, Qualcomm's NPU (htp), or a device of AI Hub (default: auto)"),
     *NPU,
     option("--device", metavar="NAME", help="with --executor hub: such as 'Samsung Galaxy S25'"),
