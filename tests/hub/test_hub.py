@@ -224,7 +224,7 @@ def test_a_phone_that_keeps_some_of_float32_is_told_of_float16(exports, tmp_path
     capsys.readouterr()
     outputs = str(folder / "outputs" / "loopback-phone")
     assert main(["verify", str(folder), outputs]) == 1
-    assert "within float16's rounding; if that is what the device computes in, give" in capsys.readouterr().out
+    assert "within float16's rounding; if the device computes in float16, give" in capsys.readouterr().out
     assert main(["verify", str(folder), outputs, "--dtype", "float16"]) == 0
 
 
