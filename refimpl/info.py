@@ -83,7 +83,9 @@ def examine(folder: str | Path) -> dict[str, Any]:
     facts = {"revision": _revision(folder), **_facts(config)}
     problems = []
     try:
-        tensors = read_checkpoint(folder)
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always", Remark)
+            tensors = read_checkpoint(folder)
         weights = resolve(config, tensors)
     except InputError as error:
         problems.append(str(error))
@@ -96,7 +98,8 @@ def examine(folder: str | Path) -> dict[str, Any]:
         facts["files"] = _files(folder)
         facts["bytes"] = sum(array.nbytes for array in arrays)
         facts["shared storage"] = _shared(tensors)
-        facts["remarks"] = folder_remarks(folder, config, tensors) + doctor.not_finite(tensors)
+        wrapped = [str(one.message) for one in said]
+        facts["remarks"] = wrapped + folder_remarks(folder, config, tensors) + doctor.not_finite(tensors)
     try:
         tokenizer = load_tokenizer(folder, config)
         facts["tokenizer"] = (

@@ -10,14 +10,14 @@ from typing import Any
 
 from refimpl.checkpoint import gguf
 from refimpl.checkpoint.doctor import remarks
-from refimpl.checkpoint.foreign import adapter_beside, instead_of_weights
+from refimpl.checkpoint.foreign import adapter_beside, instead_of_weights, unwrapped
 from refimpl.checkpoint.quantized_files import MANIFEST, collect, provenance
 from refimpl.checkpoint.resolve import resolve
 from refimpl.checkpoint.safetensors_files import map_safetensors
 from refimpl.checkpoint.torch_files import map_torch
 from refimpl.checkpoint.weights import Weights, quantized_weight
 from refimpl.config import Config, doubt, read_config
-from refimpl.errors import InputError, Remark
+from refimpl.errors import InputError, Remark, at_most
 from refimpl.files import inside, read_json
 from refimpl.text.templates import template_remark
 from refimpl.text.tokenizer import load_tokenizer
@@ -68,10 +68,14 @@ def read_checkpoint(folder: Path) -> dict[str, Any]:
     (see `checkpoint.torch_files`); with safetensors beside it, it is not looked at. Matrices that a manifest says to be
     quantized (see `refimpl.checkpoint.quantized_files`) come as a `QuantizedWeight`.
 
-    Raises InputError for what is missing, damaged, or not understood.
+    What a wrapper of the model has put before all names, such as `module.` or `base_model.model.`, is removed, with a
+    remark that names it. Raises InputError for what is missing, damaged, or not understood.
     """
     folder = Path(folder)
-    tensors = _read_tensors(folder)
+    tensors, wrappers = unwrapped(_read_tensors(folder))
+    if wrappers:
+        said = f"the names of tensors had {at_most(wrappers)} in them, from a wrapper of the model; it is removed"
+        warnings.warn(f"{folder}: {said}", Remark, stacklevel=4)
     if not (folder / MANIFEST).exists():
         return tensors
     tensors, quantized = collect(folder / MANIFEST, tensors)

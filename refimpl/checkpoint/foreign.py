@@ -68,3 +68,40 @@ def stubs(tensors: Mapping[str, Any]) -> str | None:
         "where the weights lie in other processes; run its zero_to_fp32.py, or train with "
         "stage3_gather_16bit_weights_on_model_save"
     )
+
+
+# What PyTorch's and peft's wrappers put into names: inside them, and before them.
+INSIDE = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod.")
+ANCHOR = "model.embed_tokens.weight"
+
+
+def unwrapped(tensors: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """The tensors under the names that the model gives them, and what a wrapper had put into those.
+
+    Something before the names is removed if all of them have it, and the embedding is then called as it should be.
+
+    >>> unwrapped({"module.model.embed_tokens.weight": 1, "module._orig_mod.lm_head.weight": 2})
+    ({'model.embed_tokens.weight': 1, 'lm_head.weight': 2}, ['_orig_mod.', 'module.'])
+    """
+    found = [part for part in INSIDE if any(part in name for name in tensors)]
+    names = {name: name for name in tensors}
+    for part in found:
+        names = {name: short.replace(part, "") for name, short in names.items()}
+    before = next((name.removesuffix(ANCHOR) for name in names.values() if name.endswith(f".{ANCHOR}")), "")
+    if before and all(short.startswith(before) for short in names.values()):
+        names = {name: short.removeprefix(before) for name, short in names.items()}
+        found.append(before)
+    if not found or len(set(names.values())) < len(names):
+        return tensors, []
+    return {short: tensors[name] for name, short in names.items()}, found
+
+
+def unmerged(names: Iterable[str]) -> str | None:
+    """What is wrong if an adapter's matrices lie among the weights, as trainers save what peft has wrapped."""
+    for name in names:
+        if ".lora_A." in name:
+            return (
+                f"{name} belongs to an adapter that is not merged. Merge it where it was trained "
+                "(merge_and_unload), or save it alone (save_pretrained) and use refimpl convert --lora"
+            )
+    return None

@@ -1,21 +1,22 @@
 """A pickle machine that builds data and calls nothing.
 
 Python's own unpickler imports and calls what a file names, so whoever loads a checkpoint runs its author's program.
-This machine knows the opcodes that `torch.save` writes (protocol 2) and builds numbers, strings, tuples, lists and
-dicts. It looks a name up in a table of the caller's, by the exact pair (module, name). There it stands for an inert
-value or for one of the caller's own constructors. Nothing is imported, and no attribute is looked up.
+This machine knows the opcodes that `torch.save` writes (protocol 2, and 3 to 5 if asked) and builds numbers, strings,
+tuples, lists and dicts. It looks a name up in a table of the caller's, by the exact pair (module, name). There it
+stands for an inert value or for one of the caller's own constructors. Nothing is imported; no attribute is looked up.
 
-    pickle   = PROTO 2, value, STOP
-    value    = NONE | NEWTRUE | NEWFALSE | BININT | BININT1 | BININT2 | LONG1 (to 16 bytes) | BINFLOAT | BINUNICODE
+    pickle   = PROTO 2 to 5, value, STOP; FRAME may stand anywhere, and says nothing that is needed
+    value    = NONE | NEWTRUE | NEWFALSE | BININT | BININT1 | BININT2 | LONG1 (to 16 bytes) | BINFLOAT
+             | BINUNICODE | SHORT_BINUNICODE | BINUNICODE8
              | EMPTY_TUPLE | TUPLE1 | TUPLE2 | TUPLE3 | MARK value* TUPLE; a tuple in a tuple holds no third one
              | EMPTY_LIST, each APPEND or MARK value* APPENDS
              | EMPTY_DICT, each SETITEM or MARK (string value)* SETITEMS; a key comes once
-             | GLOBAL module name, of a pair in the table
+             | GLOBAL module name, or two strings and STACK_GLOBAL: of a pair in the table
              | a constructor of the table, a tuple, REDUCE
              | a tuple, BINPERSID: what the caller makes of it
              | a dict, a dict {"_metadata": value}, BUILD: the dict; PyTorch's notes on module versions are dropped
              | BINGET, LONG_BINGET: a string or an object of the table again, never a tuple, list or dict
-    memo     = BINPUT, LONG_BINPUT: numbered 0, 1, 2, ... without gaps or repeats
+    memo     = BINPUT, LONG_BINPUT: numbered 0, 1, 2, ... without gaps or repeats; MEMOIZE: the next number
 
 Containers are never fetched again. So values are trees with at most one node for each byte: they cannot outgrow the
 pickle, and none contains itself. Anything else is refused, and the message names what was found.
@@ -36,6 +37,7 @@ PICKLE_LIMIT = 1 << 20  # bytes, read in a second; the pickle of Baichuan2-13B i
 STRING_LIMIT = 4096  # bytes
 STACK_LIMIT = 1 << 16  # values that are not in a container yet; Python's pickler fills those 1000 values at a time
 LONG_LIMIT = 16  # bytes
+PROTOCOLS = range(2, 6)
 
 
 @dataclass(frozen=True)
@@ -69,8 +71,8 @@ class _Machine:
         self.memo: list[Any] = []
 
     def run(self) -> Any:
-        if self.take(2) != b"\x80\x02":
-            raise InputError("the pickle does not begin as one of protocol 2, which torch.save writes")
+        if self.take(1) != b"\x80" or self.take(1)[0] not in PROTOCOLS:
+            raise InputError("the pickle does not begin as one of protocol 2 to 5, which torch.save writes")
         while (code := self.take(1)) != b".":
             action = ACTIONS.get(code)
             if action is None:
@@ -92,6 +94,10 @@ class _Machine:
         self.at += count
         return self.data[self.at - count : self.at]
 
+    def frame(self) -> None:
+        if self.number(8) > len(self.data) - self.at:
+            raise InputError("the pickle's frame is longer than the pickle; download the file again")
+
     def number(self, count: int, signed: bool = False) -> int:
         return int.from_bytes(self.take(count), "little", signed=signed)
 
@@ -101,8 +107,8 @@ class _Machine:
             raise InputError(f"the pickle has an integer of {length} bytes, expected at most {LONG_LIMIT}")
         return self.number(length, signed=True)
 
-    def string(self) -> str:
-        length = self.number(4)
+    def string(self, width: int = 4) -> str:
+        length = self.number(width)
         if length > STRING_LIMIT:
             raise InputError(f"the pickle has a string of {length} bytes, expected at most {STRING_LIMIT}")
         return self.decoded(self.take(length))
@@ -171,7 +177,13 @@ class _Machine:
             target[key] = value
 
     def named(self) -> None:
-        pair = self.line(), self.line()
+        self.look_up((self.line(), self.line()))
+
+    def named_on_stack(self) -> None:
+        name, module = self.pop(str), self.pop(str)
+        self.look_up((module, name))
+
+    def look_up(self, pair: tuple[str, str]) -> None:
         if pair[0].startswith("torch_npu"):
             raise InputError(
                 f"the pickle names {pair[0]!a:.80}: the tensors were saved on a Huawei Ascend NPU; save them there "
@@ -216,6 +228,8 @@ ACTIONS: dict[bytes, Callable[[_Machine], None]] = {
     b"\x8a": lambda m: m.push(m.long()),  # LONG1
     b"G": lambda m: m.push(*struct.unpack(">d", m.take(8))),  # BINFLOAT
     b"X": lambda m: m.push(m.string()),  # BINUNICODE
+    b"\x8c": lambda m: m.push(m.string(1)),  # SHORT_BINUNICODE
+    b"\x8d": lambda m: m.push(m.string(8)),  # BINUNICODE8
     b"(": lambda m: m.marks.append(len(m.stack)),  # MARK
     b")": lambda m: m.pack(0),  # EMPTY_TUPLE
     b"\x85": lambda m: m.pack(1),  # TUPLE1
@@ -229,11 +243,14 @@ ACTIONS: dict[bytes, Callable[[_Machine], None]] = {
     b"s": lambda m: m.fill([m.pop(), m.pop()][::-1]),  # SETITEM
     b"u": lambda m: m.fill(m.since_mark()),  # SETITEMS
     b"c": lambda m: m.named(),  # GLOBAL
+    b"\x93": lambda m: m.named_on_stack(),  # STACK_GLOBAL
     b"R": lambda m: m.reduce(),  # REDUCE
     b"b": lambda m: m.build(),  # BUILD
     b"Q": lambda m: m.push(m.persistent(m.pop(tuple))),  # BINPERSID
     b"q": lambda m: m.put(m.number(1)),  # BINPUT
     b"r": lambda m: m.put(m.number(4)),  # LONG_BINPUT
+    b"\x94": lambda m: m.put(len(m.memo)),  # MEMOIZE
+    b"\x95": lambda m: m.frame(),  # FRAME
     b"h": lambda m: m.get(m.number(1)),  # BINGET
     b"j": lambda m: m.get(m.number(4)),  # LONG_BINGET
 }

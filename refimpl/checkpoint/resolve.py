@@ -13,7 +13,7 @@ from typing import Any
 
 from refimpl.checkpoint import bitsandbytes
 from refimpl.checkpoint.doctor import broken_promise, frequencies, mismatch
-from refimpl.checkpoint.foreign import of_an_engine, stubs
+from refimpl.checkpoint.foreign import of_an_engine, stubs, unmerged
 from refimpl.checkpoint.weights import FLOATS, NormHead, QuantizedWeight, Weight, Weights, quantized_weight
 from refimpl.config import Config
 from refimpl.errors import InputError, at_most
@@ -96,6 +96,11 @@ def another_engine(found: Found) -> str | None:
     return of_an_engine(found.plain)
 
 
+def unmerged_adapter(found: Found) -> str | None:
+    """An adapter among the weights."""
+    return unmerged(found.plain)
+
+
 def without_numbers(found: Found) -> str | None:
     """Tensors that are there without their numbers."""
     return stubs({name: found.plain[name] for name in found.shapes if name in found.plain})
@@ -155,6 +160,7 @@ def head_not_normalised(found: Found) -> str | None:
 CHECKS: tuple[Callable[[Found], str | None], ...] = (
     a_list,
     another_engine,
+    unmerged_adapter,
     without_numbers,
     another_model,
     missing_or_unknown,

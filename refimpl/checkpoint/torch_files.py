@@ -36,7 +36,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from refimpl.checkpoint.pickles import PICKLE_LIMIT, Constructor, read_pickle
+from refimpl.checkpoint.pickles import PICKLE_LIMIT, PROTOCOLS, Constructor, read_pickle
 from refimpl.checkpoint.zips import stored_members
 from refimpl.errors import InputError, at_most
 from refimpl.files import cannot_read, expect_content
@@ -47,6 +47,7 @@ REPEATED = 4 << 30  # bytes that a tensor with more elements than its storage ma
 DIMENSIONS = 8  # at most
 LIST_LIMIT, LIST_DEPTH = 16, 3  # a quant_state has 7 items, the longest list in it 8
 NOTES = {"byteorder", "version", ".format_version", ".storage_alignment", ".data/serialization_id"}
+WRAPPERS = ("state_dict", "model_state_dict", "model", "module")  # where trainers keep a model's tensors
 NOTE_LIMIT = 64  # bytes; the longest is a number of 40 digits
 
 
@@ -177,7 +178,7 @@ def map_torch(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise InputError(cannot_read(path, error)) from None
     except ValueError as error:
-        raise InputError(f"{path} is empty: {error}; download it again") from None
+        raise InputError(f"cannot read {path}, which is empty: {error}; download it again") from None
 
     def ahead(at: int) -> None:  # the disk fetches all headers at once, not one after the other
         if hasattr(mapped, "madvise"):
@@ -194,13 +195,21 @@ def read_torch(data: np.ndarray, ahead: Callable[[int], None] = lambda at: None)
     start = data[:4].tobytes()
     if start == b"PK\3\4":
         value, storages = _read_zip(data, ahead)
-    elif start[:2] == b"\x80\x02":
+    elif start[:1] == b"\x80" and start[1] in PROTOCOLS:
         value, storages = _read_legacy(data)
     else:
-        raise InputError(f"it begins with {start!r}, expected a zip archive or a pickle of protocol 2")
+        raise InputError(f"it begins with {start!r}, expected a zip archive or a pickle of protocol 2 to 5")
     if not isinstance(value, dict):
         raise InputError(f"it holds a {type(value).__name__}, expected a dict of tensors")
-    return {name: _entry(name, entry, storages) for name, entry in value.items()}
+    return {name: _entry(name, entry, storages) for name, entry in _state(value).items()}
+
+
+def _state(value: dict) -> dict:
+    """The tensors by name, which may lie beside a trainer's own numbers: {"state_dict": ..., "epoch": 3}."""
+    inner = [key for key in WRAPPERS if isinstance(value.get(key), dict) and value[key]]
+    if len(inner) != 1 or any(isinstance(entry, TensorView) for entry in value.values()):
+        return value
+    return value[inner[0]]
 
 
 def _entry(name: str, value: Any, storages: Mapping[str, np.ndarray]) -> Any:

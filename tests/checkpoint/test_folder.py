@@ -218,3 +218,65 @@ def test_the_official_template_gives_our_layout():
         settings = ChatSettings(user_token_id=1 << 20, assistant_token_id=1 << 20, eos_token_id=1 << 19)
         marks = {1 << 20: "<|im_start|>", 1 << 19: "<|im_end|>"}
         assert "".join(marks.get(id) or chr(id) for id in lay_out_qwen2(said, letters, settings)) == text
+
+
+PREFIXES = ["module.", "_orig_mod.", "base_model.model.", "model.", "_forward_module.", "module._orig_mod."]
+
+
+@pytest.mark.parametrize("prefix", PREFIXES)
+@pytest.mark.parametrize("layout", ["safetensors", "bin"])
+def test_names_that_a_wrapper_has_changed(tmp_path, folder, prefix, layout):
+    tensors = load_file(folder / "model.safetensors")
+    expected = refimpl.load(folder)([5, 6, 7])
+    wrapped = {prefix + name: array for name, array in tensors.items()}
+    if layout == "bin":
+        (folder / "model.safetensors").unlink()
+        (folder / "pytorch_model.bin").write_bytes(state_dict(wrapped))
+    else:
+        save_file(wrapped, folder / "model.safetensors")
+    with pytest.warns(Remark, match="from a wrapper of the model; it is removed"):
+        assert np.array_equal(refimpl.load(folder)([5, 6, 7]), expected)
+    assert "from a wrapper" in examine(folder)["remarks"][0]
+    with pytest.warns(Remark, match=r"had .*\. in them"):
+        convert(folder, tmp_path / "out")
+    assert set(load_file(tmp_path / "out" / "model.safetensors")) == set(tensors)
+
+
+def test_a_wrapper_inside_of_names(folder):
+    tensors = load_file(folder / "model.safetensors")
+    inside = {name.replace("layers.0.", "layers.0._fsdp_wrapped_module."): array for name, array in tensors.items()}
+    save_file(inside, folder / "model.safetensors")
+    with pytest.warns(Remark, match="_fsdp_wrapped_module"):
+        assert set(refimpl.load(folder).weights) == set(tensors)
+
+
+def test_a_prefix_that_not_all_names_have_stays(folder):
+    tensors = load_file(folder / "model.safetensors")
+    tensors["module.model.embed_tokens.weight"] = tensors.pop("model.embed_tokens.weight")
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(InputError, match=r"has unknown module\.model\.embed_tokens"):
+        refimpl.load(folder)
+
+
+def test_an_adapter_among_the_weights(folder):
+    tensors = {f"base_model.model.{name}": array for name, array in load_file(folder / "model.safetensors").items()}
+    at = "base_model.model.model.layers.0.self_attn.W_pack.lora_A.default.weight"
+    save_file({**tensors, at: np.zeros((2, 64), np.float32)}, folder / "model.safetensors")
+    with pytest.warns(Remark), pytest.raises(InputError, match=r"an adapter that is not merged.*merge_and_unload"):
+        refimpl.load(folder)
+
+
+@pytest.mark.parametrize("key", ["state_dict", "module", "model", "model_state_dict"])
+@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
+@pytest.mark.parametrize("zipped", [True, False])
+def test_what_trainers_save_with_torch(folder, key, protocol, zipped):
+    torch = pytest.importorskip("torch")
+    from collections import OrderedDict
+
+    expected = refimpl.load(folder)([5, 6, 7])
+    tensors = OrderedDict((n, torch.tensor(a)) for n, a in load_file(folder / "model.safetensors").items())
+    (folder / "model.safetensors").unlink()
+    for content in (tensors, {key: tensors, "epoch": 3, "optimizer": None, "lr": 1e-4}):
+        with open(folder / "pytorch_model.bin", "wb") as file:
+            torch.save(content, file, pickle_protocol=protocol, _use_new_zipfile_serialization=zipped)
+        assert np.array_equal(refimpl.load(folder)([5, 6, 7]), expected)
