@@ -25,10 +25,12 @@ EXPLAINED = "what rounding explains"
 # A verdict in one line
 
 
-def agrees(count: int, rule: str, kind: Kind, worst: Comparison, excess: float) -> str:
-    """All tensors are right."""
+def agrees(count: int, rule: str, kind: Kind, worst: Comparison, excess: float, unjudged: int = 0) -> str:
+    """All tensors are right; `unjudged` graphs have no outputs."""
     needs = worst.problem or share(excess)
-    return f"agrees: {count} tensors within {rule}; the device computes like {kind.text}; worst {worst.name}, {needs}"
+    rest = f"; {unjudged} graph{'s are' if unjudged > 1 else ' is'} not judged" if unjudged else ""
+    like = f"the device computes like {kind.text}"
+    return f"agrees: {count} tensors within {rule}; {like}; worst {worst.name}, {needs}{rest}"
 
 
 def differs(failing: int, count: int, first: Comparison, excess: float) -> str:
@@ -181,6 +183,49 @@ def more(rest: int, failing: int) -> str:
 def without_outputs(graphs: Collection[str]) -> str:
     """Graphs that were not judged."""
     return f"not judged, because there are no outputs: {at_most(graphs, 6)}"
+
+
+# What to do next
+
+
+def run_the_rest(graphs: Collection[str], verify: str) -> str:
+    """Graphs without outputs."""
+    return f"Next: have the device run {at_most(graphs, 3)} as well, and judge all of it: {verify}"
+
+
+def fetch(names: Collection[str], verify: str) -> str:
+    """Outputs that did not come back, where all else is right."""
+    return f"Next: fetch {at_most(names, 3)} from the device as well, and judge all of it: {verify}"
+
+
+def give_the_model(verify: str) -> str:
+    """What is wrong inside of a graph can only be told with the model."""
+    return f"Next: give the model, which narrows the limits and tells more causes: {verify} --model MODEL"
+
+
+def search(bisect: str) -> str:
+    """Several operations are suspected, or no cause is known."""
+    return f"Next: find the operation in the fewest runs: {bisect} --model MODEL --executor hub --device NAME"
+
+
+def mend(verify: str) -> str:
+    """The operation and its cause are known."""
+    return f"Next: mend it, run the graphs again, and judge them: {verify} --model MODEL"
+
+
+def chain(verify: str) -> str:
+    """Each graph is right on golden inputs."""
+    return f"Next: feed each graph what the one before it gave, and judge that: {verify} --chained"
+
+
+def keep(verify: str) -> str:
+    """All is right."""
+    return f"Next: keep the figures, to hold later versions against them: {verify} --save RUN"
+
+
+def absent(names: Collection[str]) -> str:
+    """Outputs that did not come back, beside another fault."""
+    return f"Not judged, because the device did not give {'them' if len(names) > 1 else 'it'}: {at_most(names, 4)}."
 
 
 # A search

@@ -16,6 +16,7 @@ from refimpl.config import Config
 from refimpl.names import taps
 
 HEADS = ("self_attn.query", "self_attn.key", "self_attn.value")
+HERE, MAPPING = "computed here", "a mapping of"  # outputs that are no file or folder, as `about` has them
 MUCH = 8  # times less than the guilty tensor needs: so right a tensor must be to clear others where noise is a guess
 
 
@@ -59,6 +60,17 @@ class Judged:
         """The first failing tensor that came back and did not inherit its error; of an isolated graph, if one fails."""
         born = [tensor for tensor in self.failures if tensor.born != Birth.INHERITED] or self.failures
         return min(born, key=lambda tensor: (tensor.problem == "missing", tensor.way != "isolated"), default=None)
+
+    @property
+    def absent(self) -> list[Comparison]:
+        """The tensors that did not come back."""
+        return [tensor for tensor in self.tensors if tensor.problem == "missing"]
+
+    @property
+    def unjudged(self) -> list[str]:
+        """The graphs of the export of which nothing came back."""
+        judged = {tensor.graph for tensor in self.tensors}
+        return [graph for graph in self.inside if graph not in judged]
 
     @property
     def inherited(self) -> list[Comparison]:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import shlex
 from typing import Any
 
 from export.verdict import english
-from export.verdict.judged import HEADS, Judged
+from export.verdict.judged import HEADS, HERE, MAPPING, Judged
 
 
 def summary(of: Judged, say: Any = english) -> str:
@@ -15,7 +16,7 @@ def summary(of: Judged, say: Any = english) -> str:
     if of:
         given = sum(map(of.thresholds.judge, of.tensors))
         rule = say.rule(given, len(of.tensors) - given, of.thresholds == type(of.thresholds)())
-        return say.agrees(len(of.tensors), rule, of.kind, of.worst[0], of.excess(of.worst[0]))
+        return say.agrees(len(of.tensors), rule, of.kind, of.worst[0], of.excess(of.worst[0]), len(of.unjudged))
     guilty = of.guilty
     assert guilty is not None
     return say.differs(len(of.failures), len(of.tensors), guilty, of.excess(guilty))
@@ -41,7 +42,29 @@ def story(of: Judged, say: Any = english) -> str:
     lines.append(say.likely(str(cause or ""), cause is not None and cause.partial))
     lines += [say.also(name, str(cause)) for name, cause in of.causes.items() if name != guilty.name]
     lines += [say.inherited(len(of.inherited))] if of.inherited else []
+    lines += [say.absent([tensor.name for tensor in of.absent])] if of.absent else []
     return "\n".join(lines)
+
+
+def next_step(of: Judged, say: Any = english) -> str:
+    """The command that tells more, or the one to run once it is mended; "" for what was computed here."""
+    if of.about.get("outputs") == HERE:
+        return ""
+    outputs = str(of.about.get("outputs") or MAPPING)
+    places = str(of.about.get("export") or "DIR"), "OUTPUTS" if outputs.startswith(MAPPING) else outputs
+    verify, bisect = (shlex.join(["refimpl", verb, *places]) for verb in ("verify", "bisect"))
+    if of.failures and len(of.absent) == len(of.failures):
+        return say.fetch([tensor.name for tensor in of.absent], verify)
+    if of.failures and not of.about.get("model"):
+        return say.give_the_model(verify)
+    if guilty := of.guilty:
+        cause = of.causes.get(guilty.name)
+        known = cause is not None and not cause.partial and len(of.suspects) == 1
+        return say.mend(verify) if known else say.search(bisect)
+    if of.unjudged:
+        return say.run_the_rest(of.unjudged, verify)
+    chained = any(tensor.way == "chained" for tensor in of.tensors)
+    return say.keep(verify) if chained or len(of.inside) < 2 else say.chain(verify)
 
 
 def logits(of: Judged, say: Any = english) -> list[str]:

@@ -30,6 +30,7 @@ from export.measure.standard import Right, Standard, shown_dtype
 from export.run.engines import Engine
 from export.run.executor import Executor
 from export.verdict import english
+from export.verdict.judged import HERE, MAPPING
 from export.verdict.verdict import Verdict
 from refimpl.errors import at_most
 from refimpl.grids.encodings import Encodings
@@ -106,11 +107,12 @@ def verify_on_grids(folder: str | Path, engine: str | Executor = "auto", dtype: 
         for spec, way, outputs in run_graphs(folder, plan, Engine(engine) if isinstance(engine, str) else engine):
             (Path(answers) / way).mkdir(exist_ok=True)
             np.savez(Path(answers) / way / f"{spec.name}.npz", **outputs)  # type: ignore[arg-type]
-        return judge(folder, answers, engine=here, terms=Terms(dtype))
+        verdict = judge(folder, answers, engine=here, terms=Terms(dtype))
+        return replace(verdict, about={**verdict.about, "outputs": HERE})
 
 
 def _said(outputs: Any) -> str:
-    return str(outputs) if isinstance(outputs, str | Path) else f"a mapping of {at_most(outputs, 3)}"
+    return str(outputs) if isinstance(outputs, str | Path) else f"{MAPPING} {at_most(outputs, 3)}"
 
 
 @dataclass(frozen=True, eq=False)

@@ -35,12 +35,17 @@ class Verdict(Judged):
         """What is wrong, where it begins, and why, in a few sentences; "" if nothing is wrong."""
         return story.story(self)
 
+    @property
+    def next_step(self) -> str:
+        """What to do next, and the command for it, in a sentence."""
+        return story.next_step(self)
+
     def table(self, limit: int = 20) -> str:
         """The worst tensors, a line each."""
         return story.table(self, limit)
 
     def __str__(self) -> str:
-        lines = [self.summary, self.story, *story.logits(self), *self.remarks, self.table()]
+        lines = [self.summary, self.story, *story.logits(self), *self.remarks, self.table(), self.next_step]
         return "\n".join(filter(None, lines))
 
     @property

@@ -575,6 +575,42 @@ def test_missing_and_absent_outputs(world):
     graph["past_value_1_out"] = -graph["past_value_1_out"]
     verdict = world.judged(outputs)
     assert len(verdict.failures) == 2 and verdict.guilty.tap == VALUE.format(1), "what is there tells more"
+    missing = f"{P.format(3)}/isolated/{KEY.format(1)}"
+    assert verdict.story.endswith(f"Not judged, because the device did not give it: {missing}.")
+
+
+def test_a_graph_that_did_not_run_is_said(world):
+    """Also where all else is right: nobody should take half of a device for the whole."""
+    outputs = world.healthy("simulation", "isolated")
+    assert "judged" not in world.judged(outputs).summary
+    for count, said in ((1, "; 1 graph is not judged"), (2, "; 2 graphs are not judged")):
+        del outputs["isolated"][(P, T)[count - 1].format(3)]
+        verdict = world.judged(outputs)
+        assert verdict and verdict.summary.endswith(said)
+
+
+def test_a_verdict_ends_with_the_next_command(world, tmp_path):
+    def next_step(outputs, model=world.model):
+        verdict = judge(world.folder, outputs, model, world.encodings)
+        assert str(verdict).split("\n")[-1] == verdict.next_step
+        return verdict.next_step
+
+    verify, bisect = (f"refimpl {verb} {world.folder} OUTPUTS" for verb in ("verify", "bisect"))
+    isolated, chained = (world.healthy("simulation", way) for way in ("isolated", "chained"))
+    assert next_step(isolated).endswith(f": {verify} --chained")
+    assert next_step(isolated | chained).endswith(f": {verify} --save RUN")
+    assert next_step({P.format(2): isolated["isolated"][P.format(2)]}).startswith("Next: have the device run ")
+    absent = world.healthy("simulation", "isolated")
+    del absent["isolated"][P.format(3)]["past_value_1_out"]
+    assert next_step(absent).startswith(f"Next: fetch {P.format(3)}/isolated/{VALUE.format(1)} from the device")
+    twice = at(3, "past_value_1_out", lambda x, s: 2 * x)(world, "simulation", "isolated")
+    assert next_step(twice).endswith(f"judge them: {verify} --model MODEL")
+    assert next_step(twice, None).startswith("Next: give the model")
+    noise = np.random.default_rng(0)
+    noisy = at(3, "model.layers.1", lambda x, s: noise.normal(0, x.std(), x.shape))(world, "simulation", "isolated")
+    assert next_step(noisy).endswith(f": {bisect} --model MODEL --executor hub --device NAME")
+    spaced = replace(world.judged(twice), about={"export": "my export", "outputs": "a b", "model": "x"})
+    assert "refimpl verify 'my export' 'a b' --model" in spaced.next_step
 
 
 def test_without_the_model_a_float_device_is_judged_and_explained(world):
