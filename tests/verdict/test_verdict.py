@@ -652,6 +652,7 @@ HALF = float(np.float16(0.3))  # and no bfloat16
     ([[HALF, np.nan]], 0.1, {}, "float16"), ([[HALF, 70000.0]], 0.1, {}, "float32"),
     ([HALF, HALF, 0.1], 0.1, {}, "float16"), ([HALF, 0.1, 0.1], 0.1, {}, "float32"),
     ([HALF * (1 + 1.2e-7)], 0.1, {}, "float16"), ([HALF * (1 + 5e-7)], 0.1, {}, "float32"),
+    ([[HALF, -2.211333e-05, -1.8298633e-05]], 0.1, {}, "float16"), ([[HALF, 2.23e-05]], 0.1, {}, "float32"),
     ([[HALF * (1 - 8.5e-8), np.inf]], 0.1, {}, "float16"), ([0.25 * (1 + 1.2e-7)], 0.1, {}, "float32"),
 ])  # fmt: skip
 def test_the_dtype_is_what_most_outputs_show(device, golden, grids, dtype):
