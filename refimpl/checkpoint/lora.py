@@ -27,7 +27,10 @@ from refimpl.files import read_json
 PREFIX = "base_model.model."
 NAMES = ("adapter_model.safetensors", "adapter_model.bin")
 # Keys that are read here, and keys that do not change the merged numbers.
-READ = {"peft_type", "r", "lora_alpha", "use_rslora", "target_modules", "layers_to_transform"}
+READ = {
+    "peft_type", "r", "lora_alpha", "use_rslora", "target_modules", "layers_to_transform", "rank_pattern",
+    "alpha_pattern",
+}  # fmt: skip
 NEUTRAL = {
     "base_model_name_or_path", "revision", "task_type", "inference_mode", "lora_dropout", "auto_mapping",
     "peft_version", "megatron_core", "qalora_group_size",
@@ -80,10 +83,11 @@ def merge(folder: Path, weights: Mapping[str, Weight]) -> dict[str, MergedWeight
     """
     config, file = adapter_files(folder)
     keys = read_json(config)
-    scale, rank = _scale(config, keys)
+    _expect_understood(config, keys)
     pairs: dict[str, dict[str, np.ndarray]] = {}
     for name, array in map_tensors(folder, file.name).items():
         target, dot, end = name.removeprefix(PREFIX).rpartition(".lora_")
+        end = end.replace(".default.", ".")  # what a trainer's own torch.save leaves in it
         if not name.startswith(PREFIX) or not dot or end not in ("A.weight", "B.weight"):
             raise InputError(f"{file} has {name}, expected lora_A.weight and lora_B.weight of linears")
         if not isinstance(array, np.ndarray) or array.dtype not in FLOATS:
@@ -92,12 +96,14 @@ def merge(folder: Path, weights: Mapping[str, Weight]) -> dict[str, MergedWeight
     strange = [name for name in pairs if name not in weights or len(weights[name].shape) != 2]
     if strange or not pairs:
         raise InputError(f"{file} changes {at_most(strange, 3) or 'nothing'}, expected this model's linears")
-    targets = {name for name, weight in weights.items() if len(weight.shape) == 2 and _targeted(config, keys, name)}
-    if targets != set(pairs):
+    linears = [name for name, weight in weights.items() if len(weight.shape) == 2]
+    targets = {name for name in linears if _targeted(config, keys, name)}
+    if targets != set(pairs) and not _is_pattern(keys.get("target_modules")):
         differing = at_most(sorted(targets ^ set(pairs)), 3)
         raise InputError(f"{config} and {file.name} disagree on whether {differing} is changed; download both again")
     merged = {}
     for name, pair in pairs.items():
+        scale, rank = _scale(config, keys, name.removesuffix(".weight"))
         (rows, columns), shapes = weights[name].shape, {part: pair[part].shape for part in sorted(pair)}
         if shapes != {"A": (rank, columns), "B": (rows, rank)}:
             raise InputError(f"the adapter of {name} has {shapes}, expected A {rank, columns} and B {rows, rank}")
@@ -108,8 +114,8 @@ def merge(folder: Path, weights: Mapping[str, Weight]) -> dict[str, MergedWeight
     return merged
 
 
-def _scale(path: Path, keys: dict[str, Any]) -> tuple[float, int]:
-    """What B @ A is multiplied with, and r."""
+def _expect_understood(path: Path, keys: dict[str, Any]) -> None:
+    """Raises InputError for keys that would change the numbers in a way that is not known here."""
     if keys.get("peft_type") != "LORA":
         raise InputError(f"{path}: peft_type is {keys.get('peft_type')!r:.40}, expected 'LORA'")
     for key, value in keys.items():
@@ -119,7 +125,12 @@ def _scale(path: Path, keys: dict[str, Any]) -> tuple[float, int]:
             raise InputError(f"{path}: {key} is {value!r:.60}, which is not understood; it may change the numbers")
         if value not in ONLY[key]:
             raise InputError(f"{path}: {key} is {value!r:.60}, expected {ONLY[key][0]!r}; it may change the numbers")
-    rank, alpha, rooted = keys.get("r"), keys.get("lora_alpha"), keys.get("use_rslora", False)
+
+
+def _scale(path: Path, keys: dict[str, Any], module: str) -> tuple[float, int]:
+    """What B @ A of a module is multiplied with, and r."""
+    rank, alpha = (_of_module(path, keys, pattern, module, key) for pattern, key in PATTERNS)
+    rooted = keys.get("use_rslora", False)
     match rank, alpha, rooted:
         case int(), int() | float(), bool() if type(alpha) is not bool and 0 < rank < 1 << 20 and abs(alpha) < 1e9:
             return alpha / (math.sqrt(rank) if rooted else rank), rank
@@ -128,12 +139,39 @@ def _scale(path: Path, keys: dict[str, Any]) -> tuple[float, int]:
     )
 
 
+PATTERNS = (("rank_pattern", "r"), ("alpha_pattern", "lora_alpha"))
+
+
+def _of_module(path: Path, keys: dict[str, Any], pattern: str, module: str, key: str) -> Any:
+    """The value of a key for one module, which `rank_pattern` or `alpha_pattern` may change.
+
+    The first name that the module's ends with counts. In peft these are regular expressions; one that a file brings
+    might run for ever, so names alone are taken. Source: `get_pattern_key` in peft's src/peft/utils/other.py.
+    """
+    found = keys.get(pattern) or {}
+    if not isinstance(found, dict) or not all(re.fullmatch(r"\^?[\w.]{1,200}", name) for name in found):
+        raise InputError(f"{path}: {pattern} is {found!r:.60}, expected names of modules such as up_proj")
+    for name, value in found.items():
+        if module == name.removeprefix("^") or (name[0] != "^" and module.endswith(f".{name}")):
+            return value
+    return keys.get(key)
+
+
+def _is_pattern(modules: Any) -> bool:
+    """Whether target_modules is a regular expression. It is not run: the adapter's tensors tell what is changed."""
+    return isinstance(modules, str) and modules != "all-linear"
+
+
 def _targeted(path: Path, keys: dict[str, Any], name: str) -> bool:
     """Whether the config says that this weight is changed.
 
     Source: `check_target_module_exists` in peft's src/peft/tuners/tuners_utils.py, but for patterns.
     """
     modules, layers = keys.get("target_modules"), keys.get("layers_to_transform")
+    if modules == "all-linear":  # but the head, in peft as here
+        return name.startswith("model.layers.")
+    if _is_pattern(modules):
+        return True
     if not isinstance(modules, list) or not modules or not all(isinstance(module, str) for module in modules):
         raise InputError(f"{path}: target_modules is {modules!r:.60}, expected a list of names such as 'W_pack'")
     layers = [layers] if type(layers) is int else layers or []

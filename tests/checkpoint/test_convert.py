@@ -491,8 +491,10 @@ ONES = {A: np.ones((4, 64)), B: np.ones((128, 4))}
         (dict(bias="all"), None, "bias is 'all'"),
         (dict(fan_in_fan_out=True), None, "fan_in_fan_out is True"),
         (dict(modules_to_save=["lm_head"]), None, "modules_to_save is"),
-        (dict(rank_pattern={"W_pack": 8}), None, "rank_pattern is"),
-        (dict(alpha_pattern={"W_pack": 8}), None, "alpha_pattern is"),
+        (dict(rank_pattern={"W_pack": 8}), None, r"expected A \(8, 64\)"),
+        (dict(rank_pattern={"(a+)+$": 8}), None, "rank_pattern is .*, expected names of modules"),
+        (dict(alpha_pattern={"W_pack": "8"}), None, "lora_alpha '8'"),
+        (dict(alpha_pattern=["W_pack"]), None, "alpha_pattern is"),
         (dict(init_lora_weights="pissa"), None, "init_lora_weights is 'pissa'"),
         (dict(layer_replication=[[0, 1]]), None, "layer_replication is"),
         (dict(exclude_modules=["o_proj"]), None, "exclude_modules is"),
@@ -500,8 +502,7 @@ ONES = {A: np.ones((4, 64)), B: np.ones((128, 4))}
         (dict(trainable_token_indices=[1]), None, "trainable_token_indices is"),
         (dict(layers_pattern="blocks"), None, "layers_pattern is 'blocks'"),
         (dict(target_modules=None), None, "target_modules is None, expected a list"),
-        (dict(target_modules="all-linear"), None, "target_modules is 'all-linear'"),
-        (dict(target_modules=r".*\.W_pack"), None, "expected a list of names"),
+        (dict(target_modules="all-linear"), None, r"disagree on whether .*mlp\.gate_proj"),
         (dict(target_modules=["W_pack", 4]), None, "expected a list of names"),
         (dict(target_modules=["W_pack"]), None, r"disagree on whether model\.layers\.0\.mlp\.down_proj\.weight, "),
         (dict(target_modules=["W_pack", "down_proj", "o_proj"]), None, r"0\.self_attn\.o_proj\.weight, .* is changed"),
@@ -520,7 +521,7 @@ ONES = {A: np.ones((4, 64)), B: np.ones((128, 4))}
         ({}, {A: ONES[A], B: np.ones((128, 3))}, "expected A"),
         ({}, {A: np.ones((4, 65)), B: ONES[B]}, "expected A"),
         ({}, {"model.layers.0.mlp.up_proj.lora_A.weight": ONES[A]}, "expected lora_A"),
-        ({}, {A.replace("weight", "default.weight"): ONES[A]}, "expected lora_A"),
+        ({}, {A.replace("weight", "other.weight"): ONES[A]}, "expected lora_A"),
         ({}, {"base_model.model.lm_head.weight": np.ones((96, 64))}, "expected lora_A"),
         ({}, {"base_model.model.model.embed_tokens.lora_embedding_A": ONES[A]}, "expected lora_A"),
         ({}, {A.replace("up_proj", "gap_proj"): ONES[A], B.replace("up_proj", "gap_proj"): ONES[B]}, "gap_proj"),
@@ -532,6 +533,30 @@ def test_adapters_that_are_not_understood(tmp_path, folder, keys, tensors, messa
     with pytest.raises(InputError, match=message) as error:
         convert(folder, tmp_path / "out", lora=tmp_path / "adapter")
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("targets", [r".*\.(W_pack|down_proj)", "(a+)+$", ["W_pack", "down_proj"]])
+def test_adapters_as_trainers_leave_them(tmp_path, folder, targets):
+    """A regular expression for a target, which is not run; ranks and alphas of single modules; "default" in names."""
+    plain = {"rank_pattern": {}, "alpha_pattern": {"layers.1.self_attn.W_pack": 10, "down_proj": 9}}
+    tensors = write_adapter(tmp_path / "adapter", target_modules=targets, **plain)
+    first = "base_model.model.model.layers.0.self_attn.W_pack.lora_"
+    tensors[f"{first}A.weight"] = tensors[f"{first}A.weight"][:2]
+    tensors[f"{first}B.weight"] = tensors[f"{first}B.weight"][:, :2]
+    renamed = {name.replace(".weight", ".default.weight"): np.ascontiguousarray(a) for name, a in tensors.items()}
+    save_file(renamed, tmp_path / "adapter" / "adapter_model.safetensors")
+    keys = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    keys["rank_pattern"] = {"layers.0.self_attn.W_pack": 2}
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(keys))
+    convert(folder, tmp_path / "out", lora=tmp_path / "adapter")
+    before, after = (load_file(f / "model.safetensors") for f in (folder, tmp_path / "out"))
+    scales = {"layers.0.self_attn.W_pack": 6 / 2, "layers.1.self_attn.W_pack": 10 / RANK, "down_proj": 9 / RANK}
+    for name, array in before.items():
+        module = name.removesuffix(".weight")
+        scale = next((scale for end, scale in scales.items() if module.endswith(end)), 0)
+        at = f"base_model.model.{module}.lora_"
+        change = scale * tensors[f"{at}B.weight"].astype(float) @ tensors[f"{at}A.weight"] if scale else 0
+        assert np.abs(after[name] - (array + change)).max() < 8 * 2**-24 * np.abs(array + change).max()
 
 
 def test_a_merged_weight_is_read_through_its_adapter_alone(tmp_path, folder):
