@@ -213,7 +213,7 @@ def expect_new(folder: Path) -> None:
 def expect_name(name: str, of: str = "a case") -> str:
     """`name`, if it is a valid one. Raises InputError if it is not."""
     if not _NAME.fullmatch(name):
-        raise InputError(f"{name!r:.60} is no name for {of}; expected letters, digits, '_', '.' and '-'")
+        raise InputError(f"{name!r:.60} is not a name for {of}; expected letters, digits, '_', '.' and '-'")
     return name
 
 

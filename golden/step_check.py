@@ -73,7 +73,7 @@ class StepReport:
             lines.append(f"wrong by themselves: {', '.join(self.born[:6])}" + (" …" if len(self.born) > 6 else ""))
         lines += [f"cause: {MISTAKES[name][0]} [{name}]" for name in self.causes]
         if not self.causes:
-            lines.append("cause: none of the known mistakes is known to give these numbers")
+            lines.append("cause: no known mistake gives these numbers")
         return "\n".join([*lines, self.report.table(8)])
 
     def to_json(self) -> str:

@@ -115,7 +115,7 @@ def _read_file(path: Path) -> GGUF:
 
 def _parse(path: Path, data: np.ndarray) -> GGUF:
     if data[:4].tobytes() != MAGIC:
-        raise InputError("this is no GGUF file, which begins with the letters GGUF; give another file")
+        raise InputError("this is not a GGUF file, which begins with the letters GGUF; give another file")
     header = _Header(data)
     version = header.number("<u4")
     if version not in VERSIONS:

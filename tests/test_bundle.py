@@ -207,7 +207,7 @@ def test_the_same_run_writes_the_same_bytes(tmp_path, tiny_model):
 
 @pytest.mark.parametrize("name", ["../x", "a b", "", "x\n", "/etc/passwd", "x" * 300])
 def test_names_that_are_no_names_are_refused(tmp_path, name):
-    with pytest.raises(InputError, match="no name for a tensor"):
+    with pytest.raises(InputError, match="not a name for a tensor"):
         write_trace(tmp_path / "t", Trace({name: np.ones(2)}))
     assert list(tmp_path.iterdir()) == []
 
@@ -231,8 +231,8 @@ LIES = [
     (lambda m: m.update(tensors=[1]), "lists no tensors"),
     (lambda m: m["tensors"].popitem(), "disagree on"),
     (lambda m: m["tensors"].update(more={}), "disagree on more"),
-    (lambda m: m["tensors"].update({"p0/float32/\x1b[2J": {}}), "no name for a tensor"),
-    (lambda m: m["tensors"].update({"p0/\n/x": {}}), "no name for a tensor"),
+    (lambda m: m["tensors"].update({"p0/float32/\x1b[2J": {}}), "not a name for a tensor"),
+    (lambda m: m["tensors"].update({"p0/\n/x": {}}), "not a name for a tensor"),
     (lambda m: m["tensors"]["p0/float32/lm_head"].update(shape=[1, 2]), "its manifest says float32"),
     (lambda m: m["tensors"]["p0/float32/lm_head"].update(dtype="int8"), "its manifest says int8"),
     (lambda m: m["tensors"]["p0/float32/lm_head"].update(origin=3), "origin"),
@@ -245,7 +245,7 @@ LIES = [
     (lambda m: m.update(dtypes=["float64"]), "belongs to no case"),
     (lambda m: m.update(cases={}), "it has no cases"),
     (lambda m: m.update(provenance=None), "no provenance"),
-    (lambda m: _rename(m, "../../etc"), "no name for a case"),
+    (lambda m: _rename(m, "../../etc"), "not a name for a case"),
     (lambda m: m["cases"]["p0"].update(ids=[[1, 2], [3]]), "ValueError"),
     (lambda m: m["cases"]["p0"].update(ids=[[1, 96]]), "numbers from 0 to 95"),
     (lambda m: m["cases"]["p0"].update(ids=[[-1]]), "numbers from 0 to 95"),
@@ -279,7 +279,7 @@ def test_a_name_that_moves_the_cursor_is_refused_wherever_it_stands(golden, tmp_
         save_file(tensors, path)
         entry = {"dtype": "float32", "shape": [2], "origin": "", "tolerance": {"relative": 0.1, "reason": ""}}
         edit(folder, lambda m, key=key, entry=entry: m["tensors"].update({key: entry}))
-        with pytest.raises(InputError, match="no name for a tensor") as caught:
+        with pytest.raises(InputError, match="not a name for a tensor") as caught:
             again(folder, verify=False)
         assert str(caught.value).isprintable()
 

@@ -133,7 +133,7 @@ def test_what_is_wrong_is_said(tmp_path, changes, said):
 
 def test_no_gguf(tmp_path):
     (tmp_path / "m.gguf").write_bytes(b"PK\3\4" + bytes(100))
-    with pytest.raises(InputError, match="no GGUF file"):
+    with pytest.raises(InputError, match="not a GGUF file"):
         read_gguf(tmp_path / "m.gguf")
     (tmp_path / "m.gguf").write_bytes(b"")
     for path in (tmp_path / "m.gguf", tmp_path / "gone.gguf", tmp_path):

@@ -174,16 +174,16 @@ def named_entries(content: Mapping[str, Any], version: str) -> Iterator[tuple[st
             continue
         for entry in part:
             if not isinstance(entry, dict) or not isinstance(entry.get("name"), str):
-                raise InputError(f"{section} holds something that is no object with a name")
+                raise InputError(f"{section} holds something that is not an object with a name")
             yield entry["name"], entry
 
 
 def _parse_0(entry: Any, shape: tuple[int, ...]) -> Encoding | Float16:
     if not isinstance(entry, list) or not entry or not all(isinstance(row, dict) for row in entry):
-        raise InputError("is no list of objects")
+        raise InputError("is not a list of objects")
     kinds = {(str(r.get("dtype")), str(r.get("is_symmetric")), str(r.get("bitwidth"))) for r in entry}
     if len(kinds) != 1:
-        raise InputError("mixes bits or kinds")
+        raise InputError("gives its rows different numbers of bits, or different kinds")
     first = entry[0]
     if first.get("dtype") == "float":
         return _float(first.get("bitwidth"))
@@ -253,11 +253,11 @@ def _affine(bits, scale, offset, symmetric, block_size=None, steps=None) -> Enco
     with np.errstate(over="ignore", under="ignore"):
         narrow = scale.astype(np.float32)
     if not (np.isfinite(narrow).all() and (narrow > 0).all()):
-        raise InputError("has a scale that is no positive float32")
+        raise InputError("has a scale that is not a positive float32")
     if np.any(offset % 1) or np.any(np.abs(offset) > 2**bits):
-        raise InputError(f"has an offset that is no whole number within {2**bits}")
+        raise InputError(f"has an offset that is not a whole number within {2**bits}")
     if steps is not None and (np.any(steps % 1) or steps.min() < 1 or steps.max() > LPBQ_STEPS):
-        raise InputError(f"has a block scale that is no whole number from 1 to {LPBQ_STEPS}")
+        raise InputError(f"has a block scale that is not a whole number from 1 to {LPBQ_STEPS}")
     return Encoding(bits, scale, offset, symmetric, block_size, steps)
 
 
@@ -285,5 +285,5 @@ def _array(values: Any, shape: list[int], what: str) -> np.ndarray:
         wanted = " x ".join(map(str, shape)) or "1"
         raise InputError(f"has {len(flat)} numbers as {what}, expected {wanted}")
     if any(type(x) not in (int, float) or abs(x) > 1e38 or not math.isfinite(x) for x in flat):
-        raise InputError(f"has a {what} that is no number")
+        raise InputError(f"has a {what} that is not a number")
     return np.array(flat, np.float64).reshape(shape)

@@ -125,7 +125,7 @@ def of_mapping(arrays: Mapping[str, Any]) -> Iterator[Entry]:
             array = np.asarray(array)
             _plain(array.dtype)
         except ValueError as error:  # ragged lists, texts, anything
-            raise InputError(f"{source} is no array of numbers: {error}") from None
+            raise InputError(f"{source} is not an array of numbers: {error}") from None
         yield Entry(str(name), source, array.shape, array.dtype, array.nbytes, partial(np.asarray, array))
 
 
@@ -268,7 +268,7 @@ def _of_pb(path: Path, largest: int) -> Iterator[Entry]:
     try:
         proto.ParseFromString(path.read_bytes())
     except DecodeError:
-        raise ValueError("it is no ONNX tensor") from None
+        raise ValueError("it is not an ONNX tensor") from None
     if proto.data_location == onnx.TensorProto.EXTERNAL:
         raise ValueError("its data is elsewhere")
     dims = tuple(proto.dims)
@@ -337,7 +337,7 @@ def _attribute(group: Any, key: str, kind: type, default: Any = None) -> Any:
     value = value.decode("utf-8") if isinstance(value, bytes) else value
     if kind is str:
         if not isinstance(value, str):
-            raise ValueError(f"the {key} of {group.name} is no text")
+            raise ValueError(f"the {key} of {group.name} is not a text")
         return value
     return int(value)
 
@@ -377,7 +377,7 @@ def _hdf5_array(stored: Any, source: str) -> np.ndarray:
             else:
                 data = np.frombuffer(data, np.uint8).reshape(dtype.itemsize, -1).T.tobytes()
         if len(data) != size:
-            raise InputError(f"{source}: the chunk at {corner} has not the {size} bytes that it should; fetch it again")
+            raise InputError(f"{source}: the chunk at {corner} does not hold its {size} bytes; fetch it again")
         place = tuple(slice(at, at + step) for at, step in zip(corner, chunk, strict=True))
         inside = out[place]
         inside[...] = np.frombuffer(data, dtype).reshape(chunk)[tuple(slice(0, axis) for axis in inside.shape)]

@@ -119,7 +119,7 @@ def read_onnx(path: Path) -> ModelInfo:
         with mapped(path) as data:
             return _Reader(data).model()
     except DamagedError as error:
-        raise InputError(f"{path.name} is no ONNX model: {error}; export it again") from None
+        raise InputError(f"{path.name} is not an ONNX model: {error}; export it again") from None
 
 
 class _Reader(Wire):
@@ -330,7 +330,7 @@ def read_grids(path: Path) -> dict[str, GridInfo]:
                 raise InputError(f"the encoding of {name!a:.80} does not follow version {version}") from None
         return found
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{path.name} is no encodings file: {error!s:.200}; write it again") from None
+        raise InputError(f"{path.name} is not an encodings file: {error!s:.200}; write it again") from None
 
 
 def _without_rows(data: Any) -> bytes:

@@ -116,7 +116,7 @@ class Wire:
     def number(self, value: int, stop: int) -> float:
         """A field of a float32, which came as the place of its bytes."""
         if stop != FLOAT32:
-            raise DamagedError(f"field at byte {value} is no float32")
+            raise DamagedError(f"field at byte {value} is not a float32")
         return struct.unpack("<f", self.data[value : value + 4])[0]
 
 

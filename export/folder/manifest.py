@@ -119,7 +119,7 @@ def _stated_limits(manifest: Mapping[str, Any], plan: Plan) -> dict[str, Toleran
     values = [value for run in plan.runs for spec in run for value in spec.outputs if value.tap]
     limits = {str(value.tap): Tolerance(**manifest["tolerances"][value.tap]) for value in values}
     if not all(isinstance(limit.relative, float) and 0 <= limit.relative <= LARGEST for limit in limits.values()):
-        raise ValueError(f"a tolerance is no number from 0 to {LARGEST}")
+        raise ValueError(f"a tolerance is not a number from 0 to {LARGEST}")
     return limits
 
 

@@ -191,7 +191,7 @@ def read_borders(path: Path) -> dict[str, Border]:
             raise InputError(f"{path} is larger than any graph without its weights; put them into model.data")
         graph = onnx.load(path, load_external_data=False).graph
     except DecodeError as error:
-        raise InputError(f"{path} is no ONNX model: {error}; export it again") from None
+        raise InputError(f"{path} is not an ONNX model: {error}; export it again") from None
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror}") from None
     return borders_of(graph, str(path.parent))

@@ -262,7 +262,7 @@ class Plan:
     def _check_names(self) -> None:
         modules, probe = matching_modules(self.config, self.modules), matching_taps(self.config, self.probe)
         if (modules, probe) != (self.modules, self.probe):
-            raise InputError("modules and probes are names in computing order, none of them in another")
+            raise InputError("modules and probes are not in computing order, or one is inside another")
 
     def probing(self, patterns: Iterable[str]) -> Plan:
         """This plan with probes: every tap that a glob matches and a graph computes.

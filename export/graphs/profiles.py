@@ -86,7 +86,7 @@ def profile_for(name: str, blocks: bool, encodings: bool) -> Profile:
     if encodings and row.weights != "float32":
         if blocks or name != "qdq":
             raise InputError(f"the encodings say which grids weights are on, and so do the 4-bit blocks of {name}; "
-                             "give the model as it is with the profile qdq, or no encodings")  # fmt: skip
+                             "give the unquantized model with the profile qdq, or no encodings")  # fmt: skip
         newest = NORM_OPSET if ("ai.onnx", NORM_OPSET) in helper.OP_SET_ID_VERSION_MAP else row.opset
         row = replace(row, weights="float32", opset=newest, on_grids=True)
     if row.weights != "float32" and not blocks:
@@ -120,7 +120,7 @@ def checked_forms(forms: Iterable[str], opset: int) -> frozenset[str]:
     """The forms. Raises InputError for an unknown one, and for one whose operators the opset lacks."""
     chosen = frozenset(forms)
     if unknown := sorted(f for f in chosen if f == "heads=N" or (f not in FORMS and not _GROUPS.fullmatch(f))):
-        raise InputError(f"{at_most(unknown)} is no form of a graph; expected some of {', '.join(FORMS)}")
+        raise InputError(f"{at_most(unknown)} is not a form of a graph; expected some of {', '.join(FORMS)}")
     if (one_node := sorted(chosen & {"fused", "norm"})) and opset < NORM_OPSET:
         raise InputError(f"opset is {opset}, but the form {one_node[0]} needs 23, the first with RMSNormalization")
     if len(apart := sorted(form for form in chosen if form.startswith("heads"))) > 1:
@@ -140,9 +140,9 @@ def expect_groups(forms: frozenset[str], heads: int, key_heads: int) -> None:
     many = heads_together(forms)
     if many > 1 and heads != key_heads:
         raise InputError(f"{heads} heads share {key_heads} key heads, but in the form heads={many} each has its own; "
-                         "use heads, or none of the two")  # fmt: skip
+                         "use the form heads, or neither")  # fmt: skip
     if many and heads % many:
-        raise InputError(f"{heads} heads are no groups of {many}; choose a number that divides {heads}")
+        raise InputError(f"{heads} heads do not divide into groups of {many}; choose a number that divides {heads}")
 
 
 def on_grids(forms: frozenset[str], opset: int) -> frozenset[str]:

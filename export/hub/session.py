@@ -371,7 +371,7 @@ class Session(Connection):
 def expect_export(folder: Path) -> None:
     """Raises InputError for a folder that is not an export, before anything is written into it."""
     if not (folder / "manifest.json").is_file():
-        what = "has no manifest.json" if folder.is_dir() else "is no folder"
+        what = "has no manifest.json" if folder.is_dir() else "is not a folder"
         raise InputError(f"{folder} {what}; expected an export, as refimpl export writes it")
 
 

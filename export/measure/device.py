@@ -188,7 +188,7 @@ def _matched(spec: GraphSpec, entries: list[Entry]) -> dict[str, tuple[Entry, Va
     for entry in entries:
         name = called.get(entry.name) or called.get(sanitised(entry.name)) or ""
         if not name:
-            raise InputError(f"{entry.source} is no output of {spec.name}, which gives {at_most(outputs)}")
+            raise InputError(f"{entry.source} is not an output of {spec.name}, which gives {at_most(outputs)}")
         if name in matched:
             raise InputError(f"{entry.source} and {matched[name][0].source} are both {name} of {spec.name}")
         matched[name] = entry, known[name]

@@ -62,7 +62,7 @@ def as_exported(model: Model, folder: Path, config: Config) -> Model:
     if not blocks or quantization(model):
         return model
     if not isinstance(blocks, dict):
-        raise InputError(f"{folder / 'manifest.json'} is damaged: its quantization is no object; export again")
+        raise InputError(f"{folder / 'manifest.json'} is damaged: its quantization is not an object; export again")
     return model.quantize({name.removesuffix(".weight"): scheme for name, scheme in blocks.items()})
 
 

@@ -76,7 +76,7 @@ class Standard:
                 yield spot.nothing(kind, "missing")
                 continue
             if name not in right.outputs:
-                raise InputError(f"{tap} of {spec.name} is no output of the graph; give the model that computes it")
+                raise InputError(f"{tap} of {spec.name} is not an output of the graph; give the model that computes it")
             arrays = [answer.arrays[name], right.outputs[name], golden[name]]
             arrays += [right.unrounded[name]] if right.unrounded else []
             yield self.compared(kind, spot, Sides(*(unpadded(value, x, spec) for x in arrays)))

@@ -125,7 +125,7 @@ def read_binary(path: str | Path) -> Binary:
             found = child.ask("read", path=str(path.resolve()))
     except InputError as error:
         raise InputError(
-            f"{path} is no context binary, or damaged: Qualcomm's library says: {error}; copy or compile it again"
+            f"{path} is not a context binary, or damaged: Qualcomm's library says: {error}; copy or compile it again"
         ) from None
     graphs = tuple(
         CompiledGraph(graph["name"], tuple(map(_tensor, graph["inputs"])), tuple(map(_tensor, graph["outputs"])))
@@ -185,7 +185,7 @@ def differences(binary: Binary, folder: str | Path, soc: str | None = None) -> D
             f"{binary.path.name} has the graphs {at_most([graph.called for graph in binary.graphs])}, {folder} has "
             f"{at_most(exported)}; give the export that it was compiled from"
         )
-    lines += [f"{graph.called} is no graph of the export" for graph in binary.graphs if graph.called not in exported]
+    lines += [f"{graph.called} is not a graph of the export" for graph in binary.graphs if graph.called not in exported]
     for graph in known:
         one = exported[graph.called]
         borders = _borders(one)

@@ -75,7 +75,7 @@ class _Bundle:
             self.tokenizer_path = str(self.dialog["tokenizer"]["path"])
         except (KeyError, TypeError):
             raise InputError(
-                f"{folder / CONFIG} is no configuration of a dialog on QnnHtp; see refimpl bundle"
+                f"{folder / CONFIG} is not a configuration of a dialog on QnnHtp; see refimpl bundle"
             ) from None
         self.extensions = self.engine["backend"].get("extensions")
         self.config = self._config()

@@ -99,7 +99,7 @@ def tokenizer_json(path: str | Path) -> dict[str, Any]:
         with mapped(path) as data:
             model = _Reader(data).model()
     except DamagedError as error:
-        raise InputError(f"{path} is no SentencePiece model: {error}; copy it again") from None
+        raise InputError(f"{path} is not a SentencePiece model: {error}; copy it again") from None
     except InputError as error:
         raise InputError(f"{path}: {error}; copy it again") from None
     try:
@@ -128,7 +128,7 @@ def _converted(model: SentencePieceModel) -> dict[str, Any]:
         raise InputError("has a piece with a blank, which merges cannot be written with")
     loose = {c for text in scores if len(text) > 1 for c in text} - set(scores) - whole
     if loose:
-        raise InputError(f"has pieces of characters that are no pieces, such as {min(loose)!a}")
+        raise InputError(f"has pieces of characters that are not pieces, such as {min(loose)!a}")
     added = [
         {"id": id, "content": text, "single_word": False, "lstrip": False, "rstrip": False,
          "normalized": kind == USER_DEFINED, "special": kind != USER_DEFINED}
@@ -170,7 +170,7 @@ def _check_apart(pieces: list[str], ways: list[tuple[str, str]]) -> None:
     """Raises InputError if two pieces could be made of the same part of a text, or one goes on from the other."""
     for one, other in permutations(pieces, 2):
         if other.startswith(one) or other.endswith(one):
-            raise InputError(f"has two pieces with one score, {one!a} and {other!a}, of which one is in the other")
+            raise InputError(f"has two pieces with one score, {one!a} and {other!a}, and one contains the other")
     for (left, right), (again, end) in permutations(ways, 2):
         if right == again and left + right != again + end:
             raise InputError(f"has two pieces with one score, {left + right!a} and {again + end!a}, that overlap")

@@ -183,7 +183,8 @@ def configured(bundle: Path, changes: Mapping[str, Any], greedy: bool = True) ->
         names += [backend["extensions"]] if backend.get("extensions") else []
         cores = backend["QnnHtp"]
     except (KeyError, TypeError):
-        raise InputError(f"{bundle / CONFIG} is no configuration of a dialog on QnnHtp; see refimpl bundle") from None
+        why = f"{bundle / CONFIG} is not a configuration of a dialog on QnnHtp; see refimpl bundle"
+        raise InputError(why) from None
     for name in names:
         if not isinstance(name, str) or not (bundle / name).is_file():
             raise InputError(f"{bundle} has no {name}, which its {CONFIG} names; put it there")

@@ -69,7 +69,7 @@ class Probing:
 
     def __post_init__(self) -> None:
         if type(self.probes) is not int or self.probes < 1:
-            raise InputError(f"probes is {self.probes!r:.40}, expected how many taps a run may show, 1 or more")
+            raise InputError(f"probes is {self.probes!r:.40}, expected a number of taps for each run, 1 or more")
 
 
 ONE_BY_ONE = Probing()
@@ -97,7 +97,7 @@ class Bisection:
                      and not self.thresholds.within(figures[name]))  # fmt: skip
 
     def first(self, outputs: Arrays | None = None) -> SearchRun:
-        """The graph as it is; or what is known of its outputs."""
+        """The unchanged graph; or what is known of its outputs."""
         return self._run((), outputs)
 
     def localise(self, first: SearchRun) -> Finding:

@@ -70,7 +70,7 @@ class OneGraph:
             wrong = [one.tap for one in found if not DERIVED.within(one)]
             if not wrong:
                 return
-        raise InputError(f"{self.spec.name} as it is does not give its own goldens ({at_most(wrong, 4)}), so "
+        raise InputError(f"{self.spec.name}, unchanged, does not give its own goldens ({at_most(wrong, 4)}), so "
                          "it tells nothing of a device; export again, or give the model with --model")  # fmt: skip
 
     def shown_dtype(self, given: Arrays) -> str:

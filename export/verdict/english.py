@@ -139,7 +139,7 @@ def also(name: str, text: str) -> str:
 
 
 def inherited(count: int) -> str:
-    """How many of the failing tensors are none of the device's faults."""
+    """How many of the failing tensors only hand on an error."""
     if count == 1:
         return "1 of the other failing tensors only hands on what it was given."
     return f"{count} of the other failing tensors only hand on what they were given."
@@ -302,7 +302,7 @@ def cost(runs: int, bound: int, taps: int, known: bool) -> str:
 def run(showed: Collection[str], until: bool, wrong: Collection[str], gone: bool) -> str:
     """One run: what it showed, and whether that was right."""
     what = at_most(showed, 4)
-    text = f"up to {what}" if until and what else f"with {what}" if what else "as it is"
+    text = f"up to {what}" if until and what else f"with {what}" if what else "unchanged"
     if gone:
         return f"{text}: the outputs are right"
     return f"{text}: {'wrong ' + at_most(wrong, 4) if wrong else 'right'}"

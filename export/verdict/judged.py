@@ -79,7 +79,7 @@ class Judged:
 
     @property
     def suspects(self) -> list[str]:
-        """The operations of which one is wrong: from the last tensor known to be right before the guilty one, to it."""
+        """The suspected operations: from the last tensor known to be right before the guilty one, to it."""
         return self.suspected(self.guilty) if self.guilty else []
 
     @property

@@ -37,7 +37,7 @@ def expect_svg(path: str | Path) -> Path:
     if Path(path).suffix.lower() != ".svg":
         raise InputError(f"the picture is SVG; call {path} something that ends in .svg")
     if not Path(path).parent.is_dir():
-        raise InputError(f"cannot write {path}: {Path(path).parent} is no folder; make it first")
+        raise InputError(f"cannot write {path}: {Path(path).parent} is not a folder; make it first")
     return Path(path)
 
 

@@ -132,7 +132,7 @@ def _joined(rows: int, heads: int) -> np.ndarray:
 def _row_bytes(gguf: Any, kind: Any, columns: int) -> int:
     weights, nbytes = gguf.GGML_QUANT_SIZES[kind]
     if columns % weights:
-        raise InputError(f"rows of {columns} are no multiple of the {weights} weights of a block of {kind.name}")
+        raise InputError(f"rows of {columns} are not a multiple of the {weights} weights of a block of {kind.name}")
     return columns // weights * nbytes
 
 

@@ -190,7 +190,7 @@ def plan(weights: Mapping[str, Any], recipe: Recipe, keep: Sequence[str] = (), *
                 except (ValueError, TypeError) as error:
                     raise InputError(f"{name}: {error}") from None
     if not schemes:
-        raise InputError("the recipe keeps every matrix as it is; give a format to some")
+        raise InputError("the recipe quantizes no matrix; give a format to at least one")
     ordered = {name: schemes[name] for name in weights if name in schemes}
     return Plan(ordered, {pattern: rule and rule.to_json() for pattern, rule in rules})
 

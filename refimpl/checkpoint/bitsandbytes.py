@@ -105,7 +105,7 @@ def _eight_bits(codes: Any, scales: Any, order: Any) -> tuple[formats.Blocks, np
         case np.ndarray(dtype=np.int8, ndim=2), np.ndarray(dtype=np.float32, ndim=1), np.ndarray(size=1) if not order:
             header = {"format": "int8", "shape": codes.shape, "block_size": codes.shape[1], "axis": 1}
             return formats.from_arrays(header, {"packed": codes, "scales": scales[:, None]}), np.dtype(np.float16)
-    raise ValueError("it is no int8 matrix with a float32 scale for each row, the rows in their order")
+    raise ValueError("it is not an int8 matrix with a float32 scale for each row, the rows in their order")
 
 
 def _blocks(kind: Any, shape: tuple, size: Any, packed: Any, parts: dict[str, Any]) -> formats.Blocks:
@@ -115,7 +115,7 @@ def _blocks(kind: Any, shape: tuple, size: Any, packed: Any, parts: dict[str, An
         raise ValueError(f"its format {kind!r:.40} of shape {shape!r:.40} in blocks of {size!r:.40} is not known")
     for part, array in {"packed": packed, **parts}.items():
         if not isinstance(array, np.ndarray):
-            raise ValueError(f"its {part} is no tensor")
+            raise ValueError(f"its {part} is not a tensor")
     if packed.nbytes != -(-shape[0] * shape[1] // 2):
         raise ValueError(f"its packed codes have {packed.nbytes} bytes, too few or too many for shape {shape}")
     if not packed.flags.c_contiguous:  # such as few bytes that are expanded to many

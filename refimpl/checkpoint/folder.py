@@ -100,7 +100,7 @@ def map_tensors(folder: Path, file: str) -> dict[str, Any]:
     mapped = map_safetensors(folder / file) if file.endswith(".safetensors") else map_torch(folder / file)
     for name in mapped:
         if not name.isprintable() or len(name) > 200:
-            raise InputError(f"{folder / file} has a tensor called {name!a:.80}, which is no parameter's name")
+            raise InputError(f"{folder / file} has a tensor called {name!a:.80}, which is not a parameter's name")
     return mapped
 
 

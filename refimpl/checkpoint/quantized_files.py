@@ -89,7 +89,7 @@ def _matrix(entry: Any, arrays: dict[str, Any]) -> tuple[formats.Blocks, np.dtyp
         raise ValueError("the files have no arrays of it")
     for part, array in arrays.items():
         if not isinstance(array, np.ndarray):
-            raise ValueError(f"{part} is no array")
+            raise ValueError(f"{part} is not an array")
     rounded = entry.get("rounded")
     if rounded is not None and (not isinstance(rounded, str) or rounded not in ROUNDED):
         raise ValueError(f"it is rounded to {rounded!r:.40}, expected {', '.join(ROUNDED)}")

@@ -134,7 +134,7 @@ def _name(data: np.ndarray, at: int, length: int) -> str:
     except UnicodeDecodeError:
         raise InputError(f"the zip archive has a member whose name at byte {at} is not UTF-8") from None
     if not name.isprintable() or "\\" in name or {"", "..", "."} & set(name.split("/")):
-        raise InputError(f"the zip archive has a member {name!a:.80}, which is no name inside it")
+        raise InputError(f"the zip archive has a member {name!a:.80}, which is not a name inside it")
     return name
 
 

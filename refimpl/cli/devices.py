@@ -295,7 +295,7 @@ def _verdict(arguments, path: Path) -> Verdict:
 
     limits = Thresholds(arguments.min_sqnr, arguments.max_lsb, arguments.max_over)
     if arguments.outputs is None:
-        _expect_unasked(arguments, NEED_OUTPUTS, "a device's outputs, of which a saved run has only the figures")
+        _expect_unasked(arguments, NEED_OUTPUTS, "a device's outputs; a saved run has only their figures")
         return read_run(path).judged(limits)
     if arguments.engine == "htp" or arguments.soc or arguments.strict:
         raise InputError("the NPU runs an export here, and OUTPUTS are what a device returned; give one of the two")

@@ -46,7 +46,7 @@ def finetune(arguments) -> int:
 
     a = arguments
     if a.qlora and not a.lora:
-        raise InputError("a base in NF4 stays as it is, so only adapters can learn; give --lora, too")
+        raise InputError("with --qlora the weights are in NF4 and cannot learn, only adapters can; give --lora, too")
     if a.max_length < 2:
         raise InputError(f"the maximum length is {a.max_length}, expected at least 2 tokens")
     model = load_model(a)

@@ -258,7 +258,7 @@ def memory(model: Forward, options: Options) -> int:
 def _masters(model: Forward) -> dict[str, np.ndarray]:
     """A float32 copy of each parameter, as stored. Raises InputError where one is in blocks."""
     if blocks := [name for name, weight in model.weights.items() if not isinstance(weight, Weight)]:
-        raise InputError(f"{at_most(blocks, 2)}: blocks stay as they are; train adapters over them, with lora")
+        raise InputError(f"{at_most(blocks, 2)}: weights in 4-bit blocks cannot learn; train adapters, with lora")
     tied = model.config.tie_word_embeddings
     return {
         name: weight.array.astype(np.float32) for name, weight in model.weights.items()

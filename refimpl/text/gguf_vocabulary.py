@@ -88,7 +88,7 @@ def _facts_of_sentencepiece(path: Path) -> dict[str, Any]:
     try:
         model = SentencePieceProcessor(model_proto=read_small(path) or b"\0")
     except RuntimeError:
-        raise InputError(f"{path} is damaged: it is no SentencePiece model; copy it again") from None
+        raise InputError(f"{path} is damaged: it is not a SentencePiece model; copy it again") from None
     ids = range(model.get_piece_size())
     kinds = ((UNKNOWN, model.is_unknown), (CONTROL, model.is_control), (UNUSED, model.is_unused), (BYTE, model.is_byte))
     types = [next((kind for kind, asked in kinds if asked(id)), NORMAL) for id in ids]

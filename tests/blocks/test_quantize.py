@@ -118,7 +118,7 @@ def test_the_head_is_quantized_as_it_is_used(tiny_model):
         ("q4_0", dict(double=True), "q4_0 has no scales to quantize again"),
         ("q4_0", dict(symmetric=1), "symmetric is 1, expected true or false"),
         ({"*": {"format": "q4_0", "symmetric": None}}, {}, "symmetric is None, expected true or false"),
-        ({"*": None}, {}, "keeps every matrix as it is; give a format to some"),
+        ({"*": None}, {}, "quantizes no matrix; give a format to at least one"),
         ("q4_0", dict(bits=3), "the scheme is .*expected a format's name, or some of format, block_size"),
         ({"*": {"block_size": 32}}, {}, r"'\*': the scheme is"),
         ({"*": 4}, {}, r"'\*': the scheme is 4"),

@@ -425,7 +425,7 @@ def test_a_few_bytes_that_stand_for_gigabytes(tmp_path):
     tracemalloc.start()
     with pytest.raises(InputError, match="its packed codes do not lie one after the other"):
         collect(tensors)
-    with pytest.raises(InputError, match="is no int8 matrix"):
+    with pytest.raises(InputError, match="is not an int8 matrix"):
         collect(wide)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()

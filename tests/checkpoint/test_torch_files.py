@@ -384,7 +384,7 @@ def test_every_other_opcode_is_refused(mapped):
         (saved(pickled({"a": tensor()}), entry_extra=b"up\1\0x"), "extra records"),
         (saved(pickled({"a": tensor()}), entry_mode=0o120777 << 16), "is a link"),
         (saved(pickled({"a": tensor()}), entry_comment=1), "is a link, commented"),
-        (saved(pickled({"a": tensor()}), entry_name=b"m/../data.pkl", local_name=b"m/../data.pkl"), "no name inside"),
+        (saved(pickled({"a": tensor()}), entry_name=b"m/../data.pkl", local_name=b"m/../data.pkl"), "not a name"),
         (saved(pickled({"a": tensor()}), entry_name=b"m/\xff", local_name=b"m/\xff"), "not UTF-8"),
         (saved(pickled({"a": tensor()}), end_count=2), "directory's 2 entries"),
         (saved(pickled({"a": tensor()}), end_count=40000), "has 40000 members, expected at most 32768"),

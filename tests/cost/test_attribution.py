@@ -97,7 +97,7 @@ def test_the_verb(tmp_path, capsys):
         (["--format", "q4_0", "--out", "map.png"], "ends in .svg"),
         (["--format", "q4_0,q8_0"], "give one --format"),
         (["--against", str(refimpl.model.EMBEDDED)], "nothing to attribute"),
-        (["--format", "q4_0", "--out", "/no/such/folder/map.svg"], "/no/such/folder is no folder; make it"),
+        (["--format", "q4_0", "--out", "/no/such/folder/map.svg"], "/no/such/folder is not a folder; make it"),
     ],
 )
 def test_bad_input_gets_one_line(arguments, message, capsys):

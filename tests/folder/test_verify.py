@@ -178,8 +178,8 @@ def test_a_changed_or_missing_file_is_refused(saved, name):
         (lambda m: m["plan"].update(prompt=9), "the prompt has 9 tokens"),
         (lambda m: m["plan"].update(prompt=2.0), "whole numbers, not 2.0"),
         (lambda m: m["tolerances"].pop("lm_head"), "KeyError 'lm_head'"),
-        (lambda m: m["tolerances"]["lm_head"].update(relative="1"), "a tolerance is no number"),
-        (lambda m: m["tolerances"]["lm_head"].update(relative=float("inf")), "a tolerance is no number"),
+        (lambda m: m["tolerances"]["lm_head"].update(relative="1"), "a tolerance is not a number"),
+        (lambda m: m["tolerances"]["lm_head"].update(relative=float("inf")), "a tolerance is not a number"),
     ],
 )
 def test_a_damaged_manifest_is_one_line(saved, spoil, said):

@@ -261,7 +261,7 @@ def test_options_that_do_not_fit(change, says, tmp_path, tiny_folder):
 def test_blocks_and_places_that_do_not_fit(tmp_path, tiny_folder, monkeypatch):
     model, examples = refimpl.load(tiny_folder("Baichuan2-7B")), some_examples()
     cases = [
-        ((model.quantize("int4"), examples, tmp_path / "out"), "blocks stay as they are; train adapters"),
+        ((model.quantize("int4"), examples, tmp_path / "out"), "weights in 4-bit blocks cannot learn; train adapters"),
         ((model, [], tmp_path / "out"), "there is no example"),
         ((model, examples, tmp_path), "is there already"),
         ((model, [Example(np.ones(65, np.int64), np.ones(65, np.int64))], tmp_path / "out"), "more than the context"),

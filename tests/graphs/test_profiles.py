@@ -198,7 +198,7 @@ def test_a_graph_on_grids_agrees_by_the_command_too(saved, tmp_path, capsys):
     assert main([*command, "--out", str(tmp_path / "r"), "--int4", "32"]) == 2
     assert main([*command, "--out", str(tmp_path / "r"), "--opset", "17"]) == 2
     said = capsys.readouterr().err.splitlines()
-    assert "give the model as it is" in said[0] and "opset is 17" in said[1] and len(said) == 2
+    assert "give the unquantized model" in said[0] and "opset is 17" in said[1] and len(said) == 2
 
 
 def test_what_the_prompt_alone_calibrates_is_said(capsys, tmp_path):
@@ -215,17 +215,17 @@ def test_a_split_that_does_not_divide():
 def test_unknown_words(saved):
     with pytest.raises(InputError, match="expected one of plain, aihub, qdq, matmulnbits"):
         saved("Qwen2-7B", profile="phone")
-    with pytest.raises(InputError, match="convolution is no form"):
+    with pytest.raises(InputError, match="convolution is not a form"):
         saved("Qwen2-7B", forms=["convolution"])
     with pytest.raises(InputError, match="fused needs 23"):
         saved("Qwen2-7B", forms=["fused"])
     with pytest.raises(InputError, match="norm needs 23"):
         saved("Qwen2-7B", forms=["norm"])
-    with pytest.raises(InputError, match="heads=N is no form"):
+    with pytest.raises(InputError, match="heads=N is not a form"):
         saved("Qwen2-7B", forms=["heads=N"])
     with pytest.raises(InputError, match="4 heads share 2 key heads, but in the form heads=2 each has its own"):
         saved("Qwen2-7B", forms=["heads=2"])
-    with pytest.raises(InputError, match="4 heads are no groups of 3"):
+    with pytest.raises(InputError, match="4 heads do not divide into groups of 3"):
         saved("Baichuan2-7B", forms=["heads=3"])
     with pytest.raises(InputError, match="heads, heads=2 take heads apart in different ways"):
         saved("Baichuan2-7B", forms=["heads", "heads=2"])

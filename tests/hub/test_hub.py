@@ -839,7 +839,7 @@ def test_options_are_the_user_s():
      ("compile", "--device", PHONE, "--dry-run")],
 )  # fmt: skip
 def test_an_export_that_is_none(tmp_path, capsys, more):
-    for folder, what in ((tmp_path / "no", "is no folder"), (tmp_path, "has no manifest.json")):
+    for folder, what in ((tmp_path / "no", "is not a folder"), (tmp_path, "has no manifest.json")):
         assert main(["hub", more[0], str(folder), *more[1:]]) == 2
         told = capsys.readouterr()
         assert f"{folder} {what}; expected an export" in told.err and told.err.count("\n") == 1 and not told.out

@@ -264,7 +264,7 @@ def test_bad_input_is_one_clear_line(tmp_path, tiny_folder, monkeypatch):
     monkeypatch.setattr("golden.make.pytorch._build", pytest.fail)  # what would fail an hour later fails at once
     with pytest.raises(InputError, match="is there already"):
         make(good, good, [IDS])
-    with pytest.raises(InputError, match="no name"):
+    with pytest.raises(InputError, match="not a name"):
         make(good, out, {"../x": IDS})
 
 

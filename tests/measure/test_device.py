@@ -228,7 +228,7 @@ def test_whose_outputs_they_are(parts, tmp_path):
     refused(parts, {"logits": np.zeros((1, 3, 96), "f4")}, "fit none of the 6 graphs.*name the file")
     three = {"logits": np.zeros((1, 3, 96), "f4")}
     refused(parts, three, r"shape \(1, 3, 96\), but logits of prompt.* is \(1, 8, 96\)", graph=LAST)
-    refused(parts, {"lm": np.zeros(3)}, "'lm' is no output of prompt.*which gives logits, past", graph=LAST)
+    refused(parts, {"lm": np.zeros(3)}, "'lm' is not an output of prompt.*which gives logits, past", graph=LAST)
     refused(parts, {"nope": {"a": np.zeros(3)}}, "there is no graph 'nope'")
     refused(parts, {MIDDLE: {}}, "there are no outputs")
     refused(parts, {"logits": [np.zeros((1, 8, 96))] * 3}, "has 3 samples", graph=LAST)
@@ -237,13 +237,13 @@ def test_whose_outputs_they_are(parts, tmp_path):
     refused(parts, tmp_path, "holds no outputs")
     refused(parts, {}, "there are no outputs", graph=LAST)
     refused(parts, {}, "no graph", graph="x")
-    refused(parts, {"a": np.array(["text"])}, "no output|real numbers|fit none", graph=LAST)
+    refused(parts, {"a": np.array(["text"])}, "not an output|real numbers|fit none", graph=LAST)
 
 
 def test_what_is_no_outputs_is_told(parts, tmp_path):
     for outputs, match in [
         (5, "type int, expected a path or a mapping"), (None, "type NoneType"),
-        ({"logits": [[1, 2], [3]]}, "'logits' is no array of numbers"), ({"logits": ["x"]}, "expected real numbers"),
+        ({"logits": [[1, 2], [3]]}, "is not an array of numbers"), ({"logits": ["x"]}, "expected real numbers"),
         ({"logits": None}, "holds object"),
     ]:  # fmt: skip
         refused(parts, outputs, match, graph=LAST)
@@ -363,7 +363,7 @@ def test_hostile_hdf5(parts, tmp_path):
     for make, match in [
         (external, "kept in other files"), (virtual, "kept in other files"), (linked, "links to it elsewhere"),
         (huge, r"shape \(1000000, 1000000\), but logits"), (filtered, "filters .32000."), (objects, "holds object"),
-        (bomb, "not the 3072 bytes"), (garbage, "damaged"), (unwritten, "lacks its chunk"),
+        (bomb, "not hold its 3072 bytes"), (garbage, "damaged"), (unwritten, "lacks its chunk"),
     ]:  # fmt: skip
         spoilt = change(replaced(make))
         peaks = []
@@ -374,7 +374,7 @@ def test_hostile_hdf5(parts, tmp_path):
             tracemalloc.stop()
         assert min(peaks) < 2 << 20, make.__name__
     refused(parts, change(lambda file: file["data/0"].attrs.pop("name")), "no name", graph=LAST)
-    refused(parts, change(lambda file: file["data/0"].attrs.__setitem__("name", 3)), "no text", graph=LAST)
+    refused(parts, change(lambda file: file["data/0"].attrs.__setitem__("name", 3)), "not a text", graph=LAST)
     refused(parts, change(lambda file: file["data/0"].attrs.__setitem__("batch_count", 2)), "2 samples", graph=LAST)
     refused(parts, change(lambda file: file.move("data", "date")), "lacks 'data'", graph=LAST)
     write_h5(path, good)

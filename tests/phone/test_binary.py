@@ -22,7 +22,7 @@ def test_files_that_are_no_binaries_are_refused_in_one_line(tmp_path):
     for number, content in enumerate((b"x", b"version https://git-lfs", os.urandom(10_000), bytes(4096))):
         path = tmp_path / f"{number}.bin"
         path.write_bytes(content)
-        refused("is no context binary, or damaged: Qualcomm's library says", read_binary, path)
+        refused("is not a context binary, or damaged: Qualcomm's library says", read_binary, path)
 
 
 def test_what_is_no_file_is_refused(tmp_path):

@@ -81,7 +81,7 @@ def test_a_damaged_binary_is_one_line(desk_binaries, tmp_path):
     for number, damaged in enumerate((data[:1000], data[: len(data) // 2], b"\xff" * 64 + data[64:])):
         path = tmp_path / f"{number}.bin"
         path.write_bytes(damaged)
-        with pytest.raises(InputError, match="is no context binary, or damaged") as caught:
+        with pytest.raises(InputError, match="is not a context binary, or damaged") as caught:
             read_binary(path)
         assert "\n" not in str(caught.value)
 

@@ -146,7 +146,7 @@ def test_bad_bundles_are_one_line(bundled, coded_export, tmp_path):
     (folder / "tokenizer.json").unlink()
     refused("has no t", folder)
     (folder / "genie_config.json").write_text("{}")
-    refused("is no configuration of a dialog", folder)
+    refused("is not a configuration of a dialog", folder)
 
 
 def test_shared_binaries_do_not_load_here(bundled, coded_export, tmp_path):

@@ -294,7 +294,7 @@ def test_graphs_that_are_not_whole_are_refused(graphs, tmp_path):
     path = folder / "token_ar1_cl64_2_of_4" / "model.onnx"
     data = path.read_bytes()
     path.write_bytes(data[:-3])
-    refused("model.onnx is no ONNX model", EMBEDDED, folder, out)
+    refused("model.onnx is not an ONNX model", EMBEDDED, folder, out)
     path.write_bytes(data)
     path.parent.rename(folder / "second")
     refused(r"second is not called \{prompt", EMBEDDED, folder, out)

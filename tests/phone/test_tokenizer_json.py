@@ -195,11 +195,11 @@ BROKEN = {
     "bytes": (model(all_bytes=False), "255 pieces for bytes"),
     "unknown": (model(piece("?", kind=UNKNOWN)), "2 unknown"),
     "unused": (model(piece("u", kind=5)), "unused"),
-    "loose": (model(piece("ab", -1)), "characters that are no pieces"),
+    "loose": (model(piece("ab", -1)), "characters that are not pieces"),
     "blank": (model(piece("a b", -1, USER_DEFINED)), "a piece with a blank"),
-    "truncated": (model()[:-3], "no SentencePiece model"),
+    "truncated": (model()[:-3], "not a SentencePiece model"),
     "nothing": (b"", "0 pieces"),
-    "text": (b"version https://git-lfs", "no SentencePiece model"),
+    "text": (b"version https://git-lfs", "not a SentencePiece model"),
 }
 
 
