@@ -596,8 +596,14 @@ def test_peft_merges_the_same(tmp_path, folder):
     base.model.layers = torch.nn.ModuleList([torch.nn.Module(), torch.nn.Module()])
     for i, layer in enumerate(base.model.layers):
         layer.self_attn = Attention(tensors[f"model.layers.{i}.self_attn.W_pack.weight"])
-    for number, options in enumerate(({}, dict(use_rslora=True), dict(layers_to_transform=[1]))):
-        config = peft.LoraConfig(r=RANK, lora_alpha=6, target_modules=["W_pack"], init_lora_weights=False, **options)
+    variants: tuple[dict, ...] = (
+        {}, dict(use_rslora=True), dict(layers_to_transform=[1]), dict(target_modules=r".*\.W_pack"),
+        dict(rank_pattern={"layers.0.self_attn.W_pack": 2}, alpha_pattern={"^model.layers.1.self_attn.W_pack": 10}),
+        dict(rank_pattern={"W_pack": 3}, alpha_pattern={"W_pack": 5}, use_rslora=True),
+    )  # fmt: skip
+    for number, options in enumerate(variants):
+        options = {"target_modules": ["W_pack"], **options}
+        config = peft.LoraConfig(r=RANK, lora_alpha=6, init_lora_weights=False, **options)
         adapted = peft.PeftModel(base, config)
         adapter, out = tmp_path / f"adapter{number}", tmp_path / f"out{number}"
         adapted.save_pretrained(str(adapter))
