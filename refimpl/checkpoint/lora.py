@@ -29,7 +29,7 @@ NAMES = ("adapter_model.safetensors", "adapter_model.bin")
 # Keys that are read here, and keys that do not change the merged numbers.
 READ = {
     "peft_type", "r", "lora_alpha", "use_rslora", "target_modules", "layers_to_transform", "rank_pattern",
-    "alpha_pattern",
+    "alpha_pattern", "modules_to_save",
 }  # fmt: skip
 NEUTRAL = {
     "base_model_name_or_path", "revision", "task_type", "inference_mode", "lora_dropout", "auto_mapping",
@@ -75,8 +75,8 @@ def adapter_files(folder: Path) -> tuple[Path, Path]:
     return folder / "adapter_config.json", folder / file
 
 
-def merge(folder: Path, weights: Mapping[str, Weight]) -> dict[str, MergedWeight]:
-    """The weights that the adapter in `folder` changes, with the adapter merged.
+def merge(folder: Path, weights: Mapping[str, Weight]) -> dict[str, MergedWeight | Weight]:
+    """The weights that the adapter in `folder` changes, with the adapter merged, or as it holds them whole.
 
     Raises InputError unless the adapter is plain LoRA on linears, its keys are understood, its tensors come in pairs
     that fit a weight, and the pairs are those of the linears that its config names.
@@ -84,8 +84,14 @@ def merge(folder: Path, weights: Mapping[str, Weight]) -> dict[str, MergedWeight
     config, file = adapter_files(folder)
     keys = read_json(config)
     _expect_understood(config, keys)
+    whole = _saved_whole(config, keys)
+    replaced: dict[str, MergedWeight | Weight] = {}
     pairs: dict[str, dict[str, np.ndarray]] = {}
     for name, array in map_tensors(folder, file.name).items():
+        saved = name.removeprefix(PREFIX).replace(".modules_to_save.default.", ".")
+        if saved in weights and saved.split(".")[-2] in whole:
+            replaced[saved] = _replacement(f"{file}: {name}", array, weights[saved])
+            continue
         target, dot, end = name.removeprefix(PREFIX).rpartition(".lora_")
         end = end.replace(".default.", ".")  # what a trainer's own torch.save leaves in it
         if not name.startswith(PREFIX) or not dot or end not in ("A.weight", "B.weight"):
@@ -101,7 +107,9 @@ def merge(folder: Path, weights: Mapping[str, Weight]) -> dict[str, MergedWeight
     if targets != set(pairs) and not _is_pattern(keys.get("target_modules")):
         differing = at_most(sorted(targets ^ set(pairs)), 3)
         raise InputError(f"{config} and {file.name} disagree on whether {differing} is changed; download both again")
-    merged = {}
+    if absent := sorted(whole - {name.split(".")[-2] for name in replaced}):
+        raise InputError(f"{config} names {at_most(absent)} as saved whole, but {file.name} has no such tensor")
+    merged = replaced
     for name, pair in pairs.items():
         scale, rank = _scale(config, keys, name.removesuffix(".weight"))
         (rows, columns), shapes = weights[name].shape, {part: pair[part].shape for part in sorted(pair)}
@@ -112,6 +120,23 @@ def merge(folder: Path, weights: Mapping[str, Weight]) -> dict[str, MergedWeight
             raise InputError("the adapter changes lm_head before NormHead; merge it first, then normalise the result")
         merged[name] = MergedWeight(weight.array, pair["A"].astype(np.float32), pair["B"].astype(np.float32), scale)
     return merged
+
+
+def _saved_whole(path: Path, keys: dict[str, Any]) -> set[str]:
+    """The modules that the adapter holds whole."""
+    modules = keys.get("modules_to_save") or []
+    if not isinstance(modules, list) or not all(isinstance(module, str) for module in modules):
+        raise InputError(f"{path}: modules_to_save is {modules!r:.60}, expected a list of names such as 'lm_head'")
+    return set(modules)
+
+
+def _replacement(what: str, array: Any, weight: Weight) -> Weight:
+    """A weight that an adapter holds whole."""
+    if not isinstance(array, np.ndarray) or array.dtype not in FLOATS or array.shape != weight.shape:
+        raise InputError(f"{what} is {getattr(array, 'shape', 'a list')}, expected floats of shape {weight.shape}")
+    if isinstance(weight, NormHead):
+        raise InputError("the adapter changes lm_head before NormHead; merge it first, then normalise the result")
+    return Weight(array)
 
 
 def _expect_understood(path: Path, keys: dict[str, Any]) -> None:

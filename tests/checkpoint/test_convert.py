@@ -490,7 +490,8 @@ ONES = {A: np.ones((4, 64)), B: np.ones((128, 4))}
         (dict(use_dora=True), None, "use_dora is True, which is not understood"),
         (dict(bias="all"), None, "bias is 'all'"),
         (dict(fan_in_fan_out=True), None, "fan_in_fan_out is True"),
-        (dict(modules_to_save=["lm_head"]), None, "modules_to_save is"),
+        (dict(modules_to_save=["lm_head"]), None, "names lm_head as saved whole, but .* has no such tensor"),
+        (dict(modules_to_save="lm_head"), None, "modules_to_save is 'lm_head', expected a list"),
         (dict(rank_pattern={"W_pack": 8}), None, r"expected A \(8, 64\)"),
         (dict(rank_pattern={"(a+)+$": 8}), None, "rank_pattern is .*, expected names of modules"),
         (dict(alpha_pattern={"W_pack": "8"}), None, "lora_alpha '8'"),
@@ -533,6 +534,24 @@ def test_adapters_that_are_not_understood(tmp_path, folder, keys, tensors, messa
     with pytest.raises(InputError, match=message) as error:
         convert(folder, tmp_path / "out", lora=tmp_path / "adapter")
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("form", ["lm_head.weight", "lm_head.modules_to_save.default.weight"])
+def test_a_module_that_an_adapter_holds_whole(tmp_path, folder, form):
+    write_adapter(tmp_path / "adapter", modules_to_save=["lm_head", "norm"])
+    file = tmp_path / "adapter" / "adapter_model.safetensors"
+    rng = np.random.default_rng(3)
+    head, norm = rng.standard_normal((96, 64)).astype(np.float32), rng.standard_normal(64).astype(np.float32)
+    pairs = load_file(file)
+    save_file({**pairs, f"base_model.model.{form}": head, "base_model.model.model.norm.weight": norm}, file)
+    convert(folder, tmp_path / "out", lora=tmp_path / "adapter")
+    after = load_file(tmp_path / "out" / "model.safetensors")
+    assert np.array_equal(after["lm_head.weight"], head) and np.array_equal(after["model.norm.weight"], norm)
+    with pytest.raises(InputError, match="before NormHead; merge it first"):
+        convert(folder, tmp_path / "more", lora=tmp_path / "adapter", normalize_head=True)
+    save_file({**pairs, f"base_model.model.{form}": head[1:], "base_model.model.model.norm.weight": norm}, file)
+    with pytest.raises(InputError, match=r"is \(95, 64\), expected floats of shape \(96, 64\)"):
+        convert(folder, tmp_path / "more", lora=tmp_path / "adapter")
 
 
 @pytest.mark.parametrize("targets", [r".*\.(W_pack|down_proj)", "(a+)+$", ["W_pack", "down_proj"]])
