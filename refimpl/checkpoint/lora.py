@@ -2,8 +2,9 @@
 
     W' = W + scale * B @ A        scale = lora_alpha / r, or lora_alpha / sqrt(r) with use_rslora
 
-A (r, I) and B (O, r) come from `adapter_model.safetensors` or `.bin`, the numbers from `adapter_config.json`. The sum
-is computed in float32 and rounded once to the weight's format. In 16-bit formats, peft also rounds the product.
+A (r, I) and B (O, r) come from `adapter_model.safetensors` or `.bin`, the numbers from `adapter_config.json`, where
+`rank_pattern` and `alpha_pattern` may give a module its own. Modules in `modules_to_save` are there whole. The sum is
+computed in float32 and rounded once to the weight's format. In 16-bit formats, peft also rounds the product.
 
 Source: `LoraLayer.update_layer` and `Linear.get_delta_weight` in peft's src/peft/tuners/lora/layer.py; Hu 2021, "LoRA".
 """
