@@ -25,7 +25,7 @@ from refimpl.gradients.backward import backward
 from refimpl.gradients.finetune import _masters, trained
 from refimpl.gradients.objective import NextToken
 from refimpl.gradients.optimizer import AdamW, Moments
-from refimpl.gradients.products import cores
+from refimpl.gradients.products import cores, keep_freed_memory
 
 
 def clock(function):
@@ -49,6 +49,7 @@ def main():
         if a.wide:
             sizes = dict(hidden_size=4096, intermediate_size=11008, num_attention_heads=32, vocab_size=4000)
             folder = write_checkpoint(Path(place, "m"), "Baichuan2-7B", max_position_embeddings=4096, **sizes)
+        keep_freed_memory()  # as finetune does; PyTorch's step gains by it, too
         model = refimpl.load(folder, backend="numba")
         ids = np.random.default_rng(0).integers(1, model.config.vocab_size, (a.rows, a.tokens))
         adamw, moments, parameters = AdamW(), Moments(), _masters(model)
@@ -65,7 +66,7 @@ def main():
                 model, ids, NextToken(ids), parameters.__contains__, recompute=recompute, weights=weights
             )
             if not a.wide:
-                adamw.step(parameters, adamw.clipped(found)[0], moments)
+                adamw.step(parameters, found, moments, adamw.clip(found)[0])
 
         def theirs():
             if a.wide:

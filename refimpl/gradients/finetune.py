@@ -42,6 +42,7 @@ from refimpl.gradients.curve import curve
 from refimpl.gradients.data import Example
 from refimpl.gradients.objective import NextToken
 from refimpl.gradients.optimizer import AdamW, Moments
+from refimpl.gradients.products import keep_freed_memory
 from refimpl.loss import IGNORE
 from refimpl.sweep import Pool, Result, sweep
 
@@ -112,11 +113,11 @@ class Tuning:
             loss += float(found["loss"])
             for name in self.parameters:
                 total[name] = total[name] + found[name] if name in total else found[name]
-        gradients, norm = self.options.optimizer.clipped(total)
+        scale, norm = self.options.optimizer.clip(total)
         if not np.isfinite(norm):
-            bad = next(name for name, g in gradients.items() if not np.isfinite(g).all())
+            bad = next(name for name, g in total.items() if not np.isfinite(g).all())
             raise InputError(f"the gradient of {bad} has a NaN or infinity at step {len(self.losses)}; lower the rate")
-        self.options.optimizer.step(self.parameters, gradients, self.moments)
+        self.options.optimizer.step(self.parameters, total, self.moments, scale)
         self.losses.append(loss)
         self.norms.append(norm)
         return loss
@@ -230,6 +231,7 @@ def piece_gradients(
     recompute: bool,
 ) -> Result:  # fmt: skip
     """What some rows add to a batch's loss, and to its gradients by the parameters."""
+    keep_freed_memory()
     weights = trained(model, parameters, lora)
     wanted = parameters.keys().__contains__
     loss, found = backward(model, ids, objective, wanted, "float32", objective.real, recompute, weights=weights)

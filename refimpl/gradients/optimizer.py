@@ -49,14 +49,24 @@ class AdamW:
         """Whether weight decay holds for a parameter."""
         return parameter.ndim == 2
 
+    def clip(self, gradients: Mapping[str, np.ndarray]) -> tuple[float, float]:
+        """What the gradients are to be multiplied with, and their common norm."""
+        norm = global_norm(gradients)
+        return min(1.0, self.max_grad_norm / (norm + 1e-6)) if self.max_grad_norm else 1.0, norm
+
     def clipped(self, gradients: Mapping[str, np.ndarray]) -> tuple[dict[str, np.ndarray], float]:
         """The gradients, scaled down where their common norm is above `max_grad_norm` (0: never), and that norm."""
-        norm = global_norm(gradients)
-        scale = min(1.0, self.max_grad_norm / (norm + 1e-6)) if self.max_grad_norm else 1.0
+        scale, norm = self.clip(gradients)
         return {name: g if scale == 1.0 else g * np.asarray(scale, g.dtype) for name, g in gradients.items()}, norm
 
-    def step(self, parameters: Mapping[str, np.ndarray], gradients: Mapping[str, np.ndarray], moments: Moments) -> None:
-        """Moves the parameters, in place, by gradients that are clipped already."""
+    def step(
+        self,
+        parameters: Mapping[str, np.ndarray],
+        gradients: Mapping[str, np.ndarray],
+        moments: Moments,
+        scale: float = 1.0,
+    ) -> None:
+        """Moves the parameters, in place, by `scale` times the gradients: see `clip`."""
         moments.count += 1
         first, second = 1 - self.beta1**moments.count, 1 - self.beta2**moments.count
         for name, gradient in gradients.items():
@@ -67,6 +77,7 @@ class AdamW:
             parts = [x.reshape(-1) for x in (parameter, mean, square, gradient)]
             for start in range(0, parameter.size, CHUNK):
                 w, m, v, g = (part[start : start + CHUNK] for part in parts)
+                g = g if scale == 1.0 else g * np.asarray(scale, g.dtype)
                 w *= 1 - decay
                 m += (g - m) * (1 - self.beta1)
                 v *= self.beta2
@@ -85,5 +96,6 @@ class Moments:
 
 def global_norm(gradients: Mapping[str, np.ndarray]) -> float:
     """The length of all gradients as one vector; squares are summed in float64."""
-    squares = (np.einsum("i,i->", g.reshape(-1), g.reshape(-1), dtype=np.float64) for g in gradients.values())
-    return math.sqrt(math.fsum(map(float, squares)))  # whatever their order
+    flat = (g.reshape(-1) for g in gradients.values())
+    parts = (g[i : i + CHUNK].astype(np.float64) for g in flat for i in range(0, g.size, CHUNK))
+    return math.sqrt(math.fsum(float(np.einsum("i,i->", x, x)) for x in parts))  # whatever their order

@@ -26,6 +26,7 @@ from refimpl.gradients.adapters import Lora
 from refimpl.gradients.backward import backward
 from refimpl.gradients.objective import Teacher
 from refimpl.gradients.optimizer import AdamW, Moments
+from refimpl.gradients.products import keep_freed_memory
 from refimpl_kernels import formats
 
 SCALED = ("int4", "q4_0", "nf4", "matmulnbits", "q8_0")  # formats whose numbers are a level times a scale
@@ -79,6 +80,7 @@ def repair(
     optimizer = optimizer or AdamW(learning_rate=1e-3, weight_decay=0.0)
     if len({len(row) for row in rows}) != 1:
         raise InputError(f"the windows have {len({len(row) for row in rows})} lengths, expected some of one length")
+    keep_freed_memory()
     parameters = lora.begin(model.weights, seed) if lora else _factors(model)
     moments, rng, losses = Moments(), np.random.default_rng(seed), []
     for step in tqdm(range(steps), desc="repairing", unit="step", disable=None, leave=False):
