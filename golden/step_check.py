@@ -51,6 +51,7 @@ class StepReport:
     born: tuple[str, ...] = ()
     causes: tuple[str, ...] = ()
     absent: int = 0
+    searched: bool = True  # whether causes were looked for
 
     def __bool__(self) -> bool:
         return bool(self.report)
@@ -72,7 +73,7 @@ class StepReport:
         if self.born:
             lines.append(f"wrong by themselves: {', '.join(self.born[:6])}" + (" …" if len(self.born) > 6 else ""))
         lines += [f"cause: {MISTAKES[name][0]} [{name}]" for name in self.causes]
-        if not self.causes:
+        if not self.causes and self.searched:
             lines.append("cause: no known mistake gives these numbers")
         return "\n".join([*lines, self.report.table(8)])
 
@@ -120,7 +121,7 @@ def judge(
     fed = compare_gradients(_only(one, of_taps), _only(other, of_taps), allowed)
     born = tuple(tensor.name for tensor in fed.failures)
     causes = () if own_feed else _causes(trace, truth, dtype, model, allowed, steps, len(wrong))
-    return StepReport(report, born, causes, absent)
+    return StepReport(report, born, causes, absent, searched=not own_feed)
 
 
 def _causes(
