@@ -453,9 +453,11 @@ def test_config_and_weights_must_agree(tmp_path):
     with pytest.raises(InputError, match="no matrix is quantized"):
         refimpl.load(folder)
     keys = json.loads((folder / "config.json").read_text())
-    for wrong in ({"quant_method": "gptq"}, {"load_in_4bit": True, "llm_int8_threshold": 4.0}, {}, []):
+    other = "quantization_config is not of bitsandbytes"
+    four = {"load_in_4bit": True, "llm_int8_threshold": 4.0}
+    for wrong, said in (({"quant_method": "gptq"}, "quantized by GPTQ"), (four, other), ({}, other), ([], other)):
         (folder / "config.json").write_text(json.dumps(keys | {"quantization_config": wrong}))
-        with pytest.raises(InputError, match="quantization_config is not of bitsandbytes"):
+        with pytest.raises(InputError, match=said):
             refimpl.load(folder)
 
 

@@ -337,12 +337,12 @@ def nothing_happens(monkeypatch):
 @pytest.mark.parametrize("trick", IN)
 def test_what_a_pickle_may_not_do(mapped, nothing_happens, trick):
     content, message = IN[trick]
-    started = time.perf_counter()
+    started = time.process_time()
     with pytest.raises(InputError, match=message) as error:
         mapped(saved(pickled({"a": content})))
     said = str(error.value)
     assert said.isprintable() and len(said) < 600, "one line, without control codes from the file"
-    assert time.perf_counter() - started < 2
+    assert time.process_time() - started < 2
 
 
 def test_every_other_opcode_is_refused(mapped):

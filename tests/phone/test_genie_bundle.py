@@ -180,7 +180,7 @@ def test_official_tokenizer_gives_the_role_ids(shared, tmp_path):
     config = Config()
     made, settings, ids = tokenizer_files(shared / "tokenizers" / "baichuan2", config, generation)
     text = sample_prompt(config, settings, generation, made)
-    assert ids == (1, 2) and text == f"<reserved_106>{QUESTION}<reserved_107>"
+    assert ids == (-1, 2) and text == f"<reserved_106>{QUESTION}<reserved_107>"
     tokenizer = tokenizers.Tokenizer.from_str(json.dumps(made))
     official = load_tokenizer(shared / "tokenizers" / "baichuan2", config)
     assert tokenizer.encode(text).ids == official.chat([{"role": "user", "content": QUESTION}])
