@@ -1,15 +1,14 @@
-"""Encodings files: what AIMET writes and Qualcomm's converter reads, in the three versions that are about.
+"""Encodings files: what AIMET writes and Qualcomm's converter reads, in the three versions that are in use.
 
-The same grid is said in three ways:
+Each version writes the same grid in its own way:
 
     0.6.1   {"x": [{"bitwidth": 16, "scale": s, "offset": -32768, "is_symmetric": "False", …}]}   one dict a row
     1.0.0   [{"name": "x", "bw": 16, "scale": [s], "offset": [-32768], "is_sym": false, …}]       lists, row by row
     2.0.0   [{"name": "x", "output_dtype": "uint16", "y_scale": s, "y_zero_point": 32768}]         as ONNX has it
 
-The first two state offsets on the unsigned grid, real = (code + offset) * scale, so symmetric int4 has -8; the last
-gives what is symmetric by design (weights) a signed type and no zero point, and says no more whether an activation was
-meant to be. Blocks exist from 1.0.0 on, a file of 0.6.1 cannot have them. A 16-bit float is an entry in the first two
-and the absence of one in the last.
+The first two state offsets on the unsigned grid, real = (code + offset) * scale, so symmetric int4 has -8. The last
+gives symmetric weights a signed type and no zero point; whether an activation was meant to be symmetric is lost. Blocks
+exist from 1.0.0 on. A 16-bit float has an entry in the first two versions, and none in the last.
 
 **Source**: AIMET's quantization encoding specification; what AIMET-ONNX 2.42 writes and accepts.
 """
@@ -42,7 +41,7 @@ LARGEST = 1 << 30  # bytes of a file that is read: 7 B weights in LPBQ blocks of
 def write_encodings(encodings: Encodings, path: str | Path, version: str = "1.0.0") -> None:
     """Writes an encodings file, whole or not at all.
 
-    Raises InputError for a version that is not known or lacks words for blocks, and if the file cannot be written.
+    Raises InputError for an unknown version, for blocks in 0.6.1, and if the file cannot be written.
     """
     write_whole(path, json.dumps(as_json(encodings, version), allow_nan=False))
 
@@ -128,7 +127,7 @@ def read_encodings(path: str | Path, model: Model) -> Encodings:
 
     The names are taps and parameters, or those that AI Hub gives the ends of a graph (`logits`, `past_key_0_in`).
 
-    Raises InputError, in one line, for what is no encodings file, damaged, or of another model.
+    Raises InputError, in one line, for a file that is not an encodings file, is damaged, or is of another model.
     """
     path = Path(path)
     content = read_json(path, LARGEST)
@@ -247,7 +246,7 @@ def _parse_2(entry: Mapping[str, Any], shape: tuple[int, ...]) -> Encoding | Flo
 
 
 def _affine(bits, scale, offset, symmetric, block_size=None, steps=None) -> Encoding:
-    """An Encoding of numbers that make sense: a float32 step above 0 and whole offsets of the grid's size."""
+    """An Encoding, if its numbers make sense: a float32 step above 0 and whole offsets of the grid's size."""
     if type(bits) is not int or not (2 <= bits <= 16 or bits == 32):
         raise InputError(f"has {bits!a:.40} bits, expected 2 to 16")
     with np.errstate(over="ignore", under="ignore"):

@@ -1,4 +1,4 @@
-"""Arrays in files that a device left, before any of them is read: names, shapes, and a function that reads.
+"""Arrays in a device's files, before their numbers are read: names, shapes, and a function that reads.
 
 No file is trusted. A reader first tells the names and shapes that a file states, so that they can be compared with a
 manifest; reading then takes no more bytes than stated. Nothing is executed, and no link out of a file is followed.
@@ -27,9 +27,9 @@ from export.graphs.plan import Way
 from refimpl.errors import InputError, at_most
 
 SUFFIXES = {".h5", ".hdf5", ".npz", ".npy", ".raw", ".bin", ".pb"}
-ENTRIES = 100_000  # of a file or a folder: more is no run of one model
+ENTRIES = 100_000  # of a file or a folder: no run of one model has more
 HEADER = 1 << 16  # bytes of a file beside its numbers
-NPY_HEADER = 10_000  # of a .npy, as NumPy itself has it; it looks only after it has read what the file claims
+NPY_HEADER = 10_000  # bytes: NumPy's own limit, which it checks only after reading as many as the file claims
 GZIP, SHUFFLE = 1, 2  # HDF5's numbers of these filters
 
 
@@ -50,10 +50,10 @@ def by_graph(
 ) -> Iterator[tuple[str | None, Way, list[Entry]]]:
     """(graph, way, entries) of each set of outputs: a mapping, a file, or a folder, whatever its layout.
 
-    `graphs` are the names that a part of a mapping, a file or a folder may have. `way` and `graph` hold where no name
-    says it; the graph is None if nothing does. `largest`: how many numbers the largest output has.
+    `graphs` are the names that a part of a mapping, a file or a folder may have. `way` and `graph` are used where no
+    name says them; the graph is None if nothing does. `largest`: how many numbers the largest output has.
 
-    Raises InputError for another type, a layout that is not known, and what `of_file` refuses.
+    Raises InputError for another type, an unknown layout, and a file that `of_file` refuses.
     """
     if isinstance(outputs, Mapping):
         yield from _of_nested(outputs, graphs, way, graph)
@@ -90,7 +90,7 @@ def _of_nested(outputs: Mapping[str, Any], graphs: Collection[str], way: Way, gr
 
 
 def _of_folder(path: Path, graphs: Collection[str], largest: int, way: Way, graph: str | None):
-    """The sets of a folder: in isolated/ and chained/, in files and folders called as graphs, or itself."""
+    """The sets of a folder: in isolated/ and chained/, in files and folders named like graphs, or the folder itself."""
     inside = sorted(path.iterdir())
     if len(inside) > ENTRIES:
         raise InputError(f"{path} holds {len(inside)} files, expected at most {ENTRIES}")
@@ -130,9 +130,9 @@ def of_mapping(arrays: Mapping[str, Any]) -> Iterator[Entry]:
 
 
 def of_file(path: Path, largest: int, samples: int = 1) -> Iterator[Entry]:
-    """The entries of one file; of AI Hub's datasets `samples` of each tensor, one after the other.
+    """The entries of one file. A dataset of AI Hub has `samples` of each tensor, one after the other.
 
-    Raises InputError for a kind that is not known, and for one that is damaged.
+    Raises InputError for an unknown kind of file, and for a damaged one.
     """
     kinds: dict[str, Callable[[], Iterator[Entry]]] = {
         ".h5": lambda: _of_hdf5(path, samples), ".hdf5": lambda: _of_hdf5(path, samples), ".npz": lambda: _of_npz(path),
@@ -286,7 +286,7 @@ def _plain(dtype: np.dtype) -> np.dtype:
 
 
 def _of_hdf5(path: Path, samples: int) -> Iterator[Entry]:
-    """AI Hub's datasets. Only hard links are followed; nothing virtual, external or compressed but by gzip is read."""
+    """AI Hub's datasets. Only hard links are followed; virtual, external and compressed data but gzip is refused."""
     import h5py
 
     with h5py.File(path, "r") as file:
@@ -343,7 +343,7 @@ def _attribute(group: Any, key: str, kind: type, default: Any = None) -> Any:
 
 
 def _expect_harmless(stored: Any, source: str) -> None:
-    """Raises InputError for a dataset that keeps its numbers elsewhere, or in a filter that is not read."""
+    """Raises InputError for a dataset that keeps its numbers elsewhere, or uses a filter that is not known here."""
     plist = stored.id.get_create_plist()
     filters = [plist.get_filter(i)[0] for i in range(plist.get_nfilters())]
     if stored.is_virtual or stored.external:

@@ -16,7 +16,7 @@ from export.graphs.grids import MOVES
 from refimpl.errors import InputError
 
 NAME = re.compile(r"(?:(prompt|token)_)?ar(\d{1,6})_cl(\d{1,7})_(\d{1,4})_of_(\d{1,4})")
-ALONE = re.compile(r"(?:prompt|token)_ar\d{1,6}_cl\d{1,7}_(?:model|lm_head)\b[\w.]*")  # a module, which is no part
+ALONE = re.compile(r"(?:prompt|token)_ar\d{1,6}_cl\d{1,7}_(?:model|lm_head)\b[\w.]*")  # a module, not a part
 CACHE = re.compile(r"past_(key|value)_(\d{1,6})_(in|out)")
 HOST = ("attention_mask", "position_ids_cos", "position_ids_sin")
 
@@ -65,7 +65,7 @@ class GraphFolder:
 
     @property
     def part(self) -> Called:
-        """What the name says, where it must be that of a part: `read_parts` gives such folders alone."""
+        """What the name says, for a folder of `read_parts`, which is always named like a part."""
         assert self.called is not None, self.name
         return self.called
 
@@ -147,7 +147,7 @@ class GraphFolder:
 def read_folders(folder: str | Path) -> list[GraphFolder]:
     """The graph in a folder; or the graphs in the folders inside it, by name.
 
-    Raises InputError if it is no folder, or has no ONNX file in it.
+    Raises InputError if it is not a folder, or has no ONNX file in it.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -163,7 +163,7 @@ def read_folders(folder: str | Path) -> list[GraphFolder]:
 
 
 def read_parts(folder: str | Path) -> list[GraphFolder]:
-    """The graphs in a folder, of which each must be whole, and called as a part is. Raises InputError otherwise."""
+    """The graphs in a folder. Raises InputError unless each of them is undamaged and named like a part."""
     graphs = read_folders(folder)
     for graph in graphs:
         if graph.damage:

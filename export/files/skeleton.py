@@ -1,8 +1,8 @@
 """What a folder of a graph says, without its weights: the ONNX file's structure, and the grids of its encodings file.
 
 Neither file is trusted. ONNX's own parser reads a whole file, weights included, and two hostile bytes of it can take a
-hundred bytes of memory; `json` is alike. So the ONNX file is mapped and read field by field: with protobuf's wire
-format that is a page of code. Weights are skipped. What is kept is counted, and a file with more than any real graph
+hundred bytes of memory; the same holds for `json`. So the ONNX file is mapped and read field by field; a page of code
+reads protobuf's wire format. Weights are skipped. What is kept is counted, and a file with more than any real graph
 has is refused, so memory and time are bounded. In an encodings file, the thousands of steps of a weight's rows are cut
 out of the text before JSON is parsed.
 
@@ -55,7 +55,7 @@ class TensorInfo:
 
 @dataclass(slots=True)
 class ValueInfo:
-    """A name with its type. `dtype` is 0 for what is no tensor or untyped, `shape` None where it is not said."""
+    """A name with its type. `dtype` is 0 if it is not a tensor or has no type; `shape` is None if it is not stated."""
 
     name: str = ""
     dtype: int = 0
@@ -114,7 +114,7 @@ class ModelInfo:
 
 
 def read_onnx(path: Path) -> ModelInfo:
-    """The structure of an ONNX file. Raises InputError, in one line, for one that is damaged, or vast."""
+    """The structure of an ONNX file. Raises InputError, in one line, for a file that is damaged or too large."""
     try:
         with mapped(path) as data:
             return _Reader(data).model()
@@ -232,7 +232,7 @@ class _Reader(Wire):
         return found
 
     def elements(self, number: int, value: int, stop: int, found: TensorInfo) -> None:
-        """What is kept of the elements of a tensor: whether they are 0, and which it is if there is one."""
+        """Keeps two facts about a tensor's elements: whether all are 0, and the value if there is only one."""
         single = math.prod(found.dims) == 1
         if stop == INTEGER:
             found.zeros, found.value = value == 0, float(value) if single else None
@@ -285,9 +285,10 @@ class _Reader(Wire):
 
 @dataclass(frozen=True)
 class GridInfo:
-    """An encoding without the steps of rows. `scale` and `offset` are of a tensor that has one step, else None.
+    """An encoding without the steps of rows. `scale` and `offset` are None unless the tensor has a single step.
 
-    `offset` belongs to unsigned codes, real = (code + offset) * scale: a zero point of 128 is -128, int8's 0 as well.
+    `offset` belongs to unsigned codes, real = (code + offset) * scale: it is -128 for uint8 with a zero point of 128,
+    and also for int8 with a zero point of 0.
     """
 
     bits: int
@@ -302,17 +303,17 @@ class GridInfo:
         return f"{self.bits} bits{step}"
 
 
-# The steps of rows or blocks; and the same in 0.6.1, where each row is an object. Repeated some hundreds of times at
-# most, because a match keeps every repetition in memory.
+# The steps of rows or blocks, also as 0.6.1 writes them, an object for each row. The pattern repeats some hundred times
+# at most, because a match keeps every repetition in memory.
 _OBJECT = rb'\{\s*"bitwidth"[^\[\]{}]*\}'
 _LONG = re.compile(rb"\[[-+.0-9eE,\s]{200,}\]|(" + _OBJECT + rb")(?:\s*,\s*" + _OBJECT + rb"){20,400}")
-STRUCTURE = 16 << 20  # bytes of an encodings file without those; a part with a head at a time has 3 MB
+STRUCTURE = 16 << 20  # bytes of an encodings file without those steps; a part with its heads apart has 3 MB
 
 
 def read_grids(path: Path) -> dict[str, GridInfo]:
     """Name -> grid of everything in an encodings file of 0.6.1, 1.0.0 or 2.0.0.
 
-    Raises InputError, in one line, for another kind of file, a vast one, and a tensor with two encodings.
+    Raises InputError, in one line, for another kind of file, one that is too large, and a tensor with two encodings.
     """
     try:
         with mapped(path) as data:
@@ -334,7 +335,7 @@ def read_grids(path: Path) -> dict[str, GridInfo]:
 
 
 def _without_rows(data: Any) -> bytes:
-    """The JSON text with every long list of numbers, or of rows, as a short one."""
+    """The JSON text, with a short list in the place of every long one of numbers or rows."""
     pieces, at, size = [], 0, 0
     for match in _LONG.finditer(data):
         size += match.start() - at
@@ -375,7 +376,7 @@ def _grid_2(entry: dict[str, Any]) -> GridInfo:
 
 
 def _single(value: Any) -> Any:
-    """What a list of one holds."""
+    """The item of a list of one; any other value is returned unchanged."""
     return value[0] if isinstance(value, list) and len(value) == 1 and value != ["many"] else value
 
 
@@ -383,7 +384,7 @@ _GRIDS: dict[str, Callable[[Any], GridInfo]] = dict(zip(VERSIONS, (_grid_0, _gri
 
 
 def _checked(bits: Any, scale: Any, offset: Any, single: bool) -> GridInfo:
-    """A grid of numbers that make sense. Raises ValueError or TypeError for others."""
+    """A grid, if its numbers make sense. Raises ValueError or TypeError otherwise."""
     if not single:
         return GridInfo(_bits(bits))
     if isinstance(scale, bool) or not 0 < float(scale) < math.inf or int(offset) != offset:

@@ -1,8 +1,8 @@
 """Protobuf's wire format, field by field, from a mapped file that is not trusted.
 
-A message is a row of fields. A field is a number, which the schema explains, and a value: an integer, some bytes, or
-the 4 or 8 bytes of a float. What is read is counted. A file with more than FIELDS fields or TEXT bytes of names, which
-no real graph has, is refused before memory or time grow with it.
+A message is a sequence of fields. A field is a number, which the schema explains, and a value: an integer, some bytes,
+or the 4 or 8 bytes of a float. What is read is counted. A file with more than FIELDS fields or TEXT bytes of names,
+which no real graph has, is refused before memory or time grow with it.
 
 **Source**: protobuf's encoding guide.
 """
@@ -36,7 +36,7 @@ class Wire:
         self.data, self.fields_left, self.text_left = data, FIELDS, TEXT
 
     def fields(self, at: int, stop: int) -> Iterator[tuple[int, int, int]]:
-        """Number, first byte and stop of each field; of an integer, the integer itself in the place of the byte."""
+        """Number, first byte and stop of each field; an integer field gives the integer in the place of the byte."""
         data = self.data
         while at < stop:
             self.fields_left -= 1
@@ -81,13 +81,13 @@ class Wire:
         raise DamagedError(f"the number before byte {at} has no end")
 
     def integer(self, value: int, stop: int) -> int:
-        """A field of 64 bits with its sign."""
+        """The value of an integer field, as 64 bits with a sign."""
         if stop != INTEGER:
             raise DamagedError(f"at byte {value} are bytes where a number belongs")
         return value - (1 << 64) if value >= 1 << 63 else value
 
     def integers(self, value: int, stop: int) -> list[int]:
-        """A field of integers, of which each may be a field, or all one."""
+        """The integers of one field of a repeated number: one of them, or all packed together."""
         if stop < 0:
             return [self.integer(value, stop)]
         found, at = [], value
@@ -114,7 +114,7 @@ class Wire:
             raise DamagedError(f"the name at byte {start} is not UTF-8") from None
 
     def number(self, value: int, stop: int) -> float:
-        """A field of a float32, which came as the place of its bytes."""
+        """The value of a float32 field, from the place of its bytes."""
         if stop != FLOAT32:
             raise DamagedError(f"field at byte {value} is not a float32")
         return struct.unpack("<f", self.data[value : value + 4])[0]

@@ -32,18 +32,18 @@ class ExportOptions:
     - `context`: the window in tokens; None is the model's
     - `parts`: how many graphs the layers are split into. 1 has everything in one graph; with more, the first part is
       the embedding and the last has the head
-    - `layers`: only so many of the first layers, with norm and head behind them; `encodings` are cut alike
+    - `layers`: only so many of the first layers, with norm and head behind them; `encodings` are cut the same way
 
     The form of the graphs:
 
     - `profile`: what they are for, a row of `graphs.profiles`; None is "qdq" for a model with int4 weights, and
       "plain" for any other
-    - `opset`, `ir_version`, `forms`: in the place of the profile's
+    - `opset`, `ir_version`, `forms`: these replace the profile's
 
     Numbers:
 
-    - `prompt`: a text or ids, which the golden inputs are about
-    - `encodings`: those of the model. If the profile needs some and there are none, the prompt alone is calibrated
+    - `prompt`: a text or ids, from which the golden inputs are made
+    - `encodings`: those of the model. If the profile needs some and none are given, they are calibrated on the prompt
     - `encodings_version`: of the files that are written
     - `border`: "codes" makes codes of the inputs and outputs of a graph on grids, as Genie and Qualcomm's compiler take
       them. Goldens stay floats: whoever runs the graph puts them on the grids
@@ -123,7 +123,7 @@ def emit(
     ids = _prompt(model, plan, options.prompt)
     plan = replace(plan, prompt=len(ids))
     if row.encodings and encodings is None:
-        encodings = calibrate(model, np.array([ids]), dtype="float64")  # whose ranges no BLAS rounds differently
+        encodings = calibrate(model, np.array([ids]), dtype="float64")  # the same ranges with any BLAS
     if encodings is not None:
         encodings.check(model.config, model.weights)
         grid = encodings.activations.get(MASK)

@@ -35,11 +35,11 @@ class Goldens:
 
     The first run reads the prompt. Each other run goes on from its keys and values, with the likeliest next token, and
     after it, if the run takes more tokens, the prompt again. Outputs are what NumPy computes in float64 from the stored
-    inputs, rounded to float32; the next part is given those. A graph that is a module alone reads what the whole model
-    has in its place.
+    inputs, rounded to float32; the next part reads these. A graph that is a module alone reads what the whole model
+    computes for the module's inputs.
 
     `simulation`: the quantized device. It adds "simulated", its outputs for the golden inputs, and "simulated_chained",
-    its outputs for what it gave before. `given`: the inputs of a graph, where they are known. `scores` holds, once the
+    its outputs for what it gave before. `given`: the inputs of each graph, if they are known. `scores` holds, once the
     iteration is over, the largest attention score of each layer.
     """
 
@@ -65,7 +65,7 @@ class Goldens:
             after_prompt, after_simulated = after_prompt or so_far, after_simulated or simulated
 
     def _ids(self, spec: GraphSpec, after_prompt: Arrays) -> list[int]:
-        """The ids of a run: the prompt, or as many as fit of those that follow it."""
+        """The ids of a run: the prompt; or, after it, as many of the following ids as fit."""
         if not after_prompt:
             return self.prompt
         likeliest = [int(after_prompt["logits"][0, -1].argmax())] if "logits" in after_prompt else []
@@ -84,7 +84,7 @@ class Goldens:
 
 
 def fed(spec: GraphSpec, host: Arrays, outputs: Arrays) -> Arrays:
-    """The inputs of a graph: what the host computes, and what it continues of other graphs' outputs."""
+    """The inputs of a graph: what the host computes, and what continues outputs of other graphs."""
     return {v.name: carry(spec, v, outputs) if v.source else host[v.name] for v in spec.inputs}
 
 
@@ -101,7 +101,7 @@ def measuring(spec: GraphSpec, scores: dict[str, float]) -> Tap:
 
 
 def around_graphs(model: Model, run: Sequence[GraphSpec], ids: Sequence[int], so_far: Arrays) -> Arrays:
-    """What modules alone read, by tap: the model runs up to the last of them, and goes on from what came `so_far`."""
+    """The tensors that modules alone read, by tap. The model goes on from `so_far`, and stops after the last module."""
     stop, heads = max(spec.part.layers.stop for spec in run), any(spec.part.heads for spec in run)
     before = replace(run[0].whole, part=Part(1, 1, range(stop), embeds=True, heads=heads))
     read = {value.name for spec in run for value in spec.inputs if value.tap}

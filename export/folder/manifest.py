@@ -31,7 +31,7 @@ BESIDE = ("hub.jsonl", "bisect.jsonl", "outputs")  # what `hub` and `bisect` kee
 def contents(
     model: Model, plan: Plan, profile: Profile, golden: Mapping[str, Any] | None, files: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """What `manifest.json` holds. `golden`: what is told of the goldens, if there are any; `files`: size and sha256."""
+    """What `manifest.json` holds. `golden`: facts about the goldens, if there are any; `files`: size and sha256."""
     specs = [spec for run in plan.runs for spec in run]
     limits = _limits(plan, golden["scores"] if golden else {})
     return {
@@ -58,7 +58,7 @@ def contents(
 def _limits(plan: Plan, scores: Mapping[str, float]) -> dict[str, Tolerance]:
     """Output's tap -> how far float32 may be from the golden.
 
-    Positions and sums go no further than the tokens that are no padding: masked places add exactly nothing.
+    Only tokens that are not padding count for positions and sums: masked places add exactly nothing.
     """
     tokens = max(spec.real + spec.past for run in plan.runs for spec in run)
     limits: dict[str, Tolerance] = {}
@@ -134,7 +134,7 @@ def _stated_files(manifest: Mapping[str, Any], plan: Plan) -> dict[str, tuple[in
 def read_scores(folder: Path) -> dict[str, float]:
     """Tap -> the largest attention score of a layer in the golden run of an export; {} if that was not recorded.
 
-    Raises InputError for what cannot be one.
+    Raises InputError for a value that cannot be a score.
     """
     path = folder / "manifest.json"
     found = (read_json(path).get("golden") or {}).get("scores", {})

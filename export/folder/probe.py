@@ -1,4 +1,4 @@
-"""One graph of an export once more, with probes, or cut off at them: for whoever looks for where it goes wrong."""
+"""One graph of an export, built again with probes or cut off at them, to find where it goes wrong."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from refimpl.model import Model
 def probed(folder: str | Path, model: Model, graph: str, probe: str | Sequence[str], until: bool = False) -> Parts:
     """The graph of that name in the export `folder` of `model`, with the taps that the globs `probe` match as outputs.
 
-    They come after its own outputs; or, if it goes on `until` them, they are all that it gives, and what they do not
-    need is left out, inputs too. Golden inputs are those of the export, golden outputs are computed of them: no other
-    graph is built or run. `save` writes it as an export of one graph, which `verify` and `read_device` take.
+    They come after its own outputs. With `until` they are its only outputs, and what they do not need is left out,
+    inputs too. Golden inputs are those of the export, and golden outputs are computed from them: no other graph is
+    built or run. `save` writes it as an export of one graph, which `verify` and `read_device` take.
 
-    Raises InputError for a folder that is no export of this model, a graph that is not in it, and taps that the graph
-    does not compute or cannot show.
+    Raises InputError for a folder that is not an export of this model, a graph that is not in it, and taps that the
+    graph does not compute or cannot show.
     """
     folder = Path(folder)
     plan, _ = read_manifest(folder, weights=False)

@@ -71,16 +71,16 @@ class Parts:
             encodings.json                                             the model's encodings, by tap
             manifest.json                                              what all of it is, with sha256; written last
 
-        Each graph of a part has its own copy of the weights, for ONNX's own loader refuses a file with several links.
-        Only for AI Hub, whose float32 weights are many times as large, and go into a zip of each folder anyway, the
-        graphs of a part share one file by hard links, where the disk has such. Memory holds a tile of weights at a
-        time. Every graph passes `onnx.checker` with full_check.
+        Each graph of a part has its own copy of the weights, because ONNX's own loader refuses a file with several
+        links. An export for AI Hub is the exception: its float32 weights are many times as large, and each folder is
+        zipped for the upload anyway. There the graphs of a part share one file by hard links, if the disk has them.
+        Memory holds a tile of weights at a time. Every graph passes `onnx.checker` with full_check.
 
         `overwrite` replaces an earlier export, and nothing else. The record of what was sent to AI Hub and of what came
         back stays, so a graph with the same bytes is not sent again. Without `golden` there is no test data: a compiler
         needs none, and the model is not computed.
 
-        Raises InputError for a folder that is something else, or that cannot be written.
+        Raises InputError for a folder that holds anything else, or that cannot be written.
         """
         folder = Path(folder).resolve()
         check_free(folder, overwrite)
@@ -136,7 +136,7 @@ class Parts:
 
     def _goldens(self) -> Goldens:
         rounding: Rounding = "even" if self.profile.on_grids else "away"  # as ONNX rounds, or AIMET
-        # Exact sums of integers: the same bits whatever BLAS there is.
+        # Sums of integers are exact, so every BLAS gives the same bits.
         simulation = SimulatedModel(self.model, self.encodings, rounding, integer=True) if self.encodings else None
         return Goldens(self.model, self.plan, self.prompt, simulation, self.given)
 
@@ -148,7 +148,7 @@ class WrittenFiles:
         self.folder = folder
         self.listed: dict[str, dict[str, Any]] = {}
         self._weights: dict[Part, tuple[Path, str]] = {}  # of a part, once they are written
-        self._lent: dict[Part, list[Path]] = {}  # where they are to be as well
+        self._lent: dict[Part, list[Path]] = {}  # the other places where `share` puts them
 
     def _list(self, path: Path, sha256: str) -> None:
         self.listed[path.relative_to(self.folder).as_posix()] = {"bytes": path.stat().st_size, "sha256": sha256}
@@ -160,10 +160,10 @@ class WrittenFiles:
         self._list(path, hashlib.sha256(data).hexdigest())
 
     def weights(self, path: Path, built: Built, part: Part, shared: bool) -> None:
-        """A graph's weights, which the first graph of a part streams. Each other one has a copy of the file.
+        """Writes a graph's weights. They are streamed for the first graph of a part, and copied for each other one.
 
-        If they are `shared`, the file moves on to the next graph, so that it has one link while that is checked; in the
-        end `share` gives it back to all.
+        If they are `shared`, the file moves on to the next graph instead, so that it has only one link while that graph
+        is checked. In the end `share` gives it back to all.
         """
         first, sha256 = self._weights.get(part, (None, ""))
         if first is None:

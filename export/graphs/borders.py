@@ -51,8 +51,8 @@ class Border:
 def coded(proto: ModelProto) -> ModelProto:
     """The graph with codes at its border, in the form that Qualcomm's compiler takes as a whole.
 
-    Beside the border that needs an embedding that gathers floats, and a DequantizeLinear for each reader: changes of
-    layout would move in between the two of a pair.
+    Beside the border this takes two changes: the embedding gathers floats, and each reader has a DequantizeLinear of
+    its own. Without them, changes of layout would move in between the two nodes of a pair.
 
     Raises InputError for an input or output that is a float without a grid.
     """
@@ -88,17 +88,17 @@ class _Edit:
         return {name: node for node in self.nodes for name in node.output}
 
     def put(self, after: NodeProto, *nodes: NodeProto) -> None:
-        """Nodes behind another one."""
+        """Inserts nodes behind another one."""
         at = next(i for i, node in enumerate(self.nodes) if node is after) + 1
         self.nodes[at:at] = nodes
 
     def remove(self, nodes: Iterable[NodeProto]) -> None:
-        """Nodes that nobody needs any more."""
+        """Removes nodes."""
         gone = {id(node) for node in nodes}
         self.nodes = [node for node in self.nodes if id(node) not in gone]
 
     def gather_floats(self) -> None:
-        """codes -> Gather -> DequantizeLinear becomes DequantizeLinear -> Gather -> a pair."""
+        """Turns codes -> Gather -> DequantizeLinear into DequantizeLinear -> Gather -> a pair."""
         users = self.users()
         for gather in [node for node in self.nodes if node.op_type == "Gather" and node.input[0] in self.initializers]:
             readers = users.get(gather.output[0], [])
@@ -111,14 +111,14 @@ class _Edit:
             self.put(gather, helper.make_node("QuantizeLinear", [gather.output[0], *step], [raw], f"{raw}.codes"))
 
     def replace(self, old: str, new: str) -> None:
-        """Whoever reads one name reads another."""
+        """Makes every reader of the value `old` read `new` instead."""
         for node in self.nodes:
             for i, name in enumerate(node.input):
                 if name == old:
                     node.input[i] = new
 
     def open_inputs(self) -> None:
-        """An input's QuantizeLinear goes: the host does that."""
+        """Removes the QuantizeLinear of each input, because the host quantizes."""
         users = self.users()
         for value in self.graph.input:
             if value.type.tensor_type.elem_type != TensorProto.FLOAT:
@@ -131,7 +131,7 @@ class _Edit:
             self.remove(quantizers)
 
     def open_outputs(self) -> None:
-        """An output's DequantizeLinear goes, unless somebody inside reads its floats, too."""
+        """Removes the DequantizeLinear of each output; it stays inside if a node there reads its floats, too."""
         for value in self.graph.output:
             if value.type.tensor_type.elem_type != TensorProto.FLOAT:
                 continue
@@ -150,7 +150,7 @@ class _Edit:
             self.replace(codes, value.name)
 
     def split_readers(self) -> None:
-        """A DequantizeLinear of a value for each node that reads it."""
+        """Gives each reader of a value a DequantizeLinear of its own."""
         places: dict[str, list[tuple[NodeProto, int]]] = {}
         for reader in self.nodes:
             for i, name in enumerate(reader.input):
@@ -169,7 +169,7 @@ class _Edit:
         self.nodes = nodes
 
     def finish(self) -> None:
-        """Puts nodes and initializers back, without what nobody reads."""
+        """Puts the nodes back, and the initializers that they read."""
         used = {name for node in self.nodes for name in node.input}
         ends = {value.name for value in (*self.graph.input, *self.graph.output)}
         made = {name for node in self.nodes for name in node.output}
@@ -182,9 +182,9 @@ class _Edit:
 
 
 def read_borders(path: Path) -> dict[str, Border]:
-    """The grids of a graph's inputs and outputs, of either border; those that have none are not there.
+    """The grids of a graph's inputs and outputs, for either border. An end without a grid is left out.
 
-    Raises InputError for a file that is no ONNX model.
+    Raises InputError for a file that is not an ONNX model.
     """
     try:
         if path.stat().st_size > LARGEST:
@@ -198,7 +198,7 @@ def read_borders(path: Path) -> dict[str, Border]:
 
 
 def borders_of(graph: onnx.GraphProto, folder: str = "") -> dict[str, Border]:
-    """The same of a graph that is in memory, whose weights are in `folder`."""
+    """The same for a graph in memory, whose weights are in `folder`."""
     tensors = {tensor.name: tensor for tensor in graph.initializer}
     found: dict[str, Border] = {}
 
@@ -236,9 +236,9 @@ def decoded(arrays: Mapping[str, np.ndarray], borders: Mapping[str, Border]) -> 
 def across(
     path: Path, inputs: Sequence[dict[str, np.ndarray]], run: Callable[[list[dict[str, np.ndarray]]], list]
 ) -> list[dict[str, np.ndarray]]:
-    """Runs the graph in a file on floats, whatever its border: codes go in and come out where it has them.
+    """Runs the graph in a file on floats, whatever its border: where it has codes, they are converted both ways.
 
-    Whoever gives codes gets codes.
+    If the inputs hold codes, nothing is converted, and the outputs of a coded border are codes, too.
     """
     given = any(x.dtype.kind == "u" for fed in inputs for x in fed.values())
     if given or not _is_coded(path):

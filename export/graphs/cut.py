@@ -79,7 +79,7 @@ def belongs(name: str, module: str) -> bool:
 
 
 def stage(name: str, layers: int) -> int:
-    """The layer of a tap; -1 is the embedding's, and one after the last the head's."""
+    """The layer of a tap; -1 for the embedding, and `layers` for the last norm and the head."""
     path = name.split(".")
     return int(path[2]) if path[1:2] == ["layers"] else -1 if name == "model.embed_tokens" else layers
 
@@ -95,7 +95,7 @@ def cut_out(behind: Mapping[str, set[str]], module: str, gives: Sequence[str], h
     """The taps of a module, and the taps that they need.
 
     Without `gives`, its outputs are the taps that something outside reads, and those that the cache keeps. `behind`:
-    see `dependencies`. The form of a graph may hide taps (`hides`): no cut is made there, but at the taps before them.
+    see `dependencies`. The form of a graph may hide taps (`hides`): the cut is then made at the taps before them.
     """
     own = {name for name in behind if belongs(name, module)}
     outside = set().union(*(behind[name] for name in behind if name not in own))
@@ -115,7 +115,7 @@ def cut_out(behind: Mapping[str, set[str]], module: str, gives: Sequence[str], h
 
 
 def dependencies(config: Config, inputs: Mapping[str, tuple[int, ...]], run: Callable) -> dict[str, set[str]]:
-    """Tap -> the taps and inputs that it follows from directly, in computing order, of a stretch of the decoder.
+    """Tap -> the taps and inputs that it is computed from directly, for a stretch of the decoder, in computing order.
 
     `inputs`: the shapes of what the stretch reads; `run(weights, ops, inputs, tap)` is its forward.
     """
@@ -167,7 +167,7 @@ def substituting(inputs: Mapping[str, Tensor], then: Tap) -> Tap:
 
 
 def sliceable(x: Tensor) -> Tensor:
-    """The tensor, with `features` that slice it, where those of a linear would compute a part."""
+    """The tensor, with a `features` that slices it; a linear's own would compute those features."""
 
     def features(start: int, stop: int, suffix: str) -> Tensor:
         return sliceable(x.cut(len(x.shape) - 1, start, stop))

@@ -21,7 +21,7 @@ from refimpl.errors import InputError
 from refimpl_kernels.ops import TILE_BYTES, Readable
 
 ALIGNMENT = 4096  # of a weight in model.data: a page, so that a runtime can map it
-BITS: dict[int, int] = {  # of an element in model.data; of all others 32
+BITS: dict[int, int] = {  # of an element in model.data; all other types have 32
     TensorProto.INT4: 4, TensorProto.UINT4: 4, TensorProto.INT8: 8, TensorProto.UINT8: 8,
     TensorProto.INT16: 16, TensorProto.UINT16: 16,
 }  # fmt: skip
@@ -89,8 +89,8 @@ def assign_offsets(parameters: Iterable[TensorProto]) -> dict[str, tuple[int, in
 def write_data(file: BinaryIO, built: Built) -> str:
     """Fills `model.data` tile by tile, and returns its sha256. Equal weights give equal bytes.
 
-    One tile is hashed while it is written and the next one computed. Raises InputError for weights that are no numbers:
-    every answer of such a graph would be NaN, and would be taken for right.
+    One tile is hashed while it is written and the next one computed. Raises InputError for weights that are NaN or
+    infinite: every answer of such a graph would be NaN, and would pass as right.
     """
     digest, end = hashlib.sha256(), 0
     with ThreadPoolExecutor(1) as other:

@@ -44,7 +44,7 @@ def rms_norm(graph: Graph, x: Tensor) -> Tensor:
     (shifted,) = step(root, "Sqrt")
     _, epsilon = step(shifted, "Add")
     out = graph.add("RMSNormalization", (source, gain), source.shape, axis=-1, epsilon=graph.number(epsilon))
-    return out.reshape(*x.shape)  # of rank 4, where norms are at that
+    return out.reshape(*x.shape)  # rank 4, where norms have that rank
 
 
 def rope(graph: Graph, x: Tensor) -> Tensor:
@@ -74,7 +74,7 @@ def attention(graph: Graph, x: Tensor) -> Tensor:
 
 
 def step(x: Tensor, op: str, *between: str) -> list[Tensor]:
-    """The inputs of the node that computed x, less the shapes of a Reshape; nodes `between` are gone through.
+    """The inputs of the `op` that computed x, without a Reshape's shape. Operators `between` the two are skipped.
 
     Raises ValueError if it is another node: then the decoder has changed, and so must this file.
     """

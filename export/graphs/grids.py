@@ -26,11 +26,12 @@ def graph_encodings(encodings: Encodings, spec: GraphSpec, built: Built) -> Enco
     - Keys and values come in on the grid of those that go out. The hidden state comes in on the grid of the part
       before. If that part is the embedding, this is the grid of its table, because a Gather's output has none.
     - An operation that only moves data hands on the grid of its input, or takes the grid of its output if the input has
-      none. So does a Concat whose inputs share a grid. A product with a constant has that grid times the constant.
+      none. So does a Concat whose inputs share a grid. A product with a constant has the other factor's grid times the
+      constant.
     - A product with cos or sin has the range of the other factor. A sum of scores and mask has the sum of both ranges.
     - The output of a sigmoid is in [0, 1].
-    - A head of W_pack that only moves on to be a value (or, without RoPE, a key) has the grid of that value from the
-      start.
+    - A head of W_pack that is only moved to become a value (or, without RoPE, a key) has the grid of that value from
+      the start.
 
     Two kinds of values have no grid: those inside of an RMSNorm, and the output of a Gather.
     """
@@ -61,9 +62,9 @@ def graph_encodings(encodings: Encodings, spec: GraphSpec, built: Built) -> Enco
 
 
 def bias_encodings(own: Encodings, built: Built) -> dict[str, Encoding]:
-    """The grids of a graph's biases, which a device adds to sums of products: 32 bits, in steps of those, row by row.
+    """The grids of a graph's biases: 32 bits, row by row in steps of the sums of products to which a device adds them.
 
-    A tensor without an encoding is quantized as the converter's options say.
+    Without an encoding, the converter's options would decide how a bias is quantized.
 
     **Source**: aimet discussion 3902 (a maintainer: "almost always" 32 bits), 2444; AIMET's `export_int32_bias`.
     """

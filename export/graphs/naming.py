@@ -19,7 +19,7 @@ def hub_boundary(layer: int) -> str:
 
 
 def tap_of(name: str) -> str:
-    """The tap that an end of a graph shows: keys and values are one tensor, whether they come or go."""
+    """The tap that an end of a graph shows: keys and values have one tap, as inputs and as outputs."""
     if found := _CACHE.fullmatch(name):
         return f"model.layers.{int(found[2])}.self_attn.{found[1]}"
     if found := _HIDDEN.fullmatch(name):

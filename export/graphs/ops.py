@@ -36,25 +36,25 @@ class OnnxOps:
     """The operations of `refimpl_kernels.ops.NumPyOps`, each as the ONNX nodes that compute it in float32.
 
     The graph's `forms` say how, `weights` (as `graphs.profiles.Profile` has it) how parameters go in. A `Stack` goes
-    through head by head. Raises InputError for 4-bit weights in an opset that cannot say them.
+    through head by head. Raises InputError for 4-bit weights in an opset without INT4.
     """
 
     def __init__(self, graph: Graph, opset: int = 21, weights: str = "int4"):
         self.graph, self.opset, self.weights = graph, opset, weights
 
     def upcast(self, x: Any) -> Any:
-        """The same, for everything is float32; at rank 4, where a device has its norms at that."""
+        """x itself, because everything is float32; in the form rank4, norms get rank 4 here."""
         return Tensor.reshape(x, 1, *x.shape) if "rank4" in self.graph.forms and len(x.shape) == 3 else x
 
     def type_as(self, x: Any, other: Any) -> Any:
-        """The same; at the other's rank."""
+        """x at the rank of `other`; the type is the same."""
         return x if len(x.shape) == len(other.shape) else x.reshape(*x.shape[-len(other.shape) :])
 
     def parameter(self, weight: Parameter, *ones: int) -> Tensor:
         """An initializer in float32; or codes, scales and zero points, where DequantizeLinear knows the format.
 
-        That is INT4 in blocks along the rows. Any other format goes out as the values that it stands for. `ones` are
-        further axes, of a Conv's kernel.
+        DequantizeLinear knows INT4 in blocks along the rows. A weight in any other format is written as the values that
+        it stands for. `ones` are the further axes of a Conv's kernel.
         """
         graph, blocks = self.graph, self._blocks(weight)
         if blocks is None or self.weights != "int4":
@@ -139,7 +139,7 @@ class OnnxOps:
     weighted_sum = matmul
 
     def mean(self, x: Tensor) -> Tensor:
-        """Over the last axis, which stays as 1. (Since opset 18 the axes are an input.)"""
+        """The mean over the last axis, which stays as 1. (Since opset 18 the axes are an input.)"""
         axes, shape = np.array([-1], np.int64), (*x.shape[:-1], 1)
         if self.opset < 18:
             return self.graph.add("ReduceMean", (x,), shape, axes=axes.tolist())
@@ -157,7 +157,7 @@ class OnnxOps:
         return self.graph.add("Softmax", (x,), x.shape, axis=-1)
 
     def split(self, x: Any, sizes: Sequence[int]) -> list[Any]:
-        """Along the last axis; where W_pack is not to be one, its parts are linears of their own."""
+        """Splits along the last axis. If the form takes W_pack apart, its parts are linears of their own."""
         if isinstance(x, Stack):
             heads = [self.split(piece, sizes) for piece in x.pieces]
             return [Stack(pieces, x.axis, x.group) for pieces in zip(*heads, strict=True)]

@@ -62,10 +62,10 @@ class Value:
 
 @dataclass(frozen=True)
 class GraphSpec:
-    """One graph of an export, and its golden's shape: `real` of its tokens are no padding, and follow `past` others.
+    """One graph of an export, and its golden's shape: `real` of its tokens are not padding, and follow `past` others.
 
     `module`: the graph is only this module of the part. `probe`: taps that it gives beside its outputs; with `until`
-    it ends at them, and they are its outputs. `hides`: the kinds of taps that its form has inside of nodes.
+    it ends at them, and they are its outputs. `hides`: the kinds of taps that are inside of its form's nodes.
     """
 
     config: Config
@@ -123,7 +123,7 @@ class GraphSpec:
 
     @cached_property
     def inputs(self) -> list[Value]:
-        """In the order of the graph: ids, hidden state or taps, mask, position tables, then each layer's past."""
+        """The inputs in order: ids, hidden state or taps, mask, position tables, then each layer's past."""
         values = self._inputs
         if not self.cut:
             return values
@@ -152,7 +152,7 @@ class GraphSpec:
 
     @cached_property
     def outputs(self) -> list[Value]:
-        """In the order of the graph: hidden state, logits or taps, each layer's new keys and values, then probes."""
+        """The outputs in order: hidden state, logits or taps, each layer's new keys and values, then probes."""
         values = self._outputs
         if self.cut:
             known = {value.tap: value for value in values}
@@ -174,9 +174,10 @@ class GraphSpec:
         return values
 
     def computed(self, weights: Mapping, ops: Any, inputs: Mapping, tap: Tap = silent) -> dict[str, Any]:
-        """What the graph computes of `inputs`, by ONNX name.
+        """The outputs of the graph for `inputs`, by ONNX name.
 
-        If it is cut, `inputs` hold what the part reads as well (see `filled`), and `tap` puts in what the cut reads.
+        If the graph is cut, `inputs` must also hold what its part reads (see `filled`), and `tap` must replace the
+        tensors that the cut reads.
         """
         shown: dict[str, Any] = {}
 
@@ -188,11 +189,11 @@ class GraphSpec:
         return {value.name: shown[value.name if value.name in shown else str(value.tap)] for value in self.outputs}
 
     def filled(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """The inputs, and zeros for what the part reads, but not the graph that is cut out of it."""
+        """The inputs of the graph, and zeros for those inputs of its part that the cut graph does not read."""
         return {v.name: inputs[v.name] if v.name in inputs else np.zeros(v.shape, v.dtype) for v in self._inputs}
 
     def _cache(self, length: int):
-        """Kind, shape, token axis, and axes of the tap, of a layer's keys, which are transposed, and values."""
+        """Kind, shape, token axis and the tap's axes of a layer's keys, which are transposed, and of its values."""
         K, D = self.config.num_key_value_heads, self.config.head_dim
         return [("key", (K, 1, D, length), 3, (1, 0, 3, 2)), ("value", (K, 1, length, D), 2, (1, 0, 2, 3))]
 
@@ -201,10 +202,10 @@ class GraphSpec:
 class Plan:
     """The graphs of an export: one for each part and each of `tokens`, largest first.
 
-    `prompt`: how many tokens the golden prompt has. `profile` says what the host writes, and the names. `modules`:
-    these are the graphs, each alone, and not the parts. `probe`: taps that are shown by those graphs that compute them.
-    `only`: one graph of that name, which goes on `until` the probes or to its end. `hides`: see `GraphSpec`.
-    `lowest_mask`: what the host writes where nobody may look, if not what the profile says: the end of the mask's grid.
+    `prompt`: how many tokens the golden prompt has. `profile` says what the host writes, and the names. `modules`: each
+    is a graph alone, and there are no parts. `probe`: taps that become outputs of the graphs that compute them.
+    `only`: just the graph of that name; with `until` it ends at the probes. `hides`: see `GraphSpec`. `lowest_mask`:
+    what the host writes where a token may not look, such as the low end of the mask's grid; None is the profile's.
 
     Raises InputError for numbers that do not fit the config, or each other.
     """
@@ -307,11 +308,11 @@ class Plan:
 
 
 def host_inputs(model: Model, spec: GraphSpec, ids: Sequence[int]) -> dict[str, np.ndarray]:
-    """The inputs that the host computes for `ids`, of which all are real: ids, mask, position tables.
+    """The inputs that the host computes: ids, mask and position tables. All of `ids` are real tokens.
 
-    All is aligned to the right of its window: `[padding, past, padding, ids]`. Positions count what is not padding.
-    A masked place gets the profile's lowest number: -30000, which float16 holds, too, or the -50 that 16 bits with a
-    step of 0.0008 hold, and that Genie writes.
+    The window is right-aligned: `[padding, past, padding, ids]`. Positions count only tokens that are not padding.
+    A masked place gets the lowest mask: -30000, which float16 can hold, or -50, which Genie writes and which a 16-bit
+    grid with a step of 0.0008 can hold.
     """
     mask = np.zeros((1, spec.context), np.int64)
     start = spec.context - spec.tokens

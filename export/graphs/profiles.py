@@ -2,10 +2,10 @@
 
     plain         to read, and for any runtime: float32 weights; from opset 23 on norms, RoPE and attention are one node
     aihub         for AI Hub's compiler: float32 weights and `model.encodings`, in the form that Hexagon likes
-    qdq           4-bit weights as INT4 blocks and DequantizeLinear, which onnxruntime runs as it stands
+    qdq           4-bit weights as INT4 blocks and DequantizeLinear, which onnxruntime runs without a conversion
     matmulnbits   4-bit weights in onnxruntime's own operator, MatMulNBits
 
-AI Hub's defaults are those with which Qualcomm's model zoo exports its language models: opset 17, IR 8, a mask of -50.
+The defaults of `aihub` are those of the language models in Qualcomm's model zoo: opset 17, IR 8, a mask of -50.
 """
 
 from __future__ import annotations
@@ -43,9 +43,9 @@ class Profile:
 
     `weights`: "float32"; "int4", blocks and DequantizeLinear where the model has them; "matmulnbits", the same blocks
     in that operator. `encodings`: each graph has a `model.encodings`. `on_grids`: it rounds by itself, in pairs of
-    QuantizeLinear and DequantizeLinear, which qdq does if it is given encodings. `lowest_mask`: what the host writes
-    where nobody may look. `hub_names`: the hidden state has the names of Qualcomm's published Baichuan2 parts.
-    `even`: parts have as many layers as each other, as those of Qualcomm do. `coded`: inputs and outputs are codes.
+    QuantizeLinear and DequantizeLinear, as qdq does with encodings. `lowest_mask`: what the host writes where a token
+    may not look. `hub_names`: the hidden state has the names of Qualcomm's published Baichuan2 parts. `even`: all parts
+    with layers have the same number of them, as Qualcomm's do. `coded`: inputs and outputs are codes.
     """
 
     opset: int
@@ -80,7 +80,7 @@ def profile_for(name: str, blocks: bool, encodings: bool) -> Profile:
     """The row that fits the weights. `blocks`: some are in 4-bit blocks. `encodings`: their grids are given.
 
     With encodings, qdq takes float32 weights and puts them, and all else, on those grids. Raises InputError for weights
-    that the profile has no use for.
+    that do not fit the profile.
     """
     row = profile_named(name)
     if encodings and row.weights != "float32":
@@ -146,10 +146,11 @@ def expect_groups(forms: frozenset[str], heads: int, key_heads: int) -> None:
 
 
 def on_grids(forms: frozenset[str], opset: int) -> frozenset[str]:
-    """The forms of a graph that rounds by itself: each part of W_pack has its own grid, and a norm none inside.
+    """The forms of a graph that rounds by itself. Each part of W_pack has its own grid, so W_pack is three linears.
 
-    A norm in small operations is computed in float16 by an NPU, and its squares of what is beyond 256 are lost there.
-    Raises InputError for the form fused, whose nodes have inside what stands on grids.
+    From opset 23 on a norm is one node: an NPU computes a norm in small operations in float16, which cannot hold the
+    squares of values beyond 256. Raises InputError for the form fused: scores and probabilities need grids, and are
+    inside its nodes.
     """
     if "fused" in forms:
         raise InputError("the form fused has scores and probabilities inside of a node, where no grid can be; use norm")

@@ -1,12 +1,12 @@
 """A graph that computes on grids by itself: QuantizeLinear and DequantizeLinear wherever its encodings have a grid.
 
-onnxruntime runs it as it stands, so it is a stand-in for the device, and a second opinion on the simulator. ONNX
+onnxruntime runs it without a conversion, so it stands in for the device, and is a second opinion on the simulator. ONNX
 rounds half a step to even, where AIMET rounds it up: `model.simulate(encodings, rounding="even")` is its twin.
 
     value       x -> QuantizeLinear -> codes -> DequantizeLinear -> under x's own name
     parameter   codes, in as many bits as they have -> DequantizeLinear, with one step for each tensor, row or block
     table       the weight that a Gather reads: codes are gathered, and only the gathered rows become floats
-    8 bits      what a linear gives (values) goes through 16 bits: an NPU has no product of 16 by 4 bits that gives 8
+    8 bits      a linear's output (values) goes through 16 bits: an NPU has no product of 16 by 4 bits that gives 8
 
 An NPU's provider computes all of such a graph. That takes two things that ONNX leaves open. INT4 codes state their zero
 point, because the provider reads them as other numbers without one. And rounding a value to 16 bits before it is
@@ -65,7 +65,7 @@ class _OnGrids:
                        for value in (*self.old.input, *self.old.value_info, *self.old.output)}  # fmt: skip
 
     def initializers(self) -> None:
-        """Weights become codes; what has no grid stays as it is."""
+        """Turns weights into codes. An initializer without a grid is kept unchanged."""
         tables = {node.input[0] for node in self.old.node if node.op_type == "Gather"}
         for tensor in self.old.initializer:
             name = tensor.name
@@ -89,7 +89,7 @@ class _OnGrids:
             self._show(result, name)
 
     def node(self, old: NodeProto) -> None:
-        """The node, and behind it what puts its outputs on their grids."""
+        """Adds a node, and behind it the pairs that put its outputs on their grids."""
         new = NodeProto()
         new.CopyFrom(old)
         new.input[:] = [self.fed.get(name, name) for name in old.input]
@@ -150,7 +150,7 @@ class _OnGrids:
         self._add("DequantizeLinear", [new.name, *step], name)
 
     def _pair(self, name: str, source: str, result: str, grid: Grid, like: str = "") -> None:
-        """`source` on a grid, as `result`. New values are called after `name`, with its shape or that of `like`."""
+        """Puts `source` on a grid as `result`. New values are named after `name`, with its shape or that of `like`."""
         like = like or name
         if not isinstance(grid, Encoding):
             self._add("Cast", [source], f"{name}.float16", to=TensorProto.FLOAT16)

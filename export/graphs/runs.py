@@ -52,7 +52,7 @@ def build(model: Model, spec: GraphSpec, profile: Profile, encodings: Encodings 
 
 
 def oracle(model: Model, spec: GraphSpec, inputs: Arrays, tap: Tap = silent) -> Arrays:
-    """What NumPy computes in float64 of the inputs of a graph, rounded to the types of its outputs."""
+    """The outputs that NumPy computes in float64 from a graph's inputs, rounded to their types."""
     computed = spec.computed(model.weights, NumPyOps("float64"), spec.filled(inputs), feeding(inputs, then=tap))
     return {v.name: np.ascontiguousarray(computed[v.name], v.dtype) for v in spec.outputs}
 
@@ -60,9 +60,10 @@ def oracle(model: Model, spec: GraphSpec, inputs: Arrays, tap: Tap = silent) -> 
 def simulate_graph(
     model: SimulatedModel, spec: GraphSpec, inputs: Mapping[str, np.ndarray], tap: Tap = silent
 ) -> dict[str, np.ndarray]:
-    """What a quantized device should answer to the inputs of one graph: float32 on the grids, by ONNX name.
+    """The outputs that a quantized device should give for the inputs of one graph: float32 on the grids, by ONNX name.
 
-    Inputs are put on their grids first, as a device does with floats that it is given. `tap` sees what each tap shows.
+    Inputs are put on their grids first, as a device does with floats that it is given. `tap` gets the tensor of each
+    tap.
     """
     known = model.encodings.activations
     table = model.encodings.parameters.get(EMBED)

@@ -1,7 +1,7 @@
 """Symbols that leave a graph behind: to compute with a `Tensor` is to write a node.
 
 A `Tensor` is one value of the graph. A `Stack` is a value in pieces, one for each attention head, where a device wants
-its heads apart. Weights are no part of the graph: see `data.py`.
+its heads apart. The graph does not hold its weights: see `data.py`.
 
 >>> graph = Graph()
 >>> x = graph.input("x", (1, 3, 8))
@@ -63,7 +63,7 @@ class Tensor:
         return self.graph.elementwise("Mul", self, other)
 
     def reshape(self, *shape: int) -> Any:
-        """The same values in another shape; or a `Stack` of the heads of a linear, where they are to be apart."""
+        """The same values in another shape. If the form keeps heads apart, a linear's heads become a `Stack`."""
         if math.prod(shape) != math.prod(self.shape):
             raise ValueError(f"cannot reshape {self.shape} to {shape}")
         many = self.graph.heads_together
@@ -96,9 +96,9 @@ class Tensor:
         return self.graph.add("Slice", (self, *numbers), shape)
 
     def heads(self, axis: int, piece: int, many: int) -> Tensor:
-        """`many` heads of those along an axis: a Slice for one of them, a share of one Split for groups.
+        """The heads of one piece, `many` of those along an axis. One head is a Slice; a group is an output of a Split.
 
-        An NPU's compiler takes no Slice of a cache of 16 MB, and a Split only along an axis that is not the first.
+        An NPU's compiler refuses a Slice of a cache of 16 MB, and a Split of it along the first axis.
         """
         if many == 1:
             return self.cut(axis, piece)
@@ -113,7 +113,7 @@ class Tensor:
         return self.graph.add("Split", (self, sizes), *[shape] * count, axis=axis)[piece]
 
     def behind(self, op: str) -> Tensor:
-        """The input of the node that computed the tensor, if that is an `op` whose output has no name; or itself."""
+        """The input of the `op` that computed this tensor, if the tensor has no name; otherwise the tensor itself."""
         return self.node.inputs[0] if self.node and self.node.op == op and not self.name else self
 
 
@@ -139,7 +139,7 @@ class Graph:
         return Tensor(self, shape, name, dtype)
 
     def constant(self, array: np.ndarray) -> Tensor:
-        """A small value that is part of the graph itself; equal ones are one."""
+        """A small value that is part of the graph itself. Equal values share one tensor."""
         key = (array.dtype.str, array.shape, array.tobytes())
         if key not in self.constants:
             tensor = Tensor(self, array.shape, f"constant_{len(self.constants)}")
@@ -157,7 +157,7 @@ class Graph:
         return self.parameters[name]
 
     def add(self, op: str, inputs: Sequence[Tensor], *shapes: Sequence[int], domain="", **attributes: Any) -> Any:
-        """A node; returns its output, or the list of them if there are several shapes. Equal ones are one."""
+        """Adds a node; returns its output, or a list of outputs for several shapes. Equal nodes are added only once."""
         words = ((name, tuple(value) if isinstance(value, list) else value) for name, value in attributes.items())
         key = (op, *inputs, *map(tuple, shapes), *words)
         if key not in self.nodes:
@@ -226,7 +226,7 @@ class Graph:
         return Built(proto, layout, {name: self.tiles[name] for name in layout}, shown, sources)
 
     def _needed(self, outputs: Sequence[Tensor]) -> tuple[list[Node], set[Tensor]]:
-        """The nodes that outputs need, in computing order, and every tensor of them, named."""
+        """The nodes that outputs need, in computing order, and all tensors of these nodes. Each tensor gets a name."""
         needed: set[Tensor] = set(outputs)
         nodes: list[Node] = []
         for node in reversed(self.nodes.values()):
@@ -247,7 +247,7 @@ def _info(tensor: Tensor) -> ValueInfoProto:
 
 @dataclass(frozen=True)
 class Stack:
-    """A tensor in pieces along `axis`, of one head each or of some: batched attention as a graph of single heads.
+    """A tensor in pieces along `axis`, each of one head or several: batched attention as a graph of single heads.
 
     Qualcomm's converter wants attention head by head: one projection and two products for each. The decoder writes it
     once for all heads, on (1, H, T, D). In a graph of the form "heads" such a tensor is a `Stack` of H tensors
@@ -258,7 +258,7 @@ class Stack:
     heads, each with its key head: `group` of them count as the rows of one head.
 
     In the form "heads=16" a piece has 16 heads, (1, 16, T, D): fewer nodes, and products of a size that an NPU's
-    memory holds. There, each has a key head of its own.
+    memory holds. There, each head has a key head of its own.
     """
 
     pieces: tuple[Tensor, ...]

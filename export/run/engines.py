@@ -48,7 +48,7 @@ class Engine:
 
 
 def engine_called(name: str) -> Callable[[Path], Callable]:
-    """What opens a graph, and gives a function of output names and inputs. Raises InputError for an unknown engine."""
+    """A function that opens a graph and returns its `run(output names, inputs)`. Raises InputError for another name."""
     installed = find_spec("onnxruntime") is not None
     if name == "reference" or (name == "auto" and not installed):
         return lambda path: reference_evaluator(path).run
@@ -98,7 +98,7 @@ def reference_evaluator(path: Path) -> Any:
 
 
 def with_weights(path: Path) -> onnx.ModelProto:
-    """A model with its weights in memory. ONNX's own loader takes no file that graphs share by hard links."""
+    """A model with its weights in memory. ONNX's own loader refuses a file that graphs share by hard links."""
     proto = onnx.load(path, load_external_data=False)
     for tensor in proto.graph.initializer:
         if tensor.data_location == onnx.TensorProto.EXTERNAL:

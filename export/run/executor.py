@@ -1,4 +1,4 @@
-"""What runs a graph on inputs: an engine here, or a device behind AI Hub (`export.hub.session.Session`).
+"""An executor runs a graph on inputs: an engine here, or a device behind AI Hub (`export.hub.session.Session`).
 
     run(graph_folder, [inputs, …]) -> [outputs, …]
 
@@ -20,7 +20,7 @@ from refimpl.errors import InputError
 
 
 class Executor(Protocol):
-    """What runs a graph's folder on some inputs. Raises InputError if it cannot."""
+    """Runs a graph's folder on some inputs. Raises InputError if it cannot."""
 
     def run(self, graph: Path, inputs: Sequence[Arrays]) -> list[Arrays]: ...
 

@@ -8,9 +8,9 @@
 It is the library that an application links on a phone; here its NPU is the emulation of onnxruntime-qnn (extra: htp,
 Linux x86_64), so the bundle needs a binary for each graph: shared weights do not load here.
 
-On this desk two settings of `genie_config.json` are other ones, and nothing is written: the cores (a phone's mask names
-cores that a desk need not have), and the sampler, which takes the likeliest token. That is `top-k: 1`. The documented
-`greedy: true` is accepted and draws at random all the same (QNN 2.51).
+Two settings of `genie_config.json` are overridden here, and the file is not changed: the cores, because a phone's mask
+names cores that a desk may lack, and the sampler, so that it takes the likeliest token. That is `top-k: 1`. The
+documented `greedy: true` is accepted, but still draws at random (QNN 2.51).
 
 **Source**: Genie documentation, "Genie Dialog JSON configuration string" (docs.qualcomm.com, 80-63442-100). The debug
 dump is named in the library's own messages; its files were read against ONNX Runtime's, bit for bit.
@@ -61,11 +61,11 @@ class Genie:
     """Genie over a bundle's folder, as a context.
 
     `greedy`: take the likeliest token, not what the bundle's sampler draws. `capture`: keep what each graph is fed and
-    gives, for `calls`; that is the whole cache for each token. `changes`: of the configuration, by dotted name under
-    `dialog`, as `{"context.bos-token": 1}`; None takes a key out. `seconds`: how long one answer may take.
+    gives, for `calls`; that is the whole cache for each token. `changes`: other values in the configuration, by dotted
+    name under `dialog`, as `{"context.bos-token": 1}`; None removes a key. `seconds`: how long one answer may take.
 
-    Raises InputError if the package is missing, for a folder that is no bundle, and with Genie's own words for one that
-    it refuses.
+    Raises InputError if the package is missing, for a folder that is not a bundle, and with Genie's own words for a
+    bundle that it refuses.
     """
 
     def __init__(
@@ -111,7 +111,7 @@ class Genie:
             yield rest
 
     def continue_ids(self, ids: Sequence[int], limit: int) -> Iterator[int]:
-        """The ids that follow some ids, one by one, at most `limit`. The one that ends a text comes, too.
+        """The ids that follow some ids, one by one, at most `limit`. The id that ends a text is one of them.
 
         Raises InputError with Genie's words if it fails.
         """
@@ -119,7 +119,7 @@ class Genie:
             yield from message.get("ids", ())
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of texts, by Genie's tokenizer, without what it puts before a prompt."""
+        """Token ids of texts, by Genie's tokenizer, without the id that it puts before a prompt."""
         return self._ask("encode", texts=list(texts))["ids"]
 
     def reset(self) -> None:
@@ -127,7 +127,7 @@ class Genie:
         self._ask("reset")
 
     def perplexity(self, text: str) -> float:
-        """GenieAccuracy's perplexity of a text; `phone.fed.accuracy_protocol` says of which of its tokens."""
+        """GenieAccuracy's perplexity of a text; `export/phone/accuracy.py` says which of its tokens count."""
         assert self._process
         path = self._process.folder / "dataset.txt"
         path.write_text(text, encoding="utf-8")
@@ -145,7 +145,7 @@ class Genie:
     def calls(self) -> Iterator[Call]:
         """All runs of graphs since it was opened, in the order in which Genie made them.
 
-        Raises InputError if nothing was captured, or what was is not what its own description says.
+        Raises InputError if nothing was captured, or a captured tensor does not match Genie's description of it.
         """
         if not self.capture:
             raise InputError("nothing was captured; open Genie with capture=True")
@@ -171,7 +171,7 @@ class Genie:
 def configured(bundle: Path, changes: Mapping[str, Any], greedy: bool = True) -> dict[str, Any]:
     """A bundle's configuration with changes, after a check that its files are there.
 
-    Raises InputError for a folder that is no bundle, or lacks a file.
+    Raises InputError for a folder that is not a bundle, or lacks a file.
     """
     if not bundle.is_dir():
         raise InputError(f"{bundle} is not a folder; expected a bundle with {CONFIG}")
@@ -233,7 +233,7 @@ def called(name: str) -> str:
 
 
 def _order(name: str) -> int:
-    """The number of a graph's part, in whose order Genie runs them."""
+    """The number of a graph's part: Genie runs the parts in this order."""
     found = re.search(r"_(\d+)_of_\d+$", called(name))
     return int(found[1]) if found else 0
 

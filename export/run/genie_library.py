@@ -1,4 +1,4 @@
-"""What runs beside Qualcomm's Genie, in a process of its own: the C API of libGenie through ctypes.
+"""The code that runs beside Qualcomm's Genie in a separate process: the C API of libGenie through ctypes.
 
 `genie.py` asks for these jobs. One dialog at a time is open, and it keeps its conversation until `reset`.
 
@@ -26,7 +26,7 @@ STATUS = {1: "warning: aborted", 2: "warning: the bound handle is not used", 3: 
           -9: "JSON value", -10: "the context limit is exceeded or generation failed"}  # fmt: skip
 CONTEXT_EXCEEDED = 4
 COMPLETE = 0  # GENIE_DIALOG_SENTENCE_COMPLETE: a whole query
-ERROR, LOUD = 1, 2  # of GenieLog: what is an error, and that warnings are wanted, too
+ERROR, LOUD = 1, 2  # levels of GenieLog: an error; and the level asked for, which includes warnings
 
 ALLOCATE = CFUNCTYPE(None, c_size_t, POINTER(c_void_p))
 ON_TEXT = CFUNCTYPE(None, c_char_p, c_int32, c_void_p)
@@ -123,7 +123,7 @@ def open_dialog(folder: Path, bundle: str, config: str) -> dict[str, Any]:
 
 
 def query(folder: Path, text: str, limit: int) -> Iterator[dict[str, Any]]:
-    """Asks a text, and says each piece of the answer as it comes."""
+    """Sends a text, and yields each piece of the answer as it comes."""
     genie = _genie(folder)
     genie.call("GenieDialog_setMaxNumTokens", genie.dialog, limit)
 
@@ -135,7 +135,7 @@ def query(folder: Path, text: str, limit: int) -> Iterator[dict[str, Any]]:
 
 
 def query_tokens(folder: Path, ids: list[int], limit: int) -> Iterator[dict[str, Any]]:
-    """Asks token ids, and says each id of the answer as it comes."""
+    """Sends token ids, and yields each id of the answer as it comes."""
     genie = _genie(folder)
     genie.call("GenieDialog_setMaxNumTokens", genie.dialog, limit)
 
@@ -148,7 +148,7 @@ def query_tokens(folder: Path, ids: list[int], limit: int) -> Iterator[dict[str,
 
 
 def _streamed(ask: Any) -> Iterator[dict[str, Any]]:
-    """What a call says through its callback, message by message, while it runs in a thread; returns the answer."""
+    """Runs a call in a thread, and yields what it says through its callback, message by message; returns the answer."""
     import queue
     import threading
 
@@ -194,7 +194,7 @@ def encode(folder: Path, texts: list[str]) -> dict[str, Any]:
 
 
 def accuracy(folder: Path, config: str) -> dict[str, Any]:
-    """What Genie computes of a dataset, as its own JSON text."""
+    """Genie's accuracy on a dataset, as its own JSON text."""
     genie = _genie(folder)
     made, handle, result = c_void_p(), c_void_p(), c_char_p()
     genie.call("GenieAccuracyConfig_createFromJson", config.encode(), byref(made))

@@ -5,13 +5,13 @@
         print(device.placements["token_ar1_cl64_2_of_3"])
 
 The package onnxruntime-qnn (extra: htp) has Qualcomm's compiler and, on x86_64, an emulation of the NPU. It works in
-a process of its own. When a graph does not compile, that process is thrown away with all its graphs: in one and the
-same process a session that was open before goes on with wrong numbers and without an error.
+a process of its own. When a graph does not compile, that process is thrown away with all its graphs, because its other
+sessions would go on with wrong numbers and without an error.
 
-Which nodes run on the NPU is not asked but read from the session. QuantizeLinear and DequantizeLinear at the graph's
-ends belong to the host, and run on the CPU everywhere. Any other node there is a remark, or with `strict` an error.
+The session says which nodes run on the NPU. QuantizeLinear and DequantizeLinear at the graph's ends belong to the host,
+and run on the CPU everywhere. Any other node on the CPU is a remark, or with `strict` an error.
 
-Of Windows on ARM, where the package finds a real NPU, nothing could be tried here: there the SoC is not stated, and the
+On Windows on ARM the package finds a real NPU; that could not be tried here. The SoC is not stated there, and the
 device of kind NPU is taken.
 
 **Source**: onnxruntime-qnn, docs/execution_providers/QNN-ExecutionProvider.md.
@@ -40,9 +40,9 @@ from export.run.socs import soc_called
 from refimpl.errors import InputError, Remark, at_most
 
 SECONDS = 3600.0  # that one compilation, or one run, may take
-_MADE_BY_ORT = re.compile(r"(/duplicated)?(_token_\d+)?$")  # what it adds to a node's name when it copies it
+_MADE_BY_ORT = re.compile(r"(/duplicated)?(_token_\d+)?$")  # what ONNX Runtime adds to the name of a copied node
 _PART = re.compile(r"\.(raw|codes|on_grid|float16|wide|scales?|zero_points?|floats)$")
-_UNNAMED = re.compile(r"(/|[A-Z])\w*_\d+")  # Mul_3: a value that nobody has tapped
+_UNNAMED = re.compile(r"(/|[A-Z])\w*_\d+")  # such as Mul_3: a value without a tap
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class Elsewhere:
 
 @dataclass(frozen=True)
 class Placement:
-    """Where the nodes of a graph run: how many on the NPU, which at the ends, and what else on the CPU.
+    """Where the nodes of a graph run: how many on the NPU, how many at its ends, and which others on the CPU.
 
     `seconds`: how long it took to compile.
     """
@@ -86,7 +86,7 @@ class Htp:
     may take, and how many bytes its process may hold. `options`: further options of the provider, such as `vtcm_mb`.
 
     `placements`: where the nodes of each graph ran. `peak`: the most bytes that the process held.
-    Raises InputError if the package is not there, or cannot be, and for an unknown SoC.
+    Raises InputError if the package is not installed, or not made for this machine, and for an unknown SoC.
     """
 
     soc: str = "8-elite"
@@ -109,7 +109,7 @@ class Htp:
         self._end()
 
     def __str__(self) -> str:
-        """Where the nodes of all graphs ran that it was given."""
+        """Where the nodes ran, over all graphs so far."""
         places = self.placements.values()
         elsewhere = [str(one) for place in places for one in place.elsewhere]
         there, ends = (sum(getattr(place, what) for place in places) for what in ("on_npu", "ends"))
@@ -118,11 +118,11 @@ class Htp:
 
     @property
     def emulated(self) -> bool:
-        """Whether this machine has no such NPU: then an SoC must be stated."""
+        """Whether the NPU is emulated, as on any x86_64: then an SoC must be stated."""
         return platform.machine().lower() in ("x86_64", "amd64")
 
     def about(self) -> str:
-        """What runs here, by name and version: what it computed is only that of this version."""
+        """The names and versions of what runs here: results hold only for these versions."""
         found = self._process().ask("about")
         what = f"emulation of {self.soc} ({self._soc.architecture})" if self.emulated else f"device {found['device']}"
         return f"onnxruntime-qnn {found['package']}, QNN {found['qnn']}, {what}"
@@ -131,7 +131,7 @@ class Htp:
         """The outputs for each of the inputs.
 
         Raises InputError with the compiler's reason, and the tensor that it belongs to, if the graph does not compile
-        or run; with `strict`, too, if the NPU does not take all of it.
+        or run; with `strict`, also if the NPU does not take all of it.
         """
         graph = Path(graph)
         key = self.compile(graph)
@@ -185,7 +185,7 @@ class Htp:
         return self._child
 
     def _failed(self, what: str, error: InputError, graph: Path, search: bool = False) -> InputError:
-        """The error in one line. What else the process had open is not to be trusted any more."""
+        """The error in one line. Ends the process, because its other sessions can no longer be trusted."""
         self._end()
         if isinstance(error, EndedError):
             return InputError(f"{what}: {error.reason}{f' ({error.said})' if error.said else ''}")
@@ -196,10 +196,10 @@ class Htp:
         return InputError(f"{what}: {text}{f'; it is about {tap}' if tap and tap not in text else ''}")
 
     def _first_uncompiled(self, graph: Path) -> str:
-        """The first tensor up to which a graph does not compile; "" if none could be made out.
+        """The first tensor up to which a graph does not compile; "" if none was found.
 
-        The compiler names no operation. What computes a tensor is in what computes those behind it, so halving finds
-        the first that fails.
+        The compiler does not name the operation. The nodes that compute a tensor are also part of what computes those
+        behind it, so bisection finds the first that fails.
         """
         names = tensors(proto := onnx.load(graph / "model.onnx", load_external_data=False))
         low, high = 0, len(names)
@@ -223,7 +223,7 @@ class Htp:
 
 
 def expect_installed() -> None:
-    """Raises InputError, saying what to do, if onnxruntime-qnn is not here: not installed, or no place for it."""
+    """Raises InputError, saying what to do, if onnxruntime-qnn is not installed, or cannot be on this machine."""
     if find_spec("onnxruntime") is not None and find_spec("onnxruntime_qnn") is not None:
         return
     here, python = f"{platform.system()} on {platform.machine()}", ".".join(map(str, sys.version_info[:2]))
@@ -240,7 +240,7 @@ def expect_installed() -> None:
 
 
 def placed(graph: Path, answer: Mapping[str, Any]) -> Placement:
-    """Where the nodes of a graph's folder run, of what the session told."""
+    """Where the nodes of a graph's folder run, by the session's answer."""
     proto = onnx.load(graph / "model.onnx", load_external_data=False).graph
     reads, gives = {value.name for value in proto.input}, {value.name for value in proto.output}
     nodes = {node.name: node for node in proto.node}
@@ -266,7 +266,7 @@ def _of_gather(one: Elsewhere, placement: Placement) -> bool:
 
 
 class Taps:
-    """Of which tensor each node of a graph is a part: its own, if that has a name, or the next one behind it."""
+    """The tensor that each node of a graph helps to compute: its output, or the next one behind it that has a name."""
 
     def __init__(self, graph: onnx.GraphProto):
         self._nodes = {node.name: node for node in graph.node}
@@ -276,7 +276,7 @@ class Taps:
                 self._readers.setdefault(name, []).append(node)
 
     def of(self, node: str) -> str:
-        """The tensor's name; the node's own, if nothing behind it has one."""
+        """The name of a node's tensor; or the node's own name, if nothing behind it has one."""
         name = _MADE_BY_ORT.sub("", node)
         todo, seen = [self._nodes[name].output[0] if name in self._nodes else name], set()
         while todo:
@@ -351,7 +351,7 @@ def reason(text: str) -> str:
 
 
 def _key(path: Path) -> str:
-    """What tells a graph's bytes from others without reading its weights."""
+    """A key by the path, and by name, size and time of each file: it changes with the graph, and no weight is read."""
     try:
         facts = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in sorted(path.parent.iterdir())]
         return hashlib.sha256(repr((str(path.resolve()), facts)).encode()).hexdigest()

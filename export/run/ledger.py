@@ -6,8 +6,8 @@
 
 Each line is one fact. It is appended and synced before the work goes on, so the file never says less than what was
 done. A key is the sha256 of what is sent and where to. An entry joins all lines with its key; later lines win. One line
-says what is about to be sent, the next one its id. A kill may come in between: then the server is asked for `name`,
-which is unique, to learn whether it has it. A line that a kill cut off is dropped.
+says what is about to be sent, the next one its id. If a kill comes in between, the server is asked whether it has
+something of that `name`, which is unique. A line that a kill cut off is dropped.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ Entry = dict[str, Any]
 
 
 class Ledger:
-    """A folder's ledger; as a context it is locked, for one process writes at a time, and may be written."""
+    """A folder's ledger. As a context it is locked and can be written: only one process writes at a time."""
 
     def __init__(self, folder: str | Path, file: str = FILE):
         self.path = Path(folder) / file
@@ -50,7 +50,7 @@ class Ledger:
         self._whole = self._read()
 
     def _read(self) -> int:
-        """Fills `entries`; returns how many bytes are whole lines. Raises InputError for what is no ledger."""
+        """Fills `entries`; returns how many bytes are whole lines. Raises InputError for another kind of file."""
         self.entries = {}
         try:
             if self.path.stat().st_size > LARGEST:
@@ -128,7 +128,7 @@ class Ledger:
 
 
 def sound(fact: Any) -> bool:
-    """Whether a line says what lines say: the fields that are read again have their types, and ids are plain."""
+    """Whether a line is well-formed: the fields that are read again have their types, and ids are plain."""
     if not isinstance(fact, dict) or not isinstance(fact.get("key"), str):
         return False
     if not all(isinstance(fact.get(name), (kind, type(None))) for name, kind in FIELDS.items()):
@@ -142,7 +142,7 @@ def sound(fact: Any) -> bool:
 
 
 def sound_tensor(tensor: Any) -> bool:
-    """Whether it is an input or output as a server tells it: name, dtype, shape, scale, zero point."""
+    """Whether it is an input or output as a server describes it: name, dtype, shape, scale, zero point."""
     if not isinstance(tensor, list) or len(tensor) != 5:
         return False
     name, dtype, shape, *grid = tensor

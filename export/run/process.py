@@ -1,12 +1,12 @@
-"""A process of its own for a library that is a black box: it may crash, hang, print or eat memory, and harms nobody.
+"""A separate process for a library that is a black box: it may crash, hang, print or eat memory without doing harm.
 
     with Process("export.run.qnn", seconds=600) as child:
         answer = child.ask("open", graph="parts/token_ar1_cl64_2_of_3/model.onnx")
 
-The module has a table `JOBS`: name -> function of keywords that returns a dict, the answer, or a generator, which
-yields messages before it. A question is a line of JSON, and so is each answer; arrays go through files
-(`write_arrays`), and nothing is ever unpickled. What libraries write to the streams 1 and 2 goes to a file, of which
-the last line is told when the process ends by itself.
+The module has a table `JOBS`: name -> function of keywords. It returns its answer, a dict; or it is a generator, which
+yields messages before the answer. A question is a line of JSON, and so is each answer; arrays go through files
+(`write_arrays`), and nothing is ever unpickled. What libraries write to the streams 1 and 2 goes to a file; if the
+process ends by itself, the error tells the last line of it.
 
 >>> with Process("export.run.process") as child:
 ...     child.ask("echo", word="黄河")["word"]
@@ -70,7 +70,7 @@ class Process:
         self._kept = tempfile.TemporaryDirectory(prefix="refimpl-", ignore_cleanup_errors=True)
         self.folder = Path(self._kept.name)
         paths = os.pathsep.join(os.path.abspath(path) for path in sys.path)
-        own_group: dict[str, Any] = {"start_new_session": True}  # Ctrl-C is for the one who asks; the child is told
+        own_group: dict[str, Any] = {"start_new_session": True}  # Ctrl-C is for the one who asks, who ends the child
         if sys.platform == "win32":
             own_group = {"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP}
         self._child = subprocess.Popen(
@@ -156,7 +156,7 @@ class Process:
         return EndedError(f"the process {how}", self.said())
 
     def _held(self) -> int:
-        """Bytes of the child's memory; 0 where nobody says."""
+        """Bytes of the child's memory; 0 where the system does not tell."""
         try:
             assert self._child
             pages = Path(f"/proc/{self._child.pid}/statm").read_text().split()[1]
@@ -210,7 +210,7 @@ def _listen(stream: Any, lines: queue.Queue[bytes | None]) -> None:
 
 
 def write_arrays(folder: Path, arrays: Mapping[str, np.ndarray]) -> list[list[str]]:
-    """Writes arrays as files of the folder; [name, file] of each, for `read_arrays`."""
+    """Writes arrays as files of the folder; returns [name, file] of each, for `read_arrays`."""
     folder.mkdir(exist_ok=True)
     written = []
     for i, (name, array) in enumerate(arrays.items()):
@@ -228,7 +228,7 @@ def read_arrays(folder: Path, written: Iterable[Iterable[str]]) -> dict[str, np.
 
 
 def serve(jobs: Mapping[str, Callable], folder: Path, questions: Any, answers: Any) -> None:
-    """Answers questions until there are no more, or nobody is there to ask: then the process ends at once."""
+    """Answers questions until the pipe that they come from is closed; then the process ends at once."""
     waiting: queue.Queue[bytes] = queue.Queue()
 
     def listen() -> None:
@@ -273,7 +273,7 @@ def _peak() -> int:
 
 
 def main(module: str, folder: str) -> None:
-    """What runs in the child: its own streams go to a file, the pipes stay for questions and answers."""
+    """Runs in the child: its own streams go to a file, the pipes stay for questions and answers."""
     questions, answers = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
     quiet, printed = os.open(os.devnull, os.O_RDONLY), os.open(f"{folder}/printed.txt", os.O_WRONLY | os.O_CREAT, 0o600)
     for stream, target in ((0, quiet), (1, printed), (2, printed)):

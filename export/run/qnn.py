@@ -1,4 +1,4 @@
-"""What runs beside Qualcomm's library, in a process of its own: sessions of ONNX Runtime with its QNN provider.
+"""The code that runs beside Qualcomm's library in a separate process: sessions of ONNX Runtime with its QNN provider.
 
 `htp.py` asks for these jobs. The library is used through ONNX Runtime's public options, which its documentation of the
 QNN Execution Provider lists; nothing here knows how it computes.
@@ -52,8 +52,9 @@ def about(folder: Path) -> dict[str, Any]:
 def open_graph(folder: Path, graph: str, key: str, options: Mapping[str, str], entries: Mapping[str, str]):
     """Compiles a graph, unless that is done.
 
-    The answer has its outputs, the nodes on each provider by operator, those on the CPU by name, with the provider's
-    reason where it states one, and seconds. Raises RuntimeError with what the compiler says, and its log says before.
+    The answer has the outputs' names; for each provider, how many nodes of each operator it runs; the nodes that are
+    not on the NPU, with the provider's reason where it states one; and seconds. Raises RuntimeError with the compiler's
+    message, and the errors that its log has before it.
     """
     import onnxruntime
     import onnxruntime_qnn
@@ -63,7 +64,7 @@ def open_graph(folder: Path, graph: str, key: str, options: Mapping[str, str], e
         _sessions[key] = session, answer
         return answer
     settings = onnxruntime.SessionOptions()
-    settings.log_severity_level = 0  # where it says why it takes no node
+    settings.log_severity_level = 0  # the level at which it says why it does not take a node
     settings.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
     for name, value in entries.items():
         settings.add_session_config_entry(name, value)
@@ -123,7 +124,7 @@ def compiles(folder: Path, weights: str, options: Mapping[str, str]) -> dict[str
     settings.add_provider_for_devices(_devices()[:1], {**backend, **options})
     try:
         onnxruntime.InferenceSession((folder / "cut.onnx").read_bytes(), settings)
-    except Exception:  # each kind says that it does not
+    except Exception:  # any kind of error means that it does not
         return {"compiles": False}
     return {"compiles": True}
 

@@ -1,7 +1,7 @@
 """Snapdragons by the names that the command line takes: QNN's number of each, and the architecture of its NPU.
 
-The pair decides what a binary is compiled for. A number beside the wrong architecture, or neither, makes the compiler
-fail on whole layers with `QNN_COMMON_ERROR_MEM_ALLOC`, so nobody is asked for them.
+The pair decides what a binary is compiled for. With a number beside the wrong architecture, or with neither, the
+compiler fails on whole layers with `QNN_COMMON_ERROR_MEM_ALLOC`. So users give only the name.
 
 **Source**: Qualcomm's QNN overview, "Supported Snapdragon devices"; pairs were compiled with onnxruntime-qnn 2.7.0.
 """
