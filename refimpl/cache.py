@@ -12,21 +12,22 @@ from refimpl.errors import InputError
 from refimpl_kernels.formats.q8_rows import BLOCK, Q8Rows
 
 UNIX = hasattr(mmap, "MAP_PRIVATE")
-DTYPES = ("float32", "float16", "int8")  # what a cache may keep, and as what a float32 run reads it
+DTYPES = ("float32", "float16", "int8")  # the formats in which a cache may keep what a float32 run computes
 
 
 def room(shape: tuple[int, ...], dtype: Any) -> Any:
     """Room for keys or values (B, K, S, D): an array, or Q8_0's blocks of 32 for int8.
 
-    NumPy asks the system for huge pages of 2 MiB. Then the first token of each head has all of its room filled with
-    zeros, which takes longer than all other work on a short prompt. A mapping made here comes in pages of 4 KiB.
+    NumPy asks the system for huge pages of 2 MiB. With these, the first token of each head makes the system fill all of
+    the head's room with zeros. That takes longer than all other work on a short prompt. The mapping here has pages of
+    4 KiB.
     """
     if dtype == "int8":
         return Q8Rows(room(shape, np.int8), room((*shape[:-1], shape[-1] // BLOCK), np.float16))
     dtype = np.dtype(dtype)
     nbytes = math.prod(shape) * dtype.itemsize
     try:
-        # Where processes fork, what a child writes is its own.
+        # Private: what a forked child writes stays its own.
         mapped = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) if UNIX else mmap.mmap(-1, nbytes)
         if hasattr(mmap, "MADV_NOHUGEPAGE"):
             mapped.madvise(mmap.MADV_NOHUGEPAGE)
@@ -49,7 +50,7 @@ def expect_dtype(dtype: str | None, head_dim: int) -> None:
 
 
 def no_cache(layer: int, key: np.ndarray, value: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """In the place of a cache when there is no past: attention sees the new keys and values alone."""
+    """Stands in for a cache when there is no past: attention sees only the new keys and values."""
     return key, value
 
 

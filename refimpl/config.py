@@ -17,7 +17,7 @@ from refimpl.files import read_json
 
 @dataclass(frozen=True)
 class Config:
-    """Sizes and facts of one model. The names are Hugging Face's; what its `config.json` does not say comes last.
+    """Sizes and facts of one model. The names are Hugging Face's; fields that its `config.json` lacks come last.
 
     The defaults are Baichuan2-7B. `max_position_embeddings` is the longest context in tokens (Baichuan 13B calls it
     `model_max_length`). A size of 0 means "follows from the others" and is filled in.
@@ -39,13 +39,13 @@ class Config:
     bos_token_id: int | None = 1
     eos_token_id: int | list[int] | None = 2
     torch_dtype: str = "float32"
-    # Facts that no key of config.json states: of the official code, and of the checkpoint.
+    # Facts that no key of config.json states, about the official code and about the checkpoint.
     qkv_packed: bool = True  # one matrix W_pack instead of q_proj, k_proj, v_proj
     qkv_bias: bool = False
     norm_head: bool = True  # the rows of lm_head are scaled to length 1
     rope_upcast: bool = True  # 16-bit models rotate in float32, not in their own dtype
     fused_attention: bool = True  # 16-bit models keep scores and probs in float32 (scaled_dot_product_attention)
-    quantized: bool = False  # bitsandbytes has quantized the layers' matrices; each says how
+    quantized: bool = False  # matrices are quantized, by bitsandbytes or by this package; each says how
 
     def __post_init__(self):
         if self.family not in FAMILIES:
@@ -98,13 +98,13 @@ class Config:
 
 OURS = {"quant_method": "refimpl"}  # the quantization_config of a folder that `refimpl quantize` has written
 FACTS = ("family", "qkv_packed", "qkv_bias", "norm_head", "rope_upcast", "fused_attention", "quantized")
-# No model is larger. The limits keep small what is built from a hostile file.
+# No model is larger. The limits bound what a hostile file can make us build.
 _SIZES = {
     "vocab_size": 1 << 22, "hidden_size": 1 << 17, "intermediate_size": 1 << 19, "num_hidden_layers": 1 << 10,
     "num_attention_heads": 1 << 12, "num_key_value_heads": 1 << 12, "max_position_embeddings": 1 << 24,
 }  # fmt: skip
 
-# What the official code does without a key in config.json that says so (Source: each repository's modeling file).
+# What the official code does although no key of config.json says so (Source: each repository's modeling file).
 _BAICHUAN = dict(qkv_packed=True, qkv_bias=False)
 FAMILIES: dict[str, dict[str, Any]] = {
     "Baichuan-7B": dict(
@@ -122,7 +122,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
 # Without these keys nothing can be built.
 _SIZES_STATED = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
 
-# What transformers' Qwen2Config has where config.json says nothing.
+# The defaults of transformers' Qwen2Config.
 _QWEN2_DEFAULTS = {
     "pad_token_id": None, "bos_token_id": None, "eos_token_id": None, "max_position_embeddings": 32768,
 }  # fmt: skip
@@ -135,7 +135,7 @@ _NEUTRAL = {
     "output_attentions", "output_hidden_states", "chunk_size_feed_forward", "id2label", "label2id", "problem_type",
     "max_new_tokens", "do_sample", "temperature", "top_k", "top_p", "repetition_penalty", "max_length", "pad_token",
     "unk_token_id", "finetuning_task", "is_encoder_decoder", "num_labels", "classifier_dropout",
-    # what transformers 4 writes into every config: of generation, of other kinds of models, of how to return things
+    # what transformers 4 writes into every config: about generation, other kinds of models, and what is returned
     "add_cross_attention", "bad_words_ids", "begin_suppress_tokens", "cross_attention_hidden_size",
     "decoder_start_token_id", "diversity_penalty", "early_stopping", "encoder_no_repeat_ngram_size",
     "exponential_decay_length_penalty", "forced_bos_token_id", "forced_eos_token_id", "length_penalty", "min_length",
@@ -159,7 +159,7 @@ _ONLY: dict[str, tuple] = {
 
 
 def read_config(folder: Path) -> Config:
-    """The Config of the checkpoint in `folder`. Raises InputError if it is not one that is understood."""
+    """The Config of the checkpoint in `folder`. Raises InputError if it is not understood."""
     path = Path(folder) / "config.json"
     if not path.exists() and (path.parent / "adapter_config.json").exists():
         raise InputError(
@@ -210,11 +210,11 @@ def config_from_keys(keys: Mapping[str, Any]) -> Config:
     return Config(family=family, **{**values, **facts})
 
 
-# Each of these takes the keys out that it has understood
+# Each of these functions removes the keys that it has understood
 
 
 def _take_rope(keys: dict[str, Any]) -> None:
-    """RoPE's keys where transformers 5 keeps them, put where they used to be."""
+    """Moves RoPE's keys from where transformers 5 keeps them to where they used to be."""
     rope = keys.pop("rope_parameters", None)
     if rope is None:
         return
@@ -226,7 +226,7 @@ def _take_rope(keys: dict[str, Any]) -> None:
 
 
 def _take_baichuan(keys: dict[str, Any]) -> None:
-    """What the official code of Baichuan does not read."""
+    """Drops what the official code of Baichuan does not read."""
     heads, kv = keys.get("num_attention_heads"), keys.get("num_key_value_heads")
     if kv not in (None, heads):  # such as Qualcomm's wrapper, which declares Qwen2's sizes for Baichuan2-7B
         raise InputError(
@@ -236,16 +236,16 @@ def _take_baichuan(keys: dict[str, Any]) -> None:
 
 
 def _take_qwen2(keys: dict[str, Any]) -> None:
-    """Qwen2's defaults, and what its code does not read."""
+    """Adds Qwen2's defaults, and drops what its code does not read."""
     for name, default in _QWEN2_DEFAULTS.items():
         keys.setdefault(name, default)
     keys.pop("attention_bias", None)  # Qwen2's code has biases whatever this says
     if keys.get("max_window_layers", 0) == keys.get("num_hidden_layers"):
-        keys.pop("use_sliding_window", None)  # the layers that have a window come after these
+        keys.pop("use_sliding_window", None)  # only layers after these have a window
 
 
 def _take_what_changes_numbers(keys: dict[str, Any]) -> None:
-    """Keys that have one value here. Raises InputError for another."""
+    """Removes the keys for which only one value is understood. Raises InputError for any other value."""
     if keys.get("head_dim") and _head_dim(keys) == keys["head_dim"]:
         keys.pop("head_dim")
     for key, allowed in _ONLY.items():
@@ -272,9 +272,9 @@ def _head_dim(keys: Mapping[str, Any]) -> int | None:
 
 
 def _quantized(keys: Any) -> bool:
-    """Whether the checkpoint is quantized, by its `quantization_config`: by bitsandbytes or by this package.
+    """Whether bitsandbytes or this package has quantized the checkpoint, by its `quantization_config`.
 
-    Raises InputError for any other.
+    Raises InputError for any other method.
     """
     if keys is None:
         return False
@@ -300,9 +300,9 @@ def _quantized(keys: Any) -> bool:
 
 
 def _family(keys: Mapping[str, Any]) -> str:
-    """Which of the five it is. The official configs do not say, so this reads what they differ in.
+    """The family. The official configs do not name it, so this reads the keys in which they differ.
 
-    13B (ALiBi) has no `max_position_embeddings`. For the generation, see `generation`.
+    13B (ALiBi) has no `max_position_embeddings`. For Baichuan 1 or 2, see `generation`.
     """
     kind = keys.get("model_type")
     if kind == "qwen2":
@@ -325,11 +325,12 @@ def _size(keys: Mapping[str, Any]) -> str:
 
 
 def generation(keys: Mapping[str, Any]) -> tuple[int, str | None]:
-    """The generation of a Baichuan, 1 or 2, and, if its `config.json` does not prove it, why it is taken for that.
+    """The generation of a Baichuan, 1 or 2; and the reason to assume it, or None if `config.json` proves it.
 
-    The generations differ in NormHead, which no key names. What tells them apart, the surest first: the vocabulary has
-    64000 words or 125696, unless some were added; only Baichuan2's code has a z-loss; and the class of Baichuan-7B is
-    spelled BaiChuan, with two capitals. A tokenizer's class proves nothing: transformers writes one into any config.
+    The generations differ in NormHead, which no key names. These signs tell them apart, the surest first. The
+    vocabulary has 64000 words or 125696, unless some were added. Only Baichuan2's code has a z-loss. The class of
+    Baichuan-7B is spelled BaiChuan, with two capitals. A tokenizer's class proves nothing: transformers writes one into
+    any config.
 
     >>> generation({"vocab_size": 125699, "max_position_embeddings": 4096})
     (2, 'its vocabulary of 125699 is no smaller than that of Baichuan2')

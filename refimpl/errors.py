@@ -2,7 +2,7 @@
 
 
 class InputError(ValueError):
-    """A file, an argument or a tensor from outside is wrong. One line says what is, what was expected, what to do.
+    """A file, an argument or a tensor from outside is wrong. One line says what was found and expected, and what to do.
 
     The command line prints this line alone and exits with code 2. Every other exception is a bug of ours and shows
     its traceback.

@@ -1,4 +1,4 @@
-"""Reading files that may be damaged or hostile, and writing files that are whole or not there."""
+"""Reading files that may be damaged or hostile, and writing files whole or not at all."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any
 from refimpl.errors import InputError
 
 SMALL = 64 << 20  # bytes of a file that is read at once; the largest is Qwen2's tokenizer.json with 7 MB
-LFS = b"version https://git-lfs.github.com/spec/"  # how the stand-in begins that git-lfs puts in a large file's place
+LFS = b"version https://git-lfs.github.com/spec/"  # the first bytes of the pointer that git-lfs puts in a file's place
 
 
 def read_small(path: Path, limit: int = SMALL) -> bytes:
@@ -32,7 +32,7 @@ def read_small(path: Path, limit: int = SMALL) -> bytes:
 
 
 def cannot_read(path: Path, error: OSError) -> str:
-    """The line about a file that the system does not give: what it says, and what to do.
+    """The error message about a file that cannot be read: what the system says, and what to do.
 
     >>> cannot_read(Path("config.json"), PermissionError(13, "Permission denied"))
     'cannot read config.json: Permission denied; ask its owner for permission, or see chmod +r'
@@ -43,7 +43,7 @@ def cannot_read(path: Path, error: OSError) -> str:
 
 
 def expect_content(path: Path, beginning: bytes) -> None:
-    """Raises InputError if a file begins as the stand-in of a large file that git has not fetched."""
+    """Raises InputError if a file begins as git-lfs's pointer to a large file that has not been fetched."""
     if beginning.startswith(LFS):
         raise InputError(f"{path} is only git-lfs's pointer to the file; fetch it: git lfs pull, in its folder")
 
@@ -62,9 +62,9 @@ def read_json(path: Path, limit: int = SMALL) -> dict[str, Any]:
 
 
 def parse_json(data: bytes) -> Any:
-    """The value of untrusted JSON. Raises ValueError for what is none, and for an object that has a key twice.
+    """The value of untrusted JSON. Raises ValueError for anything else, and for an object that has a key twice.
 
-    Readers differ in which of the two values they take, so such a file means two things.
+    Readers differ in which of the two values they take, so such a file is ambiguous.
     """
     return json.loads(data.decode(), object_pairs_hook=_without_repeats)
 
@@ -79,7 +79,7 @@ def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def inside(folder: Path, name: str) -> Path:
-    """A folder's file, its links followed, which may lead into the `blobs` of the Hugging Face cache around it.
+    """The path of a folder's file, links followed. They may lead into the `blobs` of the Hugging Face cache around it.
 
     Raises InputError if it is not a file, or if a link leads elsewhere: a downloaded folder must not read your disk.
     """

@@ -58,7 +58,7 @@ class Forward:
         With a `cache`, `ids` continue what is in it, in pieces of any size. `logits_to_keep`: the number
         of last tokens whose logits are wanted, 0 for all. The last token's logits say what continues a text.
 
-        Raises InputError for ids outside the vocabulary, nothing to do, or more tokens than the context holds.
+        Raises InputError for ids outside the vocabulary, an empty prompt, or more tokens than the context holds.
         """
         return self.forward(ids, dtype, attention_mask, cache, silent, logits_to_keep)
 

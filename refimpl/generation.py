@@ -1,7 +1,7 @@
 """Choosing the next token: the options of transformers' generation_config.json, and the loop that calls the model.
 
-The order of the processors (`refimpl.processors`) is transformers': biases and penalties, what is forbidden or forced;
-then, where a token is drawn, temperature, top-k, top-p, min-p, typical-p, softmax and the draw.
+The processors (`refimpl.processors`) come in transformers' order: first biases and penalties, and what is forbidden or
+forced. If a token is drawn, temperature, top-k, top-p, min-p, typical-p, softmax and the draw follow.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def _decay(value: Any) -> bool:
     return isinstance(value, list | tuple) and len(value) == 2 and _whole(value[0]) and _positive(value[1])
 
 
-# What an option may be: a test, and how its error message says it.
+# Option -> a test of its value, and what the error message says is expected.
 VALID: dict[str, tuple[Callable[[Any], bool], str]] = {
     "max_new_tokens": (lambda n: _whole(n) and n >= 1, "a whole number from 1"),
     "max_length": (lambda n: _whole(n) and n >= 1, "a whole number from 1"),
@@ -80,8 +80,8 @@ VALID: dict[str, tuple[Callable[[Any], bool], str]] = {
 }
 DRAWING = ("temperature", "top_k", "top_p", "min_p", "typical_p")  # read only where a token is drawn
 
-# Keys of generation_config.json that change the text in transformers and are not done here, unless they have one of
-# these values, null or false. The last few matter only where a token is drawn.
+# Keys of generation_config.json that change the text in transformers and are not done here. With one of these values,
+# null or false, they change nothing. Those in NOT_DRAWN matter only where a token is drawn.
 NOT_DONE: dict[str, tuple] = {
     "num_beams": (1,), "guidance_scale": (1,), "penalty_alpha": (0,), "dola_layers": (), "force_words_ids": (),
     "constraints": (), "forced_bos_token_id": (), "encoder_repetition_penalty": (1,), "stop_strings": (),
@@ -101,11 +101,11 @@ class Span:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How a token is chosen from its scores. Without `do_sample` it is the likeliest, after the processors.
+    """How a token is chosen from its scores. Without `do_sample`, the likeliest after the processors is taken.
 
-    With it, `temperature`, `top_k`, `top_p`, `min_p` and `typical_p` shape what a token is drawn from, and `seed` makes
-    the draws repeatable (NumPy's PCG64, so not the tokens that torch would draw). The names and meanings are those of
-    transformers' GenerationConfig.
+    With `do_sample`, a token is drawn. `temperature`, `top_k`, `top_p`, `min_p` and `typical_p` shape the distribution,
+    and `seed` makes the draws repeatable (with NumPy's PCG64; torch would draw other tokens). The names and meanings
+    are those of transformers' GenerationConfig.
     """
 
     do_sample: bool = False
@@ -128,7 +128,7 @@ class Sampling:
 
     @classmethod
     def of(cls, given: Mapping[str, Any], defaults: Mapping[str, Any]) -> Sampling:
-        """The options that are given, else those of a generation_config.json; only what the choice depends on is read.
+        """Each option as given, else from a generation_config.json. Options that the choice does not need are not read.
 
         Raises InputError for an option out of range.
         """
@@ -143,7 +143,7 @@ class Sampling:
         return cls(**{**options, "do_sample": True, "top_k": int(options["top_k"]), "seed": asked.seed})
 
     def expect_ids_below(self, vocabulary: int) -> None:
-        """Raises InputError where an option speaks of a token that the model does not have."""
+        """Raises InputError if an option names a token that the model does not have."""
         sequences = [*self.bad_words_ids, *(ids for ids, _ in self.sequence_bias)]
         lists = {
             "sequence_bias or bad_words_ids": [id for ids in sequences for id in ids],
@@ -172,7 +172,7 @@ class Sampling:
         return scores
 
     def _before_drawing(self, scores: np.ndarray, history: np.ndarray, span: Span) -> np.ndarray:
-        """The scores after the processors that also count where the likeliest token is taken."""
+        """The scores after the processors that apply even if the likeliest token is taken."""
         length = history.shape[1]
         new, ends = length - span.prompt, span.ends
         if self.sequence_bias:
@@ -223,10 +223,10 @@ def generate(
 
     For one prompt (a text, a list, an array (T,)) each is an int; for a batch (B, T), padded on the left and masked,
     each is an array (B,), in which a sequence that has ended goes on with the padding id. `sampling`: the fields of
-    `Sampling`. What is not given comes from the folder's generation_config.json. `cache_dtype`: what the cache keeps,
-    see `Model.new_cache`.
+    `Sampling`. Options that are not given come from the folder's generation_config.json. `cache_dtype`: the format of
+    the cache, see `Model.new_cache`.
 
-    Raises InputError for options out of range, for a prompt that leaves no room in the context, and where logits are
+    Raises InputError for options out of range, for a prompt that leaves no room in the context, and for logits that are
     not finite. Warns (`refimpl.errors.Remark`) of keys of generation_config.json that change the text in transformers
     and are not done here, such as num_beams.
     """
@@ -302,7 +302,7 @@ def not_done(defaults: Mapping[str, Any], drawing: bool) -> str | None:
 
 
 def _wanted(given: int | None, defaults: Mapping[str, Any], tokens: int, room: int) -> int:
-    """How many tokens to make: as asked, else by max_new_tokens or max_length of a generation_config.json, else all."""
+    """The number of tokens to make: as given, else by max_new_tokens or max_length of the defaults, else `room`."""
     if given is None and defaults.get("max_new_tokens") is None and defaults.get("max_length") is not None:
         longest = int(_option("max_length", None, defaults, None))
         if longest <= tokens:
@@ -319,7 +319,7 @@ def _several(ids: Any) -> list[int]:
 
 
 def _option(name: str, given: Any, defaults: Mapping[str, Any], fallback: Any) -> Any:
-    """The first of the three that is not None. Raises InputError for what VALID does not allow."""
+    """`given`, else the default, else `fallback`. Raises InputError for a value that VALID does not allow."""
     value = next(value for value in (given, defaults.get(name), fallback) if value is not None)
     valid, expected = VALID[name]
     if not valid(value):
@@ -337,7 +337,7 @@ def _ids_of(name: str, model: Forward) -> list[int]:
 
 
 def _draw(probs: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """One index of each row of probs (B, V), by where a uniform number falls in the running sum."""
+    """One index for each row of probs (B, V): the place where a uniform random number falls in the running sum."""
     running = np.cumsum(probs, axis=-1)
     chosen = (running < rng.random((len(probs), 1)) * running[:, -1:]).sum(-1)
     return np.minimum(chosen, probs.shape[1] - 1)

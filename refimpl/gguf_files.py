@@ -4,8 +4,9 @@
     fact     = key kind value                      string: length, then UTF-8; list: kind, count, then the values
     tensor   = name dimensions sizes kind place    the innermost size first; the place counts from where data begins
 
-Integers are little-endian, lengths and counts have 64 bits. Tensors lie at multiples of `general.alignment` (32), none
-within another. A model may be cut into files `NAME-00001-of-00003.gguf`, each of this form, the first with the facts.
+Integers are little-endian, lengths and counts have 64 bits. Tensors lie at multiples of `general.alignment` (32)
+and do not overlap. A model may be split into files `NAME-00001-of-00003.gguf`. Each has this form; the first has the
+facts.
 
 **Source**: the GGUF specification of ggml (docs/gguf.md), version 3; gguf-py constants.py for kinds and block sizes.
 """
@@ -32,7 +33,7 @@ NUMBERS = {
 
 
 class Kind(NamedTuple):
-    """How a tensor's numbers lie: `weights` of a block and its bytes."""
+    """How a tensor's numbers are stored: a block of `weights` numbers takes `nbytes` bytes."""
 
     name: str
     weights: int
@@ -73,10 +74,10 @@ class GGUF:
 
 
 def read_gguf(path: str | Path) -> GGUF:
-    """A model in GGUF, with all of its files if it is cut. Headers are read; tensors are mapped.
+    """A model in GGUF, with all of its files if it is split. Headers are read; tensors are mapped.
 
     Raises InputError for a file that is cut short, damaged, of another version, or not GGUF, and for a missing file of
-    a model that is cut.
+    a split model.
     """
     whole = _read_file(path := Path(path))
     count = whole.facts.get("split.count", 0)
@@ -165,7 +166,7 @@ def _place(header: _Header) -> tuple[str, tuple[int, ...], Kind, int]:
 
 
 class _Header:
-    """A cursor over the header: each call reads what comes next, and nothing beyond `LARGEST_HEADER`."""
+    """A cursor over the header: each call reads what comes next, up to `LARGEST_HEADER`."""
 
     def __init__(self, data: np.ndarray):
         self.data, self.at, self.texts = data, 4, 0

@@ -37,8 +37,8 @@ def load(path: str | Path | None = None, backend: str | None = None) -> Model:
     `backend`: see `Model.with_backend`.
 
     Weights are mapped, not read: a 15 GB checkpoint opens at once, and only what is used takes memory.
-    Raises InputError, in one line, for whatever is missing, damaged or not understood; warns (`refimpl.errors.Remark`)
-    of weights that are not what their config makes one expect (`checkpoint.doctor`), and of another model's tokenizer.
+    Raises InputError, in one line, for whatever is missing, damaged or not understood. Warns (`refimpl.errors.Remark`)
+    of weights that are not what their config says (`checkpoint.doctor`), and of another model's tokenizer.
     """
     checkpoint = Checkpoint.read(EMBEDDED if path is None else path)
     made = (("load", None if path is None else str(checkpoint.folder.resolve()), backend),)
@@ -68,7 +68,7 @@ class Model(Forward):
         return f"Model({c.family}, {c.num_hidden_layers} layers, hidden {c.hidden_size}, vocabulary {c.vocab_size})"
 
     def __reduce__(self):
-        """Pickled as the calls that made it, not as its weights: who unpickles it loads them for itself."""
+        """A model is pickled as the calls that made it. The process that unpickles it loads the weights for itself."""
         decoder = self.decoder_class
         if _importable(decoder.__module__, decoder.__qualname__) is not decoder:
             raise InputError(
@@ -97,8 +97,8 @@ class Model(Forward):
     def with_backend(self, backend: str) -> Model:
         """This model computed by "numpy" or by "numba", which is faster for large weights in float32.
 
-        "numba-int16" and "numba-int8" also round activations. Where nobody chooses, the environment's REFIMPL_BACKEND
-        does; without it, Numba computes models that are large enough: see `refimpl.backends`.
+        "numba-int16" and "numba-int8" also round activations. Without a choice, the environment's REFIMPL_BACKEND
+        decides. Without that, Numba computes models that are large enough: see `refimpl.backends`.
         """
         return self._then(("with_backend", backend), backend=backend)
 
@@ -153,8 +153,8 @@ class Model(Forward):
         them. `dtype`: "float32" or "float64". `recompute`: keep the stream between layers only, and compute a layer
         once more on the way back: less memory, the same bits.
 
-        Raises InputError for labels that do not fit the ids, for a name that nothing has, and for a loss that is no
-        number: the first tensor that is none is named.
+        Raises InputError for labels that do not fit the ids, for a name that nothing has, and for a loss that is not
+        finite: the message names the first tensor that is not.
 
         >>> from refimpl import load
         >>> model = load()
@@ -266,9 +266,9 @@ def remade(made: tuple, backend: str) -> Model:
                 model = getattr(remade(tuple(before), backend), method)(*arguments)
             else:
                 with warnings.catch_warnings():
-                    warnings.simplefilter("ignore")  # who asked for the work was warned of this checkpoint
+                    warnings.simplefilter("ignore")  # the process that asked for the work has warned of this checkpoint
                     model = load(*arguments)
-            if model.backend != backend:  # this process would have chosen another, and other last bits
+            if model.backend != backend:  # this process would have chosen another, with other last bits
                 model = model.with_backend(backend)
         _kept[key] = model
         while len(_kept) > KEPT:

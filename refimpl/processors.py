@@ -13,7 +13,7 @@ import numpy as np
 
 from refimpl_kernels.ops import softmax
 
-LARGEST = 1e30  # of a penalty's factor: a score times this is still a float32
+LARGEST = 1e30  # the largest factor of a penalty: a score times this is still a float32
 
 
 def bias_sequences(
@@ -44,7 +44,7 @@ def penalize_repetition(scores: np.ndarray, history: np.ndarray, penalty: float)
 
 
 def forbid_repeated_ngrams(scores: np.ndarray, history: np.ndarray, size: int) -> np.ndarray:
-    """No `size` tokens in a row come twice: what followed the last `size - 1` ids before does not follow them again.
+    """No `size` tokens in a row come twice: an id that has followed the last `size - 1` ids before is forbidden.
 
     Source: `NoRepeatNGramLogitsProcessor`.
     """
@@ -60,14 +60,14 @@ def forbid_repeated_ngrams(scores: np.ndarray, history: np.ndarray, size: int) -
 
 
 def suppress(scores: np.ndarray, ids: Sequence[int]) -> np.ndarray:
-    """These ids never come. Source: `SuppressTokensLogitsProcessor`, `MinLengthLogitsProcessor`."""
+    """Forbids these ids. Source: `SuppressTokensLogitsProcessor`, `MinLengthLogitsProcessor`."""
     out = scores.copy()
     out[:, list(ids)] = -np.inf
     return out
 
 
 def force(scores: np.ndarray, ids: Sequence[int]) -> np.ndarray:
-    """One of these ids comes, each as likely. Source: `ForcedEOSTokenLogitsProcessor`."""
+    """Forces one of these ids; all are equally likely. Source: `ForcedEOSTokenLogitsProcessor`."""
     out = np.full_like(scores, -np.inf)
     out[:, list(ids)] = 0
     return out
@@ -80,23 +80,23 @@ def raise_end(scores: np.ndarray, ends: Sequence[int], factor: float, steps: int
     """
     out = scores.copy()
     now = scores[:, list(ends)]
-    with np.errstate(invalid="ignore", over="ignore"):  # -inf stays what it is, and no score becomes infinite
+    with np.errstate(invalid="ignore", over="ignore"):  # -inf stays -inf, and no other score becomes infinite
         grown = now + np.abs(now) * np.float32(min(np.float64(factor) ** steps - 1, LARGEST))
     out[:, list(ends)] = np.where(np.isfinite(now), grown, now)
     return out
 
 
 def keep_top_k(scores: np.ndarray, k: int) -> np.ndarray:
-    """Only scores that are not below the k-th largest of their row stay; ties with it stay too."""
+    """Keeps the scores that reach the k-th largest of their row, ties included."""
     k = min(k, scores.shape[-1])
     threshold = np.partition(scores, -k, axis=-1)[..., -k, None]
     return np.where(scores < threshold, -np.inf, scores)
 
 
 def keep_top_p(scores: np.ndarray, p: float) -> np.ndarray:
-    """The likeliest tokens whose probabilities reach `p` together stay, and at least one.
+    """Keeps the likeliest tokens whose probabilities together reach `p`, and at least one.
 
-    Sorted upwards, tokens go while their running sum is at most 1 - p. Source: `TopPLogitsWarper`.
+    From the least likely up, tokens are dropped while their running sum is at most 1 - p. Source: `TopPLogitsWarper`.
     """
     order = np.argsort(scores, axis=-1, kind="stable")
     running = np.cumsum(softmax(np.take_along_axis(scores, order, -1)), axis=-1)
@@ -106,13 +106,13 @@ def keep_top_p(scores: np.ndarray, p: float) -> np.ndarray:
 
 
 def keep_min_p(scores: np.ndarray, p: float) -> np.ndarray:
-    """Tokens stay whose probability is at least `p` times that of the likeliest. Source: `MinPLogitsWarper`."""
+    """Keeps tokens whose probability is at least `p` times the largest. Source: `MinPLogitsWarper`."""
     probs = softmax(scores)
     return np.where(probs < np.float32(p) * probs.max(-1, keepdims=True), -np.inf, scores)
 
 
 def keep_typical(scores: np.ndarray, mass: float) -> np.ndarray:
-    """Tokens stay whose surprise is nearest to the expected one, until their probabilities reach `mass` together.
+    """Keeps the tokens whose surprise is nearest to the expected one, until their probabilities together reach `mass`.
 
     Source: Meister et al., "Locally Typical Sampling" (2022); `TypicalLogitsWarper`.
     """
@@ -131,7 +131,7 @@ def keep_typical(scores: np.ndarray, mass: float) -> np.ndarray:
 
 
 def _without(scores: np.ndarray, order: np.ndarray, out: np.ndarray) -> np.ndarray:
-    """The scores without those that are `out`, which are told in another `order`."""
+    """The scores, with -inf for those that are `out`. Entry j of a row of `out` is about the score `order[j]`."""
     drop = np.empty_like(out)
     np.put_along_axis(drop, order, out, -1)
     return np.where(drop, -np.inf, scores)

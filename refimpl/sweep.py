@@ -1,4 +1,4 @@
-"""Long work in pieces, which this process, others or a cluster compute, and which is resumed where it stopped.
+"""Long work in pieces, computed by this process, others or a cluster, and resumed where it stopped.
 
 A sweep is a function and the arguments of each piece. Results come in the order of the pieces. NumPy's BLAS has one
 thread for each piece, because its last bits depend on the number of threads. So the outcome has the same bits, whoever
@@ -52,10 +52,10 @@ def sweep(
     executor: Pool | None = None,
     resume: str | Path | None = None,
 ) -> Iterator[Result]:
-    """`function(*piece)` of each piece, in order. `what` is shown beside the progress, which None leaves out.
+    """`function(*piece)` of each piece, in order. `what` is shown beside the progress bar; None hides the bar.
 
-    `executor`: None computes here. `resume`: a folder that keeps what is finished; another sweep
-    with the same models, files and options reads them there. Raises InputError if a worker dies.
+    `executor`: None computes here. `resume`: a folder that keeps finished results. Another sweep with the same models,
+    files and options reads them from there. Raises InputError if a worker dies.
     """
     from threadpoolctl import threadpool_limits
 
@@ -68,9 +68,9 @@ def sweep(
 
 
 def elsewhere(home: tuple[str, int], sent: bytes) -> Result | tuple[Exception, str]:
-    """Computes a pickled piece in whatever process this is called, and gives BLAS one thread there.
+    """Computes a pickled piece in the process that calls this, where BLAS gets one thread.
 
-    What the piece raises is returned, with its traceback, so that it differs from an exception of the executor.
+    An exception of the piece is returned, with its traceback. So it differs from one of the executor, which is raised.
     `home` is the process that sent the piece.
     """
     try:
@@ -89,7 +89,7 @@ def elsewhere(home: tuple[str, int], sent: bytes) -> Result | tuple[Exception, s
 
 
 class _Sent:
-    """A piece that an executor has. An exception of the executor means that the piece will not be computed."""
+    """A piece that was given to an executor. An exception of the executor means that the piece will not be computed."""
 
     def __init__(self, executor: Pool, function: Callable, piece: tuple):
         sent = pickle.dumps((function, piece))  # an argument that cannot be pickled is not the executor's fault
@@ -125,7 +125,7 @@ def here() -> tuple[str, int]:
 
 
 def _results(function, pieces, executor, store) -> Iterator[Result]:
-    waiting: deque[tuple[_Sent | None, Callable[[], Result]]] = deque()  # and what gives the result
+    waiting: deque[tuple[_Sent | None, Callable[[], Result]]] = deque()  # with what gives the result
 
     def begin(piece) -> tuple[_Sent | None, Callable[[], Result]]:
         key = store.key(function, piece) if store else ""
@@ -245,7 +245,7 @@ def _dask_client(address: str):
         await comm.close()
 
     try:
-        asyncio.run(knock())  # without an answer, a client takes longer to end than to begin
+        asyncio.run(knock())  # a client that gets no answer takes longer to end than to begin
         return Client(address, timeout=PATIENCE, set_as_default=False)
     except (OSError, ValueError, TypeError, RuntimeError) as error:  # an address of another kind, without TLS' keys, …
         hint = "give one such as tcp://10.0.0.1:8786"
@@ -257,7 +257,7 @@ def _process_pool(jobs: int):
     from concurrent.futures import ProcessPoolExecutor
     from multiprocessing import get_context
 
-    # New processes, not forks, which would inherit threads' locks. They read this name when they begin.
+    # New processes, because forks would inherit threads' locks. They read this variable when they begin.
     before = os.environ.get(THREADS)
     os.environ[THREADS] = before or str(max(1, (os.cpu_count() or 1) // jobs))
     pool = ProcessPoolExecutor(jobs, mp_context=get_context("spawn"))

@@ -7,12 +7,13 @@ because a machine's caches hold whole layers. Engines that are not installed are
 - `refimpl`: this package; activations stay float32.
 - `refimpl-int16`, `refimpl-int8`: this package with activations rounded to 16 or to 8 bits.
 - `llama.cpp`: the same blocks as a GGUF file; activations are rounded to 8 bits.
-- `onnxruntime`: the same bytes in MatMulNBits nodes, one graph a layer; matrix products alone.
-- `torch`: bfloat16 matrix products alone, of as many layers as take 3.6 GB, scaled up to the model.
+- `onnxruntime`: the same bytes in MatMulNBits nodes, one graph for each matrix; only matrix products.
+- `torch`: only matrix products in bfloat16, of as many matrices as take 3.6 GB; the time is scaled up to the model.
 
-`float32` is another model, of float32 weights (2 layers take 3.7 GB), for a prompt: `refimpl` by Numba, `numpy`, and
-`torch`, float32 matrix products alone. `attention` is one token's attention alone over caches of `--tokens` keys in
-each layer, kept as `float16`, `int8` and `float32`, each against `read-…`, every byte of the same caches read once.
+`float32` runs a prompt through another model, with float32 weights (2 layers take 3.7 GB): `refimpl` with Numba,
+`numpy`, and `torch`, which computes only the matrix products. `attention` computes only one token's attention,
+over caches of `--tokens` keys in each layer, kept as `float16`, `int8` and `float32`. Each is compared with `read-…`,
+which reads every byte of the same caches once.
 """
 
 from __future__ import annotations
@@ -79,8 +80,8 @@ def run(
 ) -> list[dict]:
     """Facts of each engine: `what` is a key of WHATS; layers, engines and tokens are the usual ones if None.
 
-    Threads beyond those of Numba, one for each core, are not used. Raises InputError for an engine that is not known,
-    and for no rounds.
+    At most as many threads are used as Numba has, which is one for each core. Raises InputError for an unknown engine,
+    and for fewer than one round, layer, token or thread.
     """
     layers, tokens = LAYERS[what] if layers is None else layers, TOKENS[what] if tokens is None else tokens
     for name in engines or ():
@@ -111,9 +112,9 @@ def run(
 
 
 def race(makers: dict[str, Callable[[], Callable]], rounds: int) -> dict[str, Timing]:
-    """Each engine made, warmed up and timed in turns; one that is not installed is left out.
+    """Makes and warms up each engine, and times them in turns. An engine that is not installed is left out.
 
-    A pass may return by how much its time is to be multiplied.
+    A pass may return a factor for its time.
     """
     passes: dict[str, Callable[[], Any]] = {}
     rows = {}
@@ -160,7 +161,7 @@ def show(facts: list[dict]) -> str:
 
 
 def synthetic(layers: int = 32, seed: int = 0) -> Model:
-    """Baichuan2-7B with random Q4_0 blocks in memory. The embedding, which is only looked up, is one row for all."""
+    """Baichuan2-7B with random Q4_0 blocks in memory. The embedding is only looked up, so one row serves all."""
     config = Config(family="Baichuan2-7B", num_hidden_layers=layers, **FAMILIES["Baichuan2-7B"])
     rng = np.random.default_rng(seed)
     entries: dict[str, Any] = {}
@@ -193,12 +194,12 @@ def dense(layers: int = 2, seed: int = 0) -> Model:
 
 
 def matrices(model: Model) -> Iterator[Any]:
-    """The matrices of a model that are multiplied with, in the order of the forward."""
+    """The matrices that a forward multiplies by, in its order."""
     return (w for n, w in model.weights.items() if len(w.shape) == 2 and n != "model.embed_tokens.weight")
 
 
 def products(model: Model, tokens: int) -> Iterator[tuple[Any, int]]:
-    """Each matrix, and how many tokens it is multiplied with: a prompt needs the logits of its last one alone."""
+    """Each matrix, and how many tokens it is multiplied with: a prompt needs only the logits of its last token."""
     head = model.weights["lm_head.weight"]
     return ((weight, 1 if weight is head else tokens) for weight in matrices(model))
 
@@ -208,7 +209,7 @@ def _nbytes(weight: Any) -> int:
 
 
 def _attention(layers: int, tokens: int) -> tuple[dict[str, Callable[[], Callable]], dict[str, int]]:
-    """One token's attention over `layers` caches of `tokens` keys, and reading them; and how many bytes they have."""
+    """Makers of one token's attention over `layers` caches of `tokens` keys, and of reading them; their bytes."""
     from refimpl_kernels.fast import read as fast_read
     from refimpl_kernels.fast.ops import NumbaOps
 
@@ -389,7 +390,7 @@ _PASSES: dict[str, Callable[[Model, int, int, Path], Callable]] = {
 
 
 def _engine(name: str) -> Any:
-    """A package that is measured against, where it is installed. It is no part of this one: so it is found by name."""
+    """Another engine's package, if it is installed. This package does not depend on it, so it is imported by name."""
     return importlib.import_module(name)
 
 

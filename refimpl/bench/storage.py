@@ -1,6 +1,6 @@
-"""How fast a checkpoint is quantized, and a quantized one opened: against a plain copy, and the cores alone.
+"""How fast a checkpoint is quantized, compared with a plain copy; and how fast a quantized one is opened.
 
-`quantize` has a synthetic checkpoint on disk, in bfloat16 and in the true shapes of Baichuan2-7B, with as many layers
+`quantize` reads a synthetic checkpoint on disk, in bfloat16 and in the true shapes of Baichuan2-7B, with as many layers
 as are asked for. In turns, each from a cold page cache to synced files:
 
 - `copy`: every file, as `shutil.copyfile` does it
@@ -8,11 +8,11 @@ as are asked for. In turns, each from a cold page cache to synced files:
 - `search`: the same with a search for the scales of least squared error, if the format has one
 - `quantize, cores`, `search, cores`: the same arithmetic on all cores, from pages that are warm, and nothing written
 
-No quantizer can be faster than the copy or than its arithmetic: the slower of the two binds, and how much of its speed
-is reached is said.
+No quantizer can be faster than the copy or than its arithmetic. The slower of the two binds, and the table says how
+much of its speed is reached.
 
-`load` has a quantized folder in Q4_0. `open` is `refimpl.load`, `token` the first token after it, each with a cold and
-with a warm page cache; `read` reads every byte of the warm files once.
+`load` opens a quantized folder in Q4_0. `open` is `refimpl.load`, `token` the first token after it, each with a cold
+and with a warm page cache; `read` reads every byte of the warm files once.
 """
 
 from __future__ import annotations
@@ -71,9 +71,9 @@ class Repeated:
 def run(what: str, layers: int, rounds: int, threads: int, format: str = "q4_0") -> dict:
     """The facts of `quantize` or `load`: seconds of each row, bytes, and the peak of anonymous memory.
 
-    Where other work shares the machine, seconds of a core say more than the clock.
+    If other work shares the machine, the cores' seconds say more than the clock.
 
-    Raises InputError for no rounds or layers, and a disk that is too small.
+    Raises InputError for fewer than one round, layer or thread, and for a disk that is too small.
     """
     if rounds < 1 or layers < 1 or threads < 1:
         raise InputError("rounds, layers and threads are numbers from 1")
@@ -104,7 +104,7 @@ class Timed(Timing):
     cpu: list[float] = field(default_factory=list)
 
     def time(self, once: Callable[[], Any]) -> Any:
-        """What `once` gives."""
+        """Calls `once`, takes the time, and returns what it gives."""
         start, busy = time.perf_counter(), time.process_time()
         result = once()
         self.seconds.append(time.perf_counter() - start)
@@ -218,7 +218,7 @@ def official_keys(family: str) -> dict[str, Any]:
 
 
 def random_block(rng: np.random.Generator) -> np.ndarray:
-    """The bytes of bfloat16 numbers of a weight's size, which a checkpoint may repeat."""
+    """The bytes of random bfloat16 numbers, as large as weights are. A checkpoint may repeat them."""
     block = rng.standard_normal(BLOCK_BYTES // 2, dtype=np.float32) * 0.02
     return block.astype(ml_dtypes.bfloat16).view(np.uint8)
 
@@ -261,7 +261,7 @@ def cold(folder: Path) -> None:
 class AnonymousMemory:
     """The largest anonymous memory of this process while the block runs, in bytes; `first`: what it had before.
 
-    Mapped pages of files do not count: they are the page cache's. Only Linux says; elsewhere all is 0.
+    Mapped pages of files do not count, because they belong to the page cache. Only Linux tells; elsewhere all is 0.
     """
 
     def __enter__(self) -> AnonymousMemory:

@@ -1,8 +1,8 @@
-"""A checkpoint as one GGUF file that llama.cpp runs: NormHead applied, matrices as they are or in blocks of a recipe.
+"""A checkpoint as one GGUF file that llama.cpp runs: NormHead applied, matrices unchanged or in blocks of a recipe.
 
-What `refimpl/checkpoint/gguf.py` undoes is done here: W_pack becomes three matrices, and where llama.cpp's RoPE turns
-neighbours, the rows of q and k are put side by side. A Baichuan of RoPE with other than 32 layers is written as a
-llama, which is the same arithmetic; llama.cpp knows ALiBi in a Baichuan of 40 layers alone.
+This module does what `refimpl/checkpoint/gguf.py` undoes. W_pack becomes three matrices. Where llama.cpp's RoPE turns
+neighbours, the rows of q and k are put side by side. A Baichuan with RoPE, but not 32 layers, is written as a llama,
+whose arithmetic is the same. llama.cpp computes ALiBi only in a Baichuan of 40 layers.
 
 The file is written matrix by matrix, under another name until it is whole.
 """
@@ -32,7 +32,7 @@ KINDS = {np.dtype(np.float32): "F32", np.dtype(np.float16): "F16", np.dtype(ml_d
 
 
 class Tensor(NamedTuple):
-    """A tensor of the file: `rows` of a parameter, of a kind; `heads`: their number where pairs of rows are joined."""
+    """A tensor of the file: `rows` of a parameter, in a kind. `heads`: how many, if RoPE's rows are paired, else 0."""
 
     name: str
     parameter: str
@@ -48,9 +48,9 @@ def write_gguf(
 ) -> int:  # fmt: skip
     """Writes `checkpoint` into the new file `out`; gives its bytes.
 
-    `recipe`, `keep`, `importance`, `options`: see `refimpl.blocks.quantize`; without a recipe, matrices stay as they
-    are. Raises InputError for a file that exists, for formats that GGUF does not have, for a model that llama.cpp does
-    not run, and without the library gguf.
+    `recipe`, `keep`, `importance`, `options`: see `refimpl.blocks.quantize`; without a recipe, matrices keep their
+    format. Raises InputError for a file that exists, for formats that GGUF does not have, for a model that llama.cpp
+    does not run, and without the library gguf.
     """
     out = Path(out)
     if out.exists():
@@ -100,7 +100,7 @@ def _tensors(checkpoint: Checkpoint, formats: dict[str, str]) -> Iterator[Tensor
 
 
 def _kind(name: str, weight: Any) -> str:
-    """GGUF's word for how a parameter lies. Raises InputError for a format that GGUF does not have."""
+    """GGUF's name for the format of a parameter. Raises InputError for a format that GGUF does not have."""
     if len(weight.shape) == 1:
         return "F32"
     if isinstance(weight, QuantizedWeight):
@@ -113,7 +113,7 @@ def _kind(name: str, weight: Any) -> str:
 
 
 def _raw(weight: Any, tensor: Tensor, schemes: Any, blocks: Any) -> Callable[[slice], np.ndarray]:
-    """A function rows -> their bytes (N, bytes a row); of a quantized matrix, which is made once."""
+    """A function rows -> their bytes (N, bytes a row). A matrix to be quantized is made once, for all calls."""
     if tensor.parameter in schemes or isinstance(weight, QuantizedWeight):
         whole = blocks(tensor.parameter) if tensor.parameter in schemes else weight.blocks
         raw = gguf_bytes.to_bytes(whole)
@@ -125,7 +125,7 @@ def _raw(weight: Any, tensor: Tensor, schemes: Any, blocks: Any) -> Callable[[sl
 
 
 def _joined(rows: int, heads: int) -> np.ndarray:
-    """The order of rows in which those that RoPE turns together, one of each half of a head, are neighbours."""
+    """The order of rows that makes neighbours of two that RoPE turns together, one from each half of a head."""
     return np.arange(rows).reshape(heads, 2, -1).swapaxes(1, 2).reshape(-1)
 
 
@@ -137,7 +137,7 @@ def _row_bytes(gguf: Any, kind: Any, columns: int) -> int:
 
 
 def _architecture(config: Config) -> str:
-    """llama.cpp's. Raises InputError where it has none that computes this."""
+    """llama.cpp's name for the architecture. Raises InputError if llama.cpp cannot compute this model."""
     if config.family == "Qwen2-7B":
         return "qwen2"
     if config.alibi and config.num_hidden_layers != 40:

@@ -7,9 +7,9 @@ module decides. A module stays unquantized if no pattern matches it, or if its p
     {"lm_head": "q8_0", "*.mlp.*": {"format": "q4_k", "search": "mse"}, "*": "q4_0"}
 
 The embedding is looked up, not multiplied, and stays unquantized. The head is quantized after NormHead, as it is used.
-The formats of bitsandbytes follow the official code: their bare names quantize the matrices of the layers alone, which
-are read as float16 before and after; NF4 and FP4 have scales of 8 bits; and with LLM.int8, a linear quantizes its
-input, too.
+The formats of bitsandbytes follow the official code. Their bare names quantize only the matrices of the layers, which
+are read as float16 before and after. NF4 and FP4 have scales of 8 bits. With LLM.int8, a linear quantizes its input,
+too.
 
 **Source**: `QLinear` and `quantize_online` in the official quantizer.py.
 """
@@ -38,7 +38,7 @@ from refimpl_kernels import formats
 from refimpl_kernels.formats import search as numpy_search
 from refimpl_kernels.ops import Readable
 
-TILE_ELEMENTS = 1 << 18  # a thread reads and quantizes rows of so many elements at a time: 1 MB of float32
+TILE_ELEMENTS = 1 << 18  # elements that a thread reads and quantizes at a time: 1 MB of float32
 TRIES = 16  # scales that a search for the least squared error tries in each block
 EMBED = "model.embed_tokens.weight"
 
@@ -152,7 +152,7 @@ class Plan:
 def plan(weights: Mapping[str, Any], recipe: Recipe, keep: Sequence[str] = (), **options: Any) -> Plan:
     """Which matrix gets which scheme. No weight is read. `options`: the fields of `Scheme`, if a recipe is one name.
 
-    Raises InputError if a pattern matches nothing or nothing that earlier patterns left, if a format or option is
+    Raises InputError if a pattern matches nothing, or only what earlier patterns took, if a format or option is
     unknown, and if a matrix does not fit its format.
     """
     matrices = {n: w.shape for n, w in weights.items() if len(w.shape) == 2 and n != EMBED}
@@ -229,7 +229,7 @@ def quantizing(
 ) -> Iterator[Any]:
     """A function name -> blocks, to be called in the order of `schemes`. It works on all cores, one matrix ahead.
 
-    The blocks do not depend on the number of threads, for tiles depend on the matrix's shape alone.
+    The blocks do not depend on the number of threads, because tiles depend only on the matrix's shape.
     """
     columns = _columns(weights, schemes, importance)
     backend: ModuleType = numpy_search
@@ -279,7 +279,7 @@ def quantizing(
 def _tile(
     weight: Any, rows: slice, scheme: Scheme, importance: np.ndarray | None, backend: ModuleType
 ) -> formats.Blocks:
-    if isinstance(weight, NormHead):  # of these rows alone: it would find the lengths of all first, in each thread
+    if isinstance(weight, NormHead):  # of these rows alone; else each thread would first compute all lengths
         weight, rows = NormHead(weight.array[rows]), slice(None)
     with np.errstate(over="ignore"):  # an infinite weight is refused, in words
         values = weight.read(np.dtype(np.float16 if scheme.official else np.float32), rows)

@@ -1,4 +1,4 @@
-"""Quantized matrices as bitsandbytes has left them in a checkpoint, in its three layouts.
+"""Quantized matrices of bitsandbytes, in the three layouts in which checkpoints hold them.
 
     official     K.data (n, 1) uint8, and K.quant_state, a list: what Baichuan2's quantizer.py saved with 0.39 to 0.41
                  [absmax, shape, dtype, 64, nested, "nf4", code], nested: None or [offset, [absmax2, code2, 256, ...]]
@@ -27,12 +27,12 @@ from refimpl_kernels import formats
 STATE, DATA, LIST = ".quant_state.bitsandbytes__", ".data", ".quant_state"
 PARTS = {"absmax": "scales", "quant_map": "code", "nested_absmax": "nested_scales", "nested_quant_map": "nested_code"}
 DTYPES = {"float16": np.float16, "bfloat16": ml_dtypes.bfloat16, "float32": np.float32}
-IN_ORDER = np.array(0, np.uint8)  # the weight_format of rows that lie as they are
+IN_ORDER = np.array(0, np.uint8)  # the weight_format of rows in their usual order
 STATE_LIMIT = 4096  # bytes of JSON; bitsandbytes writes about 200
 
 
 def collect(tensors: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, tuple[formats.Blocks, np.dtype]]]:
-    """The tensors that are not quantized; and of the quantized, K -> (blocks, the format they are read in).
+    """The tensors that are not quantized; and for each quantized matrix, K -> (its blocks, the format it is read in).
 
     Raises InputError for a matrix whose parts are missing, of another size, or not understood.
     """
@@ -109,7 +109,7 @@ def _eight_bits(codes: Any, scales: Any, order: Any) -> tuple[formats.Blocks, np
 
 
 def _blocks(kind: Any, shape: tuple, size: Any, packed: Any, parts: dict[str, Any]) -> formats.Blocks:
-    """The blocks of a matrix, whose parts must be of the sizes and formats that its shape implies."""
+    """The blocks of a matrix. Raises ValueError unless its parts have the sizes and formats that its shape implies."""
     whole = all(type(n) is int and 0 < n < 1 << 24 for n in (*shape, size))
     if kind not in ("nf4", "fp4") or len(shape) != 2 or not whole:
         raise ValueError(f"its format {kind!r:.40} of shape {shape!r:.40} in blocks of {size!r:.40} is not known")

@@ -49,7 +49,7 @@ def official_heads(config: Config) -> bool:
 
 
 def mismatch(config: Config, shapes: Mapping[str, tuple[int, ...]]) -> str | None:
-    """Whose weights these are and whose the config is, if their sizes differ; None if they do not or cannot be told."""
+    """Whose weights and whose config these are, if their sizes differ. None if they agree or are unknown."""
     found = sizes(shapes)
     if found is None:
         return None
@@ -98,8 +98,8 @@ def broken_promise(config: Config, tensors: Mapping[str, Any]) -> str | None:
 def remarks(config: Config, tensors: Mapping[str, Any]) -> list[str]:
     """What to know about weights that load.
 
-    Their heads are not as many as in the official checkpoint; their head is normalised although the config does not
-    say so, or is not read; or their saved frequencies are not RoPE's.
+    They have another number of attention heads than the official checkpoint. Or lm_head is normalised although the
+    config does not say so, or is not read. Or the saved frequencies are not RoPE's.
     """
     found = []
     if official_sizes(config) and not official_heads(config):

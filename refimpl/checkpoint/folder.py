@@ -51,7 +51,7 @@ class Checkpoint:
         except InputError as error:
             said.append(str(error))
         for remark in said:
-            warnings.warn(remark, Remark, stacklevel=3)  # at who called `load`, or `quantize_checkpoint`
+            warnings.warn(remark, Remark, stacklevel=3)  # points at the caller of `load` or `quantize_checkpoint`
         return cls(folder, config, weights)
 
 
@@ -68,8 +68,8 @@ def read_checkpoint(folder: Path) -> dict[str, Any]:
     (see `checkpoint.torch_files`); with safetensors beside it, it is not looked at. Matrices that a manifest says to be
     quantized (see `refimpl.checkpoint.quantized_files`) come as a `QuantizedWeight`.
 
-    What a wrapper of the model has put before all names, such as `module.` or `base_model.model.`, is removed, with a
-    remark that names it. Raises InputError for what is missing, damaged, or not understood.
+    A prefix that a wrapper of the model has put before all names, such as `module.` or `base_model.model.`, is removed,
+    and a remark names it. Raises InputError for what is missing, damaged, or not understood.
     """
     folder = Path(folder)
     tensors, wrappers = unwrapped(_read_tensors(folder))

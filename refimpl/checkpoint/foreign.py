@@ -1,4 +1,4 @@
-"""What other tools leave in a folder: how to tell it, and what to do about it. Nothing here is read as weights."""
+"""What other tools leave in a folder: how to recognise it, and what to do about it. Nothing here is read as weights."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 ADAPTER = "adapter_config.json"
-# Ends of the names of tensors by which 4-bit engines store a matrix, and their names.
+# Endings of the tensors' names with which 4-bit engines store a matrix, and the engines' names.
 ENGINES = {
     ".qweight": "GPTQ or AWQ", ".qzeros": "GPTQ or AWQ", ".g_idx": "GPTQ", ".weight_packed": "compressed-tensors",
 }  # fmt: skip
-# Patterns of files that hold a model, but in no form that is read here, and what to do with each.
+# Patterns of files that hold a model in a form that is not read here, and what to do with each.
 MODELS: dict[str, str] = {
     "*.gguf": "llama.cpp's; give the file itself in place of the folder",
     "adapter_model.*": "a LoRA adapter's; merge it into its model: refimpl convert MODEL --lora ADAPTER --out NEW",
@@ -29,7 +29,7 @@ MODELS: dict[str, str] = {
 
 
 def instead_of_weights(folder: Path) -> str:
-    """What is in a folder without weights that are read, and what to do; the end of an error message."""
+    """The end of an error message: what a folder holds in place of weights that are read here, and what to do."""
     for pattern, advice in MODELS.items():
         if found := sorted(folder.glob(pattern)):
             return f"{found[0].name} is {advice}"
@@ -59,7 +59,7 @@ ORIGINAL = "take the model that it was made of, and refimpl quantize it"
 
 
 def stubs(tensors: Mapping[str, Any]) -> str | None:
-    """What is wrong if tensors are there without their numbers, as DeepSpeed saves those of other processes."""
+    """An error message if tensors have no numbers, as when DeepSpeed saves those of other processes; else None."""
     empty = [name for name, value in tensors.items() if getattr(value, "size", None) == 0]
     if not empty:
         return None
@@ -76,9 +76,9 @@ ANCHOR = "model.embed_tokens.weight"
 
 
 def unwrapped(tensors: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """The tensors under the names that the model gives them, and what a wrapper had put into those.
+    """The tensors under the names that the model gives them, and the parts that wrappers had added to those names.
 
-    Something before the names is removed if all of them have it, and the embedding is then called as it should be.
+    A prefix is removed if all names have it and the embedding's name is right without it.
 
     >>> unwrapped({"module.model.embed_tokens.weight": 1, "module._orig_mod.lm_head.weight": 2})
     ({'model.embed_tokens.weight': 1, 'lm_head.weight': 2}, ['_orig_mod.', 'module.'])
@@ -97,7 +97,7 @@ def unwrapped(tensors: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
 
 
 def unmerged(names: Iterable[str]) -> str | None:
-    """What is wrong if an adapter's matrices lie among the weights, as trainers save what peft has wrapped."""
+    """An error message if an adapter's matrices lie among the weights, as in a model wrapped by peft; else None."""
     for name in names:
         if ".lora_A." in name:
             return (

@@ -3,10 +3,10 @@
 What llama.cpp changes is undone here, by name:
 
     W_pack is cut into attn_q, attn_k and attn_v       read as one matrix again, whatever kinds the three have
-    rows of q and k: pairs of RoPE lie side by side    put back into halves (Qwen2's stay as they are)
+    rows of q and k: pairs of RoPE lie side by side    put back into halves (Qwen2's stay unchanged)
     the architecture is the only word on the family    llama.cpp's own rule (32 layers: RoPE, 40: ALiBi), the
                                                        vocabulary, and `refimpl.family` where this package wrote it
-    NormHead is forgotten by its converter             told by the lengths of the head's rows, and applied
+    NormHead is forgotten by its converter             detected by the lengths of the head's rows, and applied
 
 **Source**: llama.cpp's convert_hf_to_gguf.py: BaichuanModel, LlamaModel, Qwen2Model; its models' baichuan.cpp.
 """
@@ -34,7 +34,7 @@ from refimpl_kernels.formats import gguf as gguf_bytes
 FAMILY, NORMALIZED = "refimpl.family", "refimpl.lm_head_normalized"  # facts that this package writes
 FLOATS = {"f64": np.float64, "f32": np.float32, "f16": np.float16, "bf16": ml_dtypes.bfloat16}
 LIBRARY = "pip install 'refimpl[gguf]'"
-NEAR_ONE = 0.03  # a head's rows are of length 1, but for what 4 bits do to them: their mean is this near to it
+NEAR_ONE = 0.03  # even in 4 bits, the rows of a normalised head differ less than this from length 1, on average
 
 
 def read_model(path: Path) -> tuple[Config, Weights]:
@@ -90,7 +90,7 @@ def read_config(file: GGUF) -> Config:
 
 
 def _family(file: GGUF, architecture: str, sizes: Mapping[str, Any]) -> str:
-    """Which of the five it is. Raises InputError where nothing tells."""
+    """The family. Raises InputError if nothing in the file tells it."""
     if (said := file.facts.get(FAMILY)) is not None:
         if said not in FAMILIES:
             raise InputError(f"{file.path} has the {FAMILY} {said!r:.40}, expected one of {', '.join(FAMILIES)}")
@@ -112,7 +112,7 @@ def _family(file: GGUF, architecture: str, sizes: Mapping[str, Any]) -> str:
 
 @dataclass(frozen=True)
 class Piece:
-    """Rows of a stored matrix; `heads`: their number where RoPE's pairs have been put side by side, else 0."""
+    """Rows of a stored matrix. `heads`: the number of heads if the rows of RoPE's pairs lie side by side, else 0."""
 
     stored: Stored
     heads: int = 0
@@ -163,7 +163,7 @@ class GGUFMatrix:
 
 
 class GGUFBlocks(GGUFMatrix):
-    """A matrix whose tensors are of one format of the table: Numba's kernels read its blocks."""
+    """A matrix whose tensors all have one format of the table, so that Numba's kernels can read its blocks."""
 
     @cached_property
     def blocks(self) -> formats.Blocks:
@@ -176,17 +176,17 @@ class GGUFBlocks(GGUFMatrix):
 
 
 class NormedMatrix(GGUFMatrix):
-    """Baichuan2's head as llama.cpp's converter leaves it: each row is divided by its length as it is read."""
+    """Baichuan2's head as llama.cpp's converter leaves it. Reading divides each row by its length."""
 
     def read(self, dtype, rows=slice(None)):
-        """As of any matrix, divided, in float32 at least."""
+        """These rows, each divided by its length; computed in float64 for float64, else in float32."""
         values = super().read(np.dtype(np.float64 if dtype == np.float64 else np.float32), rows)
         length = np.sqrt((values * values).sum(-1, keepdims=True))
         return (values / np.maximum(length, 1e-12)).astype(dtype, copy=False)
 
 
 def library(what: str) -> Any:
-    """The library gguf. Raises InputError, which says `what` needs it, where it is not installed."""
+    """The library gguf. If it is not installed, raises InputError, which says `what` needs it."""
     try:
         import gguf
     except ImportError:
@@ -195,9 +195,9 @@ def library(what: str) -> Any:
 
 
 def dequantize(raw: np.ndarray, kind: str) -> np.ndarray:
-    """The values (N, I) of rows (N, bytes a row) of a kind, float32; of floats, in their own format.
+    """The values (N, I) of rows (N, bytes a row) of a kind: in float32, or in their own format if they are floats.
 
-    Formats of this package's table are read by it, all others by the gguf library. Raises InputError without it.
+    This package reads the formats of its table, and the library gguf all others. Raises InputError if it is missing.
     """
     if kind in FLOATS:
         return np.ascontiguousarray(raw).view(FLOATS[kind])
@@ -211,7 +211,7 @@ def dequantize(raw: np.ndarray, kind: str) -> np.ndarray:
 
 
 def read_weights(file: GGUF, config: Config) -> tuple[Config, Weights]:
-    """The weights, floats as they lie in the file and blocks as theirs, and the config with what the head is.
+    """The config, in which `norm_head` fits the file's head, and the weights as the file stores them: floats or blocks.
 
     Raises InputError for tensors that are missing, unknown, or of another shape.
     """
@@ -247,7 +247,7 @@ def read_weights(file: GGUF, config: Config) -> tuple[Config, Weights]:
 
 
 def normalized(head: Any) -> bool:
-    """Whether the rows of a head have length 1, by some hundred of them; rows of zeros tell nothing."""
+    """Whether the rows of a head have length 1. A few hundred are read, and rows of zeros left out."""
     rows = np.arange(0, head.shape[0], max(1, head.shape[0] // 256))
     lengths = row_lengths(head.read(np.dtype(np.float32), rows))
     lengths = lengths[lengths > 0]
@@ -262,7 +262,7 @@ def _matrix(pieces: tuple[Piece, ...]) -> Any:
 
 
 def tensor_names(config: Config) -> dict[str, list[str]]:
-    """Our parameter -> llama.cpp's tensors, of which it is made one below the other."""
+    """Our parameter -> llama.cpp's tensors, whose rows one below the other make it up."""
     names = {"model.embed_tokens.weight": ["token_embd.weight"], "model.norm.weight": ["output_norm.weight"]}
     if not config.tie_word_embeddings:
         names["lm_head.weight"] = ["output.weight"]

@@ -3,7 +3,7 @@
     W' = W + scale * B @ A        scale = lora_alpha / r, or lora_alpha / sqrt(r) with use_rslora
 
 A (r, I) and B (O, r) come from `adapter_model.safetensors` or `.bin`, the numbers from `adapter_config.json`, where
-`rank_pattern` and `alpha_pattern` may give a module its own. Modules in `modules_to_save` are there whole. The sum is
+`rank_pattern` and `alpha_pattern` may give a module its own. Modules in `modules_to_save` are stored whole. The sum is
 computed in float32 and rounded once to the weight's format. In 16-bit formats, peft also rounds the product.
 
 Source: `LoraLayer.update_layer` and `Linear.get_delta_weight` in peft's src/peft/tuners/lora/layer.py; Hu 2021, "LoRA".
@@ -77,7 +77,7 @@ def adapter_files(folder: Path) -> tuple[Path, Path]:
 
 
 def merge(folder: Path, weights: Mapping[str, Weight]) -> dict[str, MergedWeight | Weight]:
-    """The weights that the adapter in `folder` changes, with the adapter merged, or as it holds them whole.
+    """The weights that the adapter in `folder` changes: with the adapter merged in, or as the adapter holds them whole.
 
     Raises InputError unless the adapter is plain LoRA on linears, its keys are understood, its tensors come in pairs
     that fit a weight, and the pairs are those of the linears that its config names.
@@ -154,7 +154,7 @@ def _expect_understood(path: Path, keys: dict[str, Any]) -> None:
 
 
 def _scale(path: Path, keys: dict[str, Any], module: str) -> tuple[float, int]:
-    """What B @ A of a module is multiplied with, and r."""
+    """The factor of a module's B @ A, and r."""
     rank, alpha = (_of_module(path, keys, pattern, module, key) for pattern, key in PATTERNS)
     rooted = keys.get("use_rslora", False)
     match rank, alpha, rooted:
@@ -171,8 +171,10 @@ PATTERNS = (("rank_pattern", "r"), ("alpha_pattern", "lora_alpha"))
 def _of_module(path: Path, keys: dict[str, Any], pattern: str, module: str, key: str) -> Any:
     """The value of a key for one module, which `rank_pattern` or `alpha_pattern` may change.
 
-    The first name that the module's ends with counts. In peft these are regular expressions; one that a file brings
-    might run for ever, so names alone are taken. Source: `get_pattern_key` in peft's src/peft/utils/other.py.
+    The first name with which the module's name ends counts. In peft, these names are regular expressions. An untrusted
+    one might run for ever, so only plain names are accepted.
+
+    Source: `get_pattern_key` in peft's src/peft/utils/other.py.
     """
     found = keys.get(pattern) or {}
     if not isinstance(found, dict) or not all(re.fullmatch(r"\^?[\w.]{1,200}", name) for name in found):

@@ -6,7 +6,7 @@ import numpy as np
 
 
 def read_ahead(array: np.ndarray) -> None:
-    """Asks the system to fetch a mapped array from the disk, for pages take several times as long one by one.
+    """Asks the system to fetch a mapped array from the disk. Page by page, reading takes several times as long.
 
     Where a system cannot be asked, or the array is not mapped, nothing happens.
     """

@@ -2,8 +2,8 @@
 
 Python's own unpickler imports and calls what a file names, so whoever loads a checkpoint runs its author's program.
 This machine knows the opcodes that `torch.save` writes (protocol 2, and 3 to 5 if asked) and builds numbers, strings,
-tuples, lists and dicts. It looks a name up in a table of the caller's, by the exact pair (module, name). There it
-stands for an inert value or for one of the caller's own constructors. Nothing is imported; no attribute is looked up.
+tuples, lists and dicts. It looks a name up in a table of the caller's, by the exact pair (module, name). The
+table gives an inert value or one of the caller's own constructors. Nothing is imported; no attribute is looked up.
 
     pickle   = PROTO 2 to 5, value, STOP; FRAME may stand anywhere, and says nothing that is needed
     value    = NONE | NEWTRUE | NEWFALSE | BININT | BININT1 | BININT2 | LONG1 (to 16 bytes) | BINFLOAT
@@ -88,7 +88,7 @@ class _Machine:
 
     def take(self, count: int) -> bytes:
         if count > len(self.data) - self.at:
-            if len(self.data) >= PICKLE_LIMIT:  # a reader passes no more, of a file that may have it
+            if len(self.data) >= PICKLE_LIMIT:  # readers pass at most that, even of a larger file
                 raise InputError(f"the pickle has more than {PICKLE_LIMIT} bytes, expected a state dict's")
             raise InputError("the pickle ends in the middle; download the file again")
         self.at += count
@@ -257,7 +257,7 @@ ACTIONS: dict[bytes, Callable[[_Machine], None]] = {
 
 
 def _opcode_name(code: bytes) -> str:
-    import pickletools  # a table of names; nothing of it runs a pickle
+    import pickletools  # for its table of names; nothing here runs a pickle
 
     names = {opcode.code: opcode.name for opcode in pickletools.opcodes}
     return names.get(code.decode("latin-1"), repr(code))

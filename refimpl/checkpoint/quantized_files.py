@@ -3,11 +3,11 @@
     quantization.json     version, family, recipe, importance, source (files and their sizes), bytes, files (SHA-256),
                           and in tensors for each matrix its format, shape, block_size, axis
     model*.safetensors    a matrix K in blocks as K.packed, K.scales, … (the arrays of `formats.Blocks`);
-                          all other parameters as they are
+                          all other parameters, unchanged
     config.json           the source's, with a quantization_config that keeps other software from reading it wrongly
 
-Arrays are read as they were saved, bit for bit, and mapped, so that a 7B opens at once. The manifest is an untrusted
-file like any other: all that it says has to fit the arrays.
+Arrays are mapped and read bit for bit as they were saved, so a 7B opens at once. The manifest is an untrusted file like
+any other: all that it says has to fit the arrays.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def provenance(folder: Path) -> dict[str, Any]:
 def collect(
     manifest: Path, tensors: Mapping[str, Any]
 ) -> tuple[dict[str, Any], dict[str, tuple[formats.Blocks, np.dtype | None]]]:
-    """The tensors that are not quantized; and of the quantized, name -> (blocks, the format they are rounded to).
+    """The tensors that are not quantized; and for each quantized matrix, name -> (blocks, the format it is rounded to).
 
     Raises InputError for a manifest of another version, and if manifest and arrays do not fit together.
     """

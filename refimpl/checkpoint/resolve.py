@@ -36,14 +36,14 @@ def resolve(config: Config, tensors: Mapping[str, Any]) -> Weights:
         if name not in found.unread or name in found.quantized  # a tied head may have blocks of its own
     }
     head = entries.get(HEAD) or entries[EMBEDDING]
-    if config.norm_head and isinstance(head, Weight):  # blocks are of the head as it is used
+    if config.norm_head and isinstance(head, Weight):  # blocks hold the head as it is used, after NormHead
         head = NormHead(head.array)
     return Weights({**entries, HEAD: head})
 
 
 @dataclass(frozen=True)
 class Found:
-    """What is in a checkpoint: `plain` tensors, and `quantized` matrices, some of which `bitsandbytes` has made."""
+    """The tensors of a checkpoint: `plain` ones, `quantized` matrices, and the names of those `of_bitsandbytes`."""
 
     config: Config
     plain: Mapping[str, Any]
@@ -52,7 +52,7 @@ class Found:
 
     @classmethod
     def among(cls, config: Config, tensors: Mapping[str, Any]) -> Found:
-        """The tensors sorted. Raises InputError for a matrix that bitsandbytes would not have left so."""
+        """The tensors, sorted. Raises InputError for a quantized matrix that is not as bitsandbytes writes it."""
         ours = {name: weight for name, weight in tensors.items() if isinstance(weight, QuantizedWeight)}
         plain, blocks = bitsandbytes.collect({name: array for name, array in tensors.items() if name not in ours})
         theirs = {name: quantized_weight(*found) for name, found in blocks.items()}
@@ -66,10 +66,10 @@ class Found:
 
     @cached_property
     def unread(self) -> dict[str, tuple[int, ...]]:
-        """Name and shape of the tensors that a checkpoint may hold, and that the official code does not use.
+        """Name -> shape of the tensors here that a checkpoint may hold, although the official code does not use them.
 
-        Baichuan 1 saved RoPE's frequencies, which are read back into a buffer that was computed just the same. And
-        where the head is the embedding, a file may hold a head all the same.
+        Baichuan 1 saved RoPE's frequencies, which its code computes with the same values anyway. And if the head is
+        the embedding, a file may still hold a head.
         """
         config = self.config
         shapes: dict[str, tuple[int, ...]] = {name: (config.head_dim // 2,) for name in frequencies(config)}
@@ -79,12 +79,12 @@ class Found:
 
     @cached_property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Name -> the shape that the config gives it, of all that the checkpoint must hold or may."""
+        """Name -> the shape that the config gives it, for every tensor that the checkpoint must or may hold."""
         return {**expected_shapes(self.config), **self.unread}
 
 
 def a_list(found: Found) -> str | None:
-    """A tensor that is a list, as a `.bin` may hold for bitsandbytes' matrices alone."""
+    """A list in place of a tensor. A `.bin` may hold lists only for bitsandbytes' matrices."""
     for name, shape in found.shapes.items():
         if isinstance(found.plain.get(name), list):
             return f"{name} is a list, expected a tensor of shape {shape}"
@@ -113,7 +113,7 @@ def another_model(found: Found) -> str | None:
 
 
 def missing_or_unknown(found: Found) -> str | None:
-    """Tensors that are missing, or that no parameter is called like."""
+    """Parameters without a tensor, and tensors whose names no parameter has."""
     missing = [name for name in found.shapes if name not in found.all]
     unknown = sorted(found.all.keys() - found.shapes.keys())
     said = [f"lacks {at_most(missing, 3)}"] * bool(missing) + [f"has unknown {at_most(unknown, 3)}"] * bool(unknown)
@@ -137,7 +137,7 @@ def not_floats(found: Found) -> str | None:
 
 
 def quantized_outside_layers(found: Found) -> str | None:
-    """Matrices outside the layers, which bitsandbytes leaves as they are."""
+    """Quantized matrices outside the layers, where bitsandbytes quantizes none."""
     for name in sorted(found.of_bitsandbytes):
         if not name.startswith("model.layers."):
             return f"{name} is quantized, expected the matrices of the layers alone to be"
@@ -152,11 +152,11 @@ def nothing_quantized(found: Found) -> str | None:
 
 
 def head_not_normalised(found: Found) -> str | None:
-    """A head that the config says to be normalised, and that is not."""
+    """A head that is not normalised, although the config says so."""
     return broken_promise(found.config, found.plain)
 
 
-# The first that says something is what a person reads: those come first that explain what others would find, too.
+# A person reads only the first problem. So a check comes before those that find the same and explain it less well.
 CHECKS: tuple[Callable[[Found], str | None], ...] = (
     a_list,
     another_engine,
@@ -195,5 +195,5 @@ def expected_shapes(config: Config) -> dict[str, tuple[int, ...]]:
 
 
 def model_shapes(config: Config) -> dict[str, tuple[int, ...]]:
-    """Name -> the shape of every parameter of a model in memory. A tied head, which no file needs, is among them."""
+    """Name -> the shape of every parameter of a model in memory. That includes a tied head, which no file needs."""
     return {**expected_shapes(config), HEAD: (config.vocab_size, config.hidden_size)}

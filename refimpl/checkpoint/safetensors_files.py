@@ -18,10 +18,10 @@ DTYPES = {
 
 
 def map_safetensors(path: Path) -> dict[str, np.ndarray]:
-    """The tensors of one safetensors file as read-only arrays mapped from disk; opening reads the header alone.
+    """The tensors of one safetensors file as read-only arrays mapped from disk; only the header is read.
 
-    The safetensors library validates the file (lengths that lie, overlaps, holes, truncation); it would copy the
-    tensors, so their places are then read from the header that it has accepted.
+    The safetensors library validates the file (wrong lengths, overlaps, holes, truncation). But it would copy the
+    tensors. So they are mapped here, at the places that the accepted header gives.
     """
     from safetensors import SafetensorError, safe_open
 

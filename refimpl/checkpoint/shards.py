@@ -28,8 +28,8 @@ from refimpl.files import inside, read_json, sha256
 
 SUMS, JOURNAL, LOCK, INDEX = "SHA256SUMS", "journal.json", "refimpl.lock", "model.safetensors.index.json"
 MADE = {SUMS, JOURNAL, LOCK, "config.json", "conversion.json", "quantization.json"}  # made anew, never copied
-ADAPTERS = "adapter_"  # how the names of an adapter's files begin: half of it would be worse than none
-TILE_BYTES = 8 << 20  # that are read, converted, hashed and written at a time
+ADAPTERS = "adapter_"  # how an adapter's files begin; none is copied, for half of it would be worse
+TILE_BYTES = 8 << 20  # bytes that are read, converted, hashed and written at a time
 WAITING = 8  # tiles that may wait for their hash
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
 # Files of weights, which are written anew. All other files of a checkpoint are copied.
@@ -125,7 +125,7 @@ def stamps(folder: Path) -> dict[str, tuple[int, int, int]]:
 def expect_unchanged(folder: Path, before: Mapping[str, tuple[int, int, int]]) -> None:
     """Raises InputError if the files of a folder are not those of `before` (see `stamps`).
 
-    Files are mapped and read bit by bit. If one changes meanwhile, what was made of them is half of each.
+    Files are mapped and read bit by bit. If one changes meanwhile, the result mixes its old and its new content.
     """
     after = stamps(folder)
     if changed := sorted(name for name in {**before, **after} if before.get(name) != after.get(name)):
@@ -136,9 +136,9 @@ def expect_unchanged(folder: Path, before: Mapping[str, tuple[int, int, int]]) -
 def workplace(out: Path, shards: Shards, about: Mapping[str, Any], resumable: bool = True) -> Iterator[Path]:
     """The folder `OUT.part`, with a journal of the files that are done. It becomes OUT when the block ends.
 
-    A folder that earlier work left is used again if its shards and `about`, all else that they depend on, are the same.
-    If the block fails, the folder stays, except after an InputError, which would come again, and if not `resumable`.
-    Raises InputError, in one line, for whatever the file system says.
+    A folder that earlier work left is used again if its shards and `about` are the same; `about` is all else that the
+    shards depend on. If the block fails, the folder stays for the next run. It is removed after an InputError, which
+    would come again, and if the work is not `resumable`. Raises InputError for every error of the file system.
     """
     headers = {name: hashlib.sha256(_header(shard)).hexdigest() for name, shard in shards.items()}
     plan = json.loads(json.dumps({**about, "headers": headers}))
@@ -147,7 +147,7 @@ def workplace(out: Path, shards: Shards, about: Mapping[str, Any], resumable: bo
         if not out.name or (out.exists() and (not out.is_dir() or any(out.iterdir()))):
             raise InputError(f"{out} exists already; choose another place or remove it")
         work = out.with_name(out.name + ".part")
-        # What is written over, half a file too, makes room again.
+        # Files of an earlier run, even half ones, are kept or written over, so they need no new room.
         left = total - sum(file.stat().st_size for end in ("", ".part") for file in work.glob(f"*.safetensors{end}"))
         disk = next(folder for folder in (work, *work.parents) if folder.exists())
         if (free := shutil.disk_usage(disk).free) < left:
@@ -180,7 +180,7 @@ def workplace(out: Path, shards: Shards, about: Mapping[str, Any], resumable: bo
 
 @contextmanager
 def _alone(work: Path) -> Iterator[None]:
-    """Holds a folder against another conversion to it, until the block or the process ends."""
+    """Locks a folder against other conversions, until the block or the process ends."""
     with open(work / LOCK, "a") as file:
         try:
             import fcntl  # not on Windows
@@ -248,8 +248,9 @@ def _tiles(shard: Mapping[str, Entry]) -> Iterator[np.ndarray]:
 
 
 def copy_others(source: Path, work: Path) -> None:
-    """Copies a checkpoint's other files, without subfolders, without an adapter that lies beside the weights, and
-    without links that lead out of the folder and its cache.
+    """Copies a checkpoint's other files, without subfolders and without an adapter that lies beside the weights.
+
+    Raises InputError for a link that leads out of the folder and its cache.
     """
     for name in (path.name for path in files_of(source)):
         if not name.endswith(WEIGHT_FILES) and name not in MADE and not name.startswith((".", ADAPTERS)):

@@ -17,8 +17,8 @@ storages lie. Two layouts are known:
             | _rebuild_parameter(tensor, requires_grad, {})
     storage = persistent id ("storage", a storage type, key, device, count[, None])
 
-The device ("cuda:0") does not matter. A tensor is a view of its storage: any strides from 0 on within its bounds. One
-that repeats elements, as `expand` makes it, stands for 4 GiB at most; tensors may share a storage.
+The device ("cuda:0") does not matter. A tensor is a view of its storage, with any strides from 0 on that stay within
+its bounds. Tensors may share a storage. A tensor that repeats elements, as `expand` makes it, stands for 4 GiB at most.
 
 Source: `torch.save` and `_legacy_save` in PyTorch's torch/serialization.py, and torch/_utils.py.
 """
@@ -42,12 +42,12 @@ from refimpl.errors import InputError, at_most
 from refimpl.files import cannot_read, expect_content
 
 MAGIC, PROTOCOL = 0x1950A86A20F9469CFC6C, 1001  # the first two pickles of the legacy layout
-LARGEST = 1 << 48  # of a tensor's numbers, so that what NumPy counts in bytes cannot overflow
-REPEATED = 4 << 30  # bytes that a tensor with more elements than its storage may stand for
+LARGEST = 1 << 48  # offset, size or stride, so that NumPy's counts of bytes cannot overflow
+REPEATED = 4 << 30  # the most bytes of a tensor with more elements than its storage
 DIMENSIONS = 8  # at most
 LIST_LIMIT, LIST_DEPTH = 16, 3  # a quant_state has 7 items, the longest list in it 8
 NOTES = {"byteorder", "version", ".format_version", ".storage_alignment", ".data/serialization_id"}
-WRAPPERS = ("state_dict", "model_state_dict", "model", "module")  # where trainers keep a model's tensors
+WRAPPERS = ("state_dict", "model_state_dict", "model", "module")  # keys under which trainers keep a model's tensors
 NOTE_LIMIT = 64  # bytes; the longest is a number of 40 digits
 
 
@@ -60,7 +60,7 @@ class StorageType:
 
 @dataclass(frozen=True)
 class Storage:
-    """A storage that a pickle speaks of: `count` elements of `dtype` under the name `key`."""
+    """A storage that a pickle names: `count` elements of `dtype` under the name `key`."""
 
     key: str
     dtype: np.dtype
@@ -73,7 +73,7 @@ class Storage:
 
 @dataclass(frozen=True)
 class TensorView:
-    """A tensor that a pickle speaks of: a view of a storage; `offset` and `stride` in elements of `dtype`."""
+    """A tensor that a pickle describes: a view of a storage; `offset` and `stride` in elements of `dtype`."""
 
     storage: Storage
     dtype: np.dtype
@@ -89,14 +89,14 @@ class TensorView:
 
 
 def _view(storage: Storage, dtype: np.dtype, offset: Any, size: tuple, stride: tuple) -> TensorView:
-    """A TensorView whose every element lies in the storage."""
+    """A TensorView. Raises InputError unless each of its elements lies in the storage."""
     numbers = (offset, *size, *stride)
     if any(type(n) is not int or not 0 <= n < LARGEST for n in numbers) or not len(size) == len(stride) <= DIMENSIONS:
         raise InputError(f"a tensor's offset, sizes or strides are not numbers from 0 on in up to {DIMENSIONS} pairs")
     held = storage.nbytes // dtype.itemsize
     elements = math.prod(size)
     last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True)) if elements else offset - 1
-    vast = not elements and math.prod(n or 1 for n in size) >= LARGEST  # empty, but for NumPy too large all the same
+    vast = not elements and math.prod(n or 1 for n in size) >= LARGEST  # empty, and yet too large for NumPy
     told = f"a tensor of shape {size}, strides {stride} and offset {offset}"
     if last >= held or vast:
         raise InputError(f"{told} does not fit into storage {storage.key!a:.40} of {held} elements")
@@ -162,9 +162,9 @@ NAMES: dict[tuple[str, str], Any] = {
 
 
 def map_torch(path: Path) -> dict[str, Any]:
-    """Name -> tensor of a `.bin` file, as read-only arrays mapped from disk; opening reads its headers alone.
+    """Name -> tensor of a `.bin` file, as read-only arrays mapped from disk; only headers are read.
 
-    An entry that is a list (the `quant_state` of the official 4-bit checkpoint) comes as a list; in it may be arrays,
+    An entry that is a list (the `quant_state` of the official 4-bit checkpoint) comes as a list, which may hold arrays,
     lists, tuples, `np.dtype`s, strings, numbers, flags and None.
 
     Raises InputError for whatever the module's grammar does not describe, and says what was found.
@@ -191,7 +191,7 @@ def map_torch(path: Path) -> dict[str, Any]:
 
 
 def read_torch(data: np.ndarray, ahead: Callable[[int], None] = lambda at: None) -> dict[str, Any]:
-    """What `map_torch` gives, of a file's bytes (N,) uint8. `ahead` hears which places will be read next."""
+    """Reads a file's bytes (N,) uint8 as `map_torch` does. `ahead` is called with each place that will be read next."""
     start = data[:4].tobytes()
     if start == b"PK\3\4":
         value, storages = _read_zip(data, ahead)
@@ -205,7 +205,7 @@ def read_torch(data: np.ndarray, ahead: Callable[[int], None] = lambda at: None)
 
 
 def _state(value: dict) -> dict:
-    """The tensors by name, which may lie beside a trainer's own numbers: {"state_dict": ..., "epoch": 3}."""
+    """The tensors by name. Trainers may keep them beside numbers of their own: {"state_dict": ..., "epoch": 3}."""
     inner = [key for key in WRAPPERS if isinstance(value.get(key), dict) and value[key]]
     if len(inner) != 1 or any(isinstance(entry, TensorView) for entry in value.values()):
         return value
@@ -219,7 +219,7 @@ def _entry(name: str, value: Any, storages: Mapping[str, np.ndarray]) -> Any:
 
 
 def _arrays(value: Any, storages: Mapping[str, np.ndarray], depth: int) -> Any:
-    """The array of a tensor, or a list's copy with arrays for the tensors in it; of other values the plain ones."""
+    """A tensor as its array; a list or tuple with arrays in place of its tensors; a plain value unchanged."""
     if isinstance(value, TensorView):
         return value.array(storages[value.storage.key])
     if isinstance(value, list | tuple):
@@ -232,7 +232,7 @@ def _arrays(value: Any, storages: Mapping[str, np.ndarray], depth: int) -> Any:
 
 
 def _storages(found: dict[str, Storage]) -> Callable[[tuple], Storage]:
-    """What turns persistent ids into storages, which it also enters in `found`."""
+    """A function that turns a persistent id into a storage, and enters it in `found`."""
 
     def persistent(id: tuple) -> Storage:
         match id:
@@ -247,7 +247,7 @@ def _storages(found: dict[str, Storage]) -> Callable[[tuple], Storage]:
 
 
 def _read_zip(data: np.ndarray, ahead: Callable[[int], None]) -> tuple[Any, dict[str, np.ndarray]]:
-    """The pickled value, and the bytes of each storage that it speaks of."""
+    """The pickled value, and the bytes of each storage that it names."""
     members = stored_members(data, ahead)
     roots = {name.partition("/")[0] for name in members}
     root = next(iter(roots), "")
@@ -283,7 +283,7 @@ def _read_zip(data: np.ndarray, ahead: Callable[[int], None]) -> tuple[Any, dict
 
 
 def _read_legacy(data: np.ndarray) -> tuple[Any, dict[str, np.ndarray]]:
-    """The pickled value, and the bytes of each storage that it speaks of."""
+    """The pickled value, and the bytes of each storage that it names."""
     text = data[:PICKLE_LIMIT].tobytes()
     found: dict[str, Storage] = {}
     at = 0

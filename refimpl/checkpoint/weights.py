@@ -14,7 +14,7 @@ from refimpl_kernels import formats
 from refimpl_kernels.formats import int8
 
 FLOATS = (np.float64, np.float32, np.float16, ml_dtypes.bfloat16)  # what parameters may be stored as
-# Converted copies of up to this many elements are kept: small models are faster, and large ones hardly larger.
+# Converted copies of up to this many elements are kept. Small models get faster, and large ones hardly larger.
 KEEP_ELEMENTS = 1 << 20
 
 
@@ -46,7 +46,7 @@ class Weight:
 
     @property
     def in_place(self) -> tuple[np.ndarray, np.ndarray | None]:
-        """The array, and the lengths (O,) float32 that its rows are divided by as they are read, or None."""
+        """The array, and the lengths (O,) float32 by which a reader divides its rows; None if there are none."""
         return self.array, None
 
     def _convert(self, values: np.ndarray, dtype: np.dtype) -> np.ndarray:

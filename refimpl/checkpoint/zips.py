@@ -38,7 +38,7 @@ class Member(NamedTuple):
 
 
 def stored_members(data: np.ndarray, ahead: Callable[[int], None] = lambda at: None) -> dict[str, Member]:
-    """Name -> place of each member of the archive in `data` (N,) uint8, which may be mapped: headers alone are read.
+    """Name -> place of each member of the archive in `data` (N,) uint8, which may be mapped: only headers are read.
 
     `ahead` is called with the place of every local header before the first is read.
 
@@ -139,7 +139,7 @@ def _name(data: np.ndarray, at: int, length: int) -> str:
 
 
 def _local_member(data: np.ndarray, name: str, flags: int, crc: int, size: int, offset: int) -> tuple[int, int]:
-    """Where a member's bytes begin, and where the record of the next member must."""
+    """Where a member's bytes begin, and where the record of the next member must begin."""
     _, local_flags, method, _, _, *numbers, name_length, extra_length = _unpack(
         "HHHHHIIIHH", data, offset, b"PK\3\4", "local header"
     )
@@ -165,9 +165,10 @@ def _local_member(data: np.ndarray, name: str, flags: int, crc: int, size: int, 
 
 
 def _understood(extra: bytes, size: int, offset: int, wide: bool) -> bool:
-    """Whether a local header's extra field is what PyTorch writes: zip64's record, then padding; `wide` needs sizes.
+    """Whether a local header's extra field is what PyTorch writes: zip64's record, then padding.
 
-    miniz has not counted the packed bytes yet when it writes the record before a descriptor, and says 0.
+    If `wide`, the record must hold the sizes. In a record that a descriptor will follow, miniz gives 0 for the packed
+    bytes, because it has not counted them yet.
     """
     for sizes in [(size, size)] if wide else [(), (size, size), (size, 0)]:
         for numbers in (sizes, (*sizes, offset)):

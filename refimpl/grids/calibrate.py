@@ -1,4 +1,4 @@
-"""What range each tensor takes on a text: one pass, bounded memory, and from it the grids of the recipe.
+"""The range of each tensor on a text, in one pass and bounded memory; and the grids that a recipe makes of it.
 
 Three ways to choose the range of a tensor:
 
@@ -6,8 +6,8 @@ Three ways to choose the range of a tensor:
     percentile   a share of the values at either end is clipped, so that an outlier does not widen every step
     mse          the range whose expected squared error is least: clipping at its ends, step² / 12 inside
 
-The latter two need a histogram. Its bins are 2^k wide and as many as BINS at most; a value beyond them doubles the
-width, by adding neighbours up. So no second pass is needed, and every count stays exact.
+The latter two need a histogram. It has at most BINS bins, each 2^k wide. A value beyond them doubles the width, and the
+counts of neighbouring bins are added. So no second pass is needed, and every count stays exact.
 
 >>> seen = Seen()
 >>> seen.add(np.array([0.5, -0.25, 0.75]))
@@ -83,7 +83,7 @@ class Seen:
 
     def _make_room(self, least: float = 0.0) -> None:
         """Widens the bins to `least`, and until `low` and `high` are within BINS of them."""
-        # bins of values that are alike and far from 0 must not be so narrow that their numbers lose digits
+        # values may be alike and far from 0; if bins were too narrow there, the bins' numbers would lose digits
         narrowest = max((self.high - self.low) / BINS, max(-self.low, self.high) * 2.0**-40, 1e-30)
         width = max(least, self.width or least or 2.0 ** math.floor(math.log2(narrowest)))
         while math.floor(self.high / width) - math.floor(self.low / width) >= BINS:
@@ -173,7 +173,7 @@ def observe(
 ) -> dict[str, Seen]:
     """The values of every tap over a text or its ids: name -> Seen, from one pass, window by window.
 
-    `attention_mask` is there, too: how far the largest hidden score lies above the largest visible one of its row.
+    The entry `attention_mask` holds how far the largest hidden score lies above the largest visible one of its row.
     Windows do not overlap and are no longer than the context. Memory holds a few tensors of one of them. `executor`,
     `resume`: who computes them, and where finished ones are kept (`refimpl.sweep`).
     Raises InputError for ids outside the vocabulary, and if NaN or infinity is computed.
@@ -194,10 +194,11 @@ def observe_window(model: Forward, ids: np.ndarray, dtype: str, histogram: bool)
 
 
 def comparing(seen: dict[str, Seen], config: Config) -> Tap:
-    """Takes note, under `attention_mask`, of what a mask has to overcome.
+    """Records, under `attention_mask`, the difference that a mask has to overcome.
 
-    That is the largest score that a query must not see, above the largest that it sees. An unused slot of a device's
-    cache holds zeros, so it counts as a score of 0. ALiBi lowers what is seen, but for the query's own key.
+    That is the largest score that a query must not see, minus the largest that it sees. An unused slot of a device's
+    cache holds zeros, so it counts as a score of 0. With ALiBi, only the score of the query's own key counts as seen,
+    because ALiBi lowers all others.
     """
 
     def tap(name: str, x: Any) -> Any:
@@ -212,10 +213,11 @@ def comparing(seen: dict[str, Seen], config: Config) -> Tap:
 
 
 def lowest_mask(above: float, keys: int) -> float:
-    """The number to add to scores that nobody may see, so that all `keys` of them together get no probability.
+    """The number to add to hidden scores, so that `keys` of them together get no probability.
 
-    `above`: see `comparing`. They are to have less than half a step of 16 bits. No more than that: the sum of scores
-    and mask shares one grid, whose step grows with the mask. -50, with which Qualcomm's zoo exports, at the least.
+    `above`: see `comparing`. Together, they get less than half a step of 16 bits. The mask is no lower than this needs,
+    because the sum of scores and mask stands on one grid, whose step grows with the mask. But it is never
+    above -50, with which Qualcomm's zoo exports.
 
     >>> lowest_mask(4.0, 4096), lowest_mask(60.0, 4096)
     (-50.0, -81.0)
@@ -230,7 +232,7 @@ def encode(
     method: str = "minmax",
     percent: float = 99.99,
 ) -> Encodings:
-    """The grids that a recipe gives a model for the values seen. Weights are not clipped, whatever the method.
+    """The grids that a recipe gives a model for the ranges seen. Weights are not clipped, whatever the method.
 
     Raises InputError for an unknown method, and where the recipe does not fit the model.
     """
@@ -243,7 +245,7 @@ def encode(
         grid = recipe.activation(config, name)
         if grid is not None:
             low, high = grid.fixed or seen[name].range(method, grid.bits, grid.symmetric, percent)
-            # float32's digits are enough for a range, and the same whatever the order of the sums before it
+            # float32's digits are enough for a range, and do not depend on the order of the sums before it
             activations[name] = from_range(np.float32(low).item(), np.float32(high).item(), grid.bits, grid.symmetric)
     return Encodings(activations, recipe.parameters(config, model.weights))
 

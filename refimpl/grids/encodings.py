@@ -17,7 +17,7 @@ from refimpl_kernels.affine import Encoding, for_weight, from_range
 
 MASK, COS, SIN = INPUTS = "attention_mask", "position_ids_cos", "position_ids_sin"  # as export calls them
 EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
-TILE_ELEMENTS = 4 << 20  # of a weight that is read at a time
+TILE_ELEMENTS = 4 << 20  # elements of a weight that are read at a time
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class Encodings:
                          {name: e for name, e in self.parameters.items() if name in weights})  # fmt: skip
 
     def raised(self, pattern: str, bits: int, weights: Weights) -> Encodings:
-        """These encodings, in which all that the glob matches has at least `bits`, over the same range.
+        """These encodings, with at least `bits` for each name that the glob matches, over the same range.
 
         The grids of matrices are made anew from `weights`, which are the model's, in rows or blocks as before.
         Raises InputError if the glob matches nothing, or if bits is not a whole number from 2 to 16.

@@ -5,9 +5,9 @@
     embedding, gains        uint16, one step: constants at the precision of activations
     keys and values         int8, symmetric. Past and new ones are the same tensor, so they share the grid
     probs, sigmoid          uint16 on [0, 1], whatever was seen
-    mask, cos, sin          uint16 on [-50, 0], lower where scores are so large, and [-1, 1]: the host writes them
+    mask, cos, sin          uint16 on [-50, 0], lower if scores need it, and [-1, 1]: the host writes them
     all other tensors       uint16 on the range that was seen
-    none at all             what a Gather gives (its table has one), what only moves data, all inside an RMSNorm
+    no grid                 a Gather's output (its table has one), outputs that are only moved, the inside of an RMSNorm
 
 Keys and values have 8 bits because they are the second operands of attention's products, and a device multiplies 16 by
 8 bits, but not 16 by 16.
@@ -28,9 +28,9 @@ from refimpl_kernels.affine import Encoding, from_range
 
 @dataclass(frozen=True)
 class Recipe:
-    """The numbers of the recipe above. `block_size`: the steps of int4 weights are of blocks; `lpbq`: in two levels.
+    """The numbers of the recipe above. `block_size`: int4 weights have a step for each block; `lpbq`: in two levels.
 
-    `lowest_mask`: of what nobody may see; None is as low as the scores need that were seen, -50 at the least.
+    `lowest_mask`: the mask on hidden keys. None makes it as low as the scores need that were seen, and -50 or lower.
     """
 
     weight_bits: int = 4

@@ -1,8 +1,8 @@
 """The model as a quantized device computes it: the same forward, whose taps quantize and dequantize.
 
-The decoder does not change. Three things differ: the tap puts each tensor on its grid before anything else sees it.
-`SimulatedWeight` reads as values of its grid. And `SimulatedOps` puts tensors that no tap shows on grids that follow
-from the others: sigmoid's output on [0, 1], scores + mask on the sum of both ranges, and RoPE's products with cos and
+The decoder does not change. Three things differ. The tap puts each tensor on its grid before anything else sees it.
+`SimulatedWeight` reads as values of its grid. `SimulatedOps` puts tensors that no tap shows on grids that follow from
+the others: sigmoid's output on [0, 1], scores + mask on the sum of both ranges, and RoPE's products with cos and
 sin on the range of the tensor that is turned. The mask is clipped to its range, so that a number such as -50, not minus
 infinity, hides a key.
 
@@ -57,7 +57,7 @@ class Simulated(Forward):
         return super().decoder(simulated, simulated.quantizing(then=tap), cache)
 
     def operations(self, dtype="float32") -> SimulatedOps:
-        """The operations of one run, and with `quantizing()` its tap. A run may be of a part of the model."""
+        """The operations of one run, and with `quantizing()` its tap. A run may compute only a part of the model."""
         return SimulatedOps(dtype, self.encodings, self.config, self.rounding, self.integer)
 
     def position_tables(self, positions, dtype):
@@ -81,7 +81,7 @@ class Simulated(Forward):
 
 
 class SimulatedOps(NumPyOps):
-    """The operations on values that stand on grids. One object serves one forward, for its tap notes the grids.
+    """The operations on values that stand on grids. One object serves one forward, because its tap notes the grids.
 
     `grids`: the last part of a tap's name -> the grid of the latest tensor with that name, None if it has no grid.
     """
@@ -102,12 +102,12 @@ class SimulatedOps(NumPyOps):
         return tap
 
     def sigmoid(self, x: np.ndarray) -> np.ndarray:
-        """On [0, 1], in as many bits as the gate."""
+        """The sigmoid of x, on a grid over [0, 1] with as many bits as the gate's."""
         gate, y = self.grids.get("gate_proj"), super().sigmoid(x)
         return on_grid(y, from_range(0.0, 1.0, gate.bits), self.rounding) if isinstance(gate, Encoding) else y
 
     def softmax(self, x: np.ndarray) -> np.ndarray:
-        """Of scores + mask, which are first put on the grid that holds any sum of the two."""
+        """The softmax of scores + mask, which are first put on a grid that holds any sum of the two."""
         scores, mask = self.grids.get("scores"), self.encodings.activations.get(MASK)
         if isinstance(scores, Encoding) and isinstance(mask, Encoding):
             both = from_range(scores.low + mask.low, scores.high + mask.high, scores.bits)
@@ -163,7 +163,7 @@ class SimulatedOps(NumPyOps):
         return (sums * (float(grid_a.scale) * float(grid_b.scale))).astype(b.dtype)
 
     def _integers(self, x: np.ndarray, encoding: Encoding) -> np.ndarray:
-        """As float64, whose sums are exact below 2^53: a million products of 17 by 16 bits stay below it."""
+        """Codes as float64. Their sums are exact below 2^53, and a million products of 17 by 16 bits stay below it."""
         return integers(x, encoding, self.rounding).astype(np.float64)
 
 
@@ -245,7 +245,7 @@ def integer_product(a: np.ndarray, w: np.ndarray, encoding: Encoding) -> np.ndar
 
 
 def input_grid(encodings: Encodings, config: Config, parameter: str) -> Grid | None:
-    """The grid of what the linear of a parameter multiplies it by, or None without a grid or without a linear."""
+    """The grid of the input that a linear multiplies by this parameter; None without a grid or without a linear."""
     module = parameter.removesuffix(".weight")
     at, _, kind = module.rpartition(".")
     if kind == "lm_head":

@@ -4,7 +4,7 @@
     Baichuan 1          195 question 196 answer </s> 195 question 196
     Qwen2        <|im_start|>system⏎ system <|im_end|>⏎ <|im_start|>user⏎ question <|im_end|>⏎ <|im_start|>assistant⏎
 
-Each is a pure function of the messages, of an `encode` from text to ids and of five numbers, and each follows its
+Each layout is a pure function of the messages, an `encode` from text to ids, and five numbers. Each follows its
 original to the letter. They differ most in what they do with a conversation that is too long.
 """
 
@@ -37,11 +37,11 @@ def lay_out_baichuan2(messages: Sequence[Message], encode: Encode, settings: Cha
 
     A system message may come first; it has no role id. There is no <s>, and no </s> after an answer. A conversation
     that is too long loses its oldest rounds (a user's message starts a round); if the newest alone is too long, the
-    prompt loses its beginning, system message and role id included. No 196 follows a last message of the assistant;
-    the one after a user's is not counted with the rounds, so that rounds that fit exactly cost the first id.
+    prompt loses its beginning, system message and role id included. If the assistant spoke last, no 196 is added.
+    Otherwise 196 is added, but not counted with the rounds: if they fit exactly, the prompt loses its first id.
 
-    As in the original, `max_new_tokens` equal to the context cuts nothing, and a larger one cuts its excess off the
-    beginning, which may leave an empty prompt.
+    As in the original, if `max_new_tokens` equals the context, the final cut removes nothing. If it is larger, its
+    excess is cut off the beginning, which may leave an empty prompt.
 
     Raises InputError for what is not a conversation and for a system message that is not the first.
 
@@ -74,7 +74,7 @@ def lay_out_baichuan(messages: Sequence[Message], encode: Encode, settings: Chat
     Every answer ends with </s>; 196 always comes last, even after an answer. An answer before the first question is
     dropped. A conversation that is too long loses its oldest rounds, then its beginning.
 
-    Raises InputError for what is not a conversation and for a system message, unless it is in what is lost.
+    Raises InputError for what is not a conversation and for a system message, unless it is in the part that is lost.
 
     **Source** `_build_chat_input` in modeling_baichuan.py of Baichuan-13B-Chat; Baichuan-7B has no layout of its own.
     """
@@ -97,15 +97,15 @@ def lay_out_baichuan(messages: Sequence[Message], encode: Encode, settings: Chat
 
 
 def lay_out_qwen2(messages: Sequence[Message], encode: Encode, settings: ChatSettings) -> list[int]:
-    """The prompt of a Qwen2 chat model (ChatML), with Qwen2's own system message where the first message is none.
+    """The prompt of a Qwen2 chat model (ChatML). If the first message is not a system message, Qwen2's own comes first.
 
     Here `user_token_id` and `assistant_token_id` are both <|im_start|>, and `eos_token_id` is <|im_end|>.
 
     Raises InputError for what is not a conversation, and for one that does not leave `max_new_tokens` of the context
     free: the original has no rule for shortening it.
 
-    **Source** `chat_template` in tokenizer_config.json of Qwen2-7B-Instruct. There it is one text; since special
-    tokens are split off before anything else, encoding what lies between them gives the same ids.
+    **Source** `chat_template` in tokenizer_config.json of Qwen2-7B-Instruct. There, the prompt is one text.
+    Special tokens are split off before anything else, so encoding the texts between them gives the same ids.
     """
     check_messages(messages)
     if messages[0]["role"] != "system":
@@ -133,7 +133,7 @@ LAYOUTS: dict[str, Callable[[Sequence[Message], Encode, ChatSettings], list[int]
 
 
 def check_messages(messages: Sequence[Message]) -> None:
-    """Nothing, or an InputError: a conversation is a list of at least one {"role": ..., "content": text}."""
+    """Raises InputError unless the messages are a list of at least one {"role": ..., "content": text}."""
     if not isinstance(messages, list | tuple) or not messages:
         raise InputError(f"the messages are {messages!r:.60}, expected a list of at least one role and content")
     for number, message in enumerate(messages):

@@ -1,8 +1,8 @@
-"""The tokenizer inside a GGUF file, as the file that its own library reads: tokenizer.model, or tokenizer.json.
+"""The tokenizer inside a GGUF file becomes the file that its library reads (tokenizer.model, tokenizer.json), and back.
 
-llama.cpp keeps the pieces of a SentencePiece model with their scores and types, and of a byte-level BPE the words and
-merges. Both are what the library's file holds, beside a few settings that are the same for every Baichuan and every
-Qwen2; so no text has to be cut here.
+Of a SentencePiece model, llama.cpp keeps the pieces with their scores and types; of a byte-level BPE, the words and
+merges. The library's file holds the same, and a few settings that all Baichuans or all Qwen2 share. So the library cuts
+texts into tokens, and nothing here does.
 
 **Source**: sentencepiece_model.proto for the numbers of fields; tokenizer.json of Qwen2-7B-Instruct for its pattern.
 """
@@ -36,7 +36,7 @@ QWEN2_PATTERN = (
 
 
 def tokenizer_file(facts: Mapping[str, Any]) -> bytes | None:
-    """The bytes of `tokenizer.model` (Baichuan) or `tokenizer.json` (Qwen2); None where the file has no vocabulary.
+    """The bytes of `tokenizer.model` (Baichuan) or `tokenizer.json` (Qwen2); None if the file has no vocabulary.
 
     Raises InputError for lists that do not fit each other, and for a vocabulary of another kind.
     """
@@ -53,7 +53,7 @@ def tokenizer_file(facts: Mapping[str, Any]) -> bytes | None:
 
 
 def vocabulary_facts(folder: Path, config: Config) -> dict[str, Any]:
-    """GGUF's facts about the tokenizer of a folder; that there is none, if it has none.
+    """GGUF's facts about the tokenizer of a folder. Without a tokenizer, the only fact is `no_vocab`.
 
     Raises InputError for a tokenizer that cannot be read.
     """
@@ -135,16 +135,16 @@ def _sentencepiece(tokens: Sequence[str], scores: Any, types: Sequence[int], fac
     special = b"".join(_number(40 + n, id) for n, id in enumerate(ids)) + _number(43, (1 << 64) - 1)
     names = b"".join(_field(45 + n, tokens[id].encode()) for n, id in enumerate(ids))
     trainer = _number(3, BPE) + _number(4, len(tokens)) + _number(35, 1) + special + names
-    prefix = bool(facts.get("tokenizer.ggml.add_space_prefix", False))  # no Baichuan's has one
+    prefix = bool(facts.get("tokenizer.ggml.add_space_prefix", False))  # no Baichuan has one
     normalizer = _field(1, b"identity") + _number(3, prefix) + _number(4, False) + _number(5, True)
     return b"".join(pieces) + _field(2, trainer) + _field(3, normalizer)
 
 
 def _with_user_defined(types: Sequence[int], scores: Any) -> list[int]:
-    """The types of pieces, where those that a user defined may be called normal: llama.cpp's converter does so.
+    """The types of pieces, with user-defined pieces restored: llama.cpp's converter may call them normal.
 
-    SentencePiece puts them before the bytes, with a score of 0: so their place tells them. They are taken out of a text
-    before anything else is.
+    SentencePiece puts these before the bytes, with a score of 0, which tells them from others. Its tokenizer takes them
+    out of a text before anything else.
     """
     bytes_from = list(types).index(BYTE) if BYTE in types else 0
     return [
@@ -170,7 +170,7 @@ def _varint(value: int) -> bytes:
 
 
 def _byte_level(tokens: Sequence[str], merges: Sequence[str], types: Sequence[int]) -> bytes:
-    """What tokenizer.json of Qwen2 says, with this vocabulary."""
+    """Qwen2's tokenizer.json, with this vocabulary."""
     pairs = [merge.split(" ", 1) for merge in merges]
     special = {id for id, type in enumerate(types) if type in (CONTROL, USER_DEFINED)}
     unused = {id for id, type in enumerate(types) if type == UNUSED}

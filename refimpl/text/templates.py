@@ -1,7 +1,7 @@
-"""Whether a folder has a chat template of its own, which is not applied here: conversations have the official layout.
+"""Whether a folder has a chat template of its own. It is not applied: conversations get the official layout.
 
-A template is a program of the folder's author, in Jinja, that may run for ever. So it is compared, and never executed:
-the official one of Qwen2 gives what `refimpl.text.chat` gives, and the official Baichuans have none.
+A template is a Jinja program of the folder's author, and may run for ever. So it is compared with the official one, and
+never executed. Qwen2's official template gives what `refimpl.text.chat` gives. The official Baichuans have no template.
 """
 
 from __future__ import annotations
@@ -48,5 +48,5 @@ def _templates(folder: Path) -> Iterator[tuple[str, Any]]:
 
 
 def _plain(template: str) -> str:
-    """The template with line breaks in its strings written in one way; Jinja takes both for the same."""
+    """The template with line breaks in its strings written in one way; to Jinja, both ways are the same."""
     return template.strip().replace("\\n", "\n")

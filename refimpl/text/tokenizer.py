@@ -23,34 +23,35 @@ from refimpl.text.gguf_vocabulary import tokenizer_file
 class Tokenizer:
     """Text to token ids and back, and a conversation to a prompt. Made by `load_tokenizer`.
 
-    Two functions of a library do the work between special tokens; what is special is the same code for all families.
+    `encode_plain` and `decode_plain` are a library's functions for the text between special tokens. The code of this
+    class handles special tokens, in the same way for all families.
     """
 
     encode_plain: Callable[[str], list[int]]
     decode_plain: Callable[[list[int]], str]
     vocab_size: int  # the model's; ids that the tokenizer has no text for (Qwen2's padding) decode to nothing
     special_tokens: dict[str, int]  # text -> id
-    markers: tuple[str, ...]  # the special tokens and those that open a turn: what `plain` spells out
+    markers: tuple[str, ...]  # the special tokens and those that open a turn; `plain` spells them out
     eos_token_id: int
     chat_settings: ChatSettings
     family: str
     bos_token_id: int | None = None
     pad_token_id: int | None = None
-    before: tuple[int, ...] = ()  # every encoded text; the official checkpoints put nothing before or after it
+    before: tuple[int, ...] = ()  # ids before every encoded text; the official checkpoints add none before or after
     after: tuple[int, ...] = ()
     blank: str = ""  # what decode puts before a text that a special token follows
     added_tokens: Mapping[str, int] = field(default_factory=dict)  # words that were added to a Baichuan: text -> id
 
     def encode(self, text: str, plain: bool = False) -> list[int]:
-        """The token ids of a text. No <s> before and no </s> after it, unless tokenizer_config.json asks for them.
+        """The token ids of a text. <s> and </s> are added only if tokenizer_config.json asks for them.
 
-        A special token written out in the text becomes its id, and so does one that opens a turn: who types
-        "<reserved_106>" (Baichuan) or "<|im_start|>" (Qwen2) speaks as somebody else. The original does so, and it is
-        how prompts are injected; `plain=True` spells all of them out, for text that is not yours.
+        A special token written out in the text becomes its id, as in the original. So does a token that opens a turn:
+        a user who types "<reserved_106>" (Baichuan) or "<|im_start|>" (Qwen2) speaks as somebody else. This is how
+        prompts are injected. For text that you did not write, `plain=True` encodes such tokens as ordinary characters.
 
-        A token of `added_tokens.json` takes the blanks and line breaks beside it along, as in the original.
+        Blanks and line breaks next to a token of `added_tokens.json` are dropped, as in the original.
 
-        Raises InputError for what is not text, and for half a surrogate pair, which has no UTF-8.
+        Raises InputError for anything but a str, and for half a surrogate pair, which UTF-8 cannot represent.
 
         **Source** tokenization_baichuan.py, and `PreTrainedTokenizer.tokenize` of transformers 4.33.
         """
@@ -69,9 +70,9 @@ class Tokenizer:
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = False) -> str:
         """The text of token ids. A byte that belongs to no character becomes U+FFFD (Qwen2: all that belong together).
 
-        Baichuan means to put a blank before a special token, but puts it before the text in front of that: "a", </s>,
-        "b" becomes " a</s>b". U+2581 becomes a blank. Blanks stand around an added token. Every other text comes back
-        as it was encoded.
+        Baichuan's code should put a blank before a special token, but puts it before the text in front of that token:
+        "a", </s>, "b" becomes " a</s>b". U+2581 becomes a blank, and an added token gets blanks around it. Every other
+        text comes back exactly as it was encoded.
 
         Raises InputError for an id outside the vocabulary.
 
@@ -87,7 +88,7 @@ class Tokenizer:
         return " ".join([*texts, *([self._decode_piece(piece)] if piece else [])])
 
     def _decode_piece(self, ids: list[int]) -> str:
-        """The text of ids among which there is no added token."""
+        """The text of ids without added tokens."""
         text, run = "", []  # type: str, list[int]
         for id in ids:
             if id in self._special_text:
@@ -98,16 +99,17 @@ class Tokenizer:
         return text + self.decode_plain(run)
 
     def stream(self, ids: Iterable[int]) -> Iterator[str]:
-        """Pieces of text while ids come in: together they are `decode(ids, skip_special_tokens=True)`.
+        """Yields pieces of text while ids come in. Joined, they are `decode(ids, skip_special_tokens=True)`.
 
-        No piece ends within a character: its bytes wait for the others, or for the end. Special tokens are left out,
-        since they change the text before them (see `decode`); the official streamer repeats the whole text each time.
+        No piece ends within a character: its first bytes wait for the others, or for the end. Special tokens are left
+        out, because they change the text before them (see `decode`). The official streamer repeats the whole text each
+        time.
 
         **Source** `TextIterStreamer` in generation_utils.py.
         """
         text, given = "", 0
-        between = ""  # what stands between an added token and what comes next
-        recent: list[int] = []  # one id whose text is given (a text's first id may lose its blank), then those to give
+        between = ""  # the blank between an added token and the text after it
+        recent: list[int] = []  # an id whose text is out (a text's first id may lose its blank), then the new ones
         for id in self._checked(ids):
             if id in self._special_text:
                 continue
@@ -119,7 +121,7 @@ class Tokenizer:
                 yield between
             recent.append(id)
             text = self.decode_plain(recent)
-            # A character has at most 4 bytes: of what is no character yet, the last 3 at most can become one.
+            # A character has at most 4 bytes, so at most the last 3 unfinished bytes can still become one.
             complete = max(len(text.rstrip("\ufffd")), len(text) - 3)
             if complete > given:
                 yield text[given:complete]
@@ -134,8 +136,9 @@ class Tokenizer:
     def chat(self, messages: Sequence[Message], max_new_tokens: int | None = None, plain: bool = False) -> list[int]:
         """The prompt of a conversation, [{"role": "user", "content": "..."}, ...]: see `refimpl.text.chat`.
 
-        `max_new_tokens` of the context are kept free; without it, as many as generation_config.json says. `plain`:
-        see `encode`; the original has no such thing. Raises InputError for messages that the family does not take.
+        `max_new_tokens` tokens of the context are kept free; by default, as many as generation_config.json says.
+        `plain`: see `encode`; the original has no such option. Raises InputError for messages that the family does not
+        accept.
         """
         if max_new_tokens is not None and (type(max_new_tokens) is not int or max_new_tokens < 0):
             raise InputError(f"max_new_tokens is {max_new_tokens!r:.40}, expected a whole number")
@@ -171,7 +174,7 @@ class Tokenizer:
         return re.compile("|".join(f"(?<={re.escape(text[:1])})(?={re.escape(text[1:])})" for text in self.markers))
 
 
-MULTIPLES = tuple(1 << n for n in range(3, 12))  # that vocabularies are padded to, for the sake of GPUs
+MULTIPLES = tuple(1 << n for n in range(3, 12))  # vocabularies are padded to multiples of these, for the sake of GPUs
 _FILES = ("tokenizer.model", "tokenizer.json")  # of Baichuan, and of Qwen2
 
 
@@ -259,7 +262,7 @@ def _read_byte_level(
 
 
 def _added_tokens(path: Path, pieces: int) -> dict[str, int]:
-    """The tokens of `added_tokens.json` beside a SentencePiece model of that many pieces: text -> id, from there on."""
+    """The tokens of `added_tokens.json`, text -> id. Their ids follow those of the SentencePiece model's `pieces`."""
     file = path.parent / "added_tokens.json"
     if path.is_dir() or path.suffix == ".gguf" or not file.exists():
         return {}
@@ -272,8 +275,8 @@ def _added_tokens(path: Path, pieces: int) -> dict[str, int]:
 
 
 def _check_size(path: Path, size: int, config: Config) -> None:
-    # Qwen2 pads its vocabulary, and so does who enlarges a Baichuan's to a multiple. Otherwise fewer tokens mean a
-    # damaged file, or tokens that were added elsewhere.
+    # Qwen2 pads its vocabulary, and an enlarged Baichuan may be padded to a multiple. In all other cases, fewer tokens
+    # mean a damaged file, or tokens that were added elsewhere.
     room = config.vocab_size
     padded = config.family == "Qwen2-7B" or any(room == -(-size // multiple) * multiple for multiple in MULTIPLES)
     if size > room or (size < room and not padded):
@@ -284,7 +287,7 @@ def _check_size(path: Path, size: int, config: Config) -> None:
 
 
 def _settings(config: Config, keys: dict[str, Any], max_new_tokens: int = 1) -> ChatSettings:
-    """What generation_config.json says about chat; `max_new_tokens` is for one that says nothing about it."""
+    """The chat settings of generation_config.json, and `max_new_tokens` where it has none."""
     settings = ChatSettings(config.max_position_embeddings, max_new_tokens)
     limits = {"max_new_tokens": 1 << 31, "user_token_id": config.vocab_size, "assistant_token_id": config.vocab_size}
     values = {name: getattr(settings, name) if keys.get(name) is None else keys[name] for name in limits}
