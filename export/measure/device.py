@@ -63,7 +63,7 @@ class Answer:
 
     @property
     def probed(self) -> list[str]:
-        """The taps that are no outputs of the graph."""
+        """The taps that are not outputs of the graph."""
         outputs = {value.name for value in self.spec.outputs}
         return [name for name in self.values if name not in outputs]
 
@@ -123,7 +123,7 @@ def fit_answers(
 
 
 def _whose(entries: list[Entry], specs: Mapping[str, GraphSpec]) -> GraphSpec:
-    """The one graph of which these may be the outputs, by names and then by shapes."""
+    """The only graph whose outputs these can be, by names and then by shapes."""
     fitting = []
     for spec in specs.values():
         try:
@@ -136,7 +136,7 @@ def _whose(entries: list[Entry], specs: Mapping[str, GraphSpec]) -> GraphSpec:
     if len(fitting) == 1:
         return fitting[0]
     if len(specs) == 1:
-        return next(iter(specs.values()))  # and its own error is told
+        return next(iter(specs.values()))  # fitting them to it raises an error that says more
     names = at_most([entry.name for entry in entries], 3) or "nothing"
     of = at_most([spec.name for spec in fitting] or specs, 4)
     kind = f"may be of {len(fitting)} graphs, {of}" if fitting else f"fit none of the {len(specs)} graphs, {of}"
@@ -144,7 +144,7 @@ def _whose(entries: list[Entry], specs: Mapping[str, GraphSpec]) -> GraphSpec:
 
 
 def largest(specs: Mapping[str, GraphSpec]) -> int:
-    """How many numbers the largest tensor has that a graph may give."""
+    """The count of numbers in the largest tensor that any graph may give."""
     return max(math.prod(value.shape) for spec in specs.values() for value in probes(spec).values())
 
 
@@ -173,7 +173,7 @@ def fit(spec: GraphSpec, way: Way, entries: list[Entry], grids: Grids) -> Answer
 
 
 def _matched(spec: GraphSpec, entries: list[Entry]) -> dict[str, tuple[Entry, Value]]:
-    """Output -> its entry. The manifest turns names back into ours."""
+    """Output -> its entry. Names that a compiler has changed are turned back into the manifest's."""
     if not entries:
         raise InputError(f"there are no outputs for {spec.name}")
     known = probes(spec)
@@ -196,7 +196,10 @@ def _matched(spec: GraphSpec, entries: list[Entry]) -> dict[str, tuple[Entry, Va
 
 
 def _fitted(entry: Entry, value: Value, spec: GraphSpec, grid: Any, strict: bool = True) -> tuple[np.ndarray, str]:
-    """The array of an entry as the manifest has it, and how it was changed; without `strict` only if it may fit."""
+    """The array of an entry in the manifest's shape and dtype, and how it was changed.
+
+    Without `strict`, it is only checked whether the entry may fit, and nothing is read.
+    """
     dtype, dims = entry.dtype, entry.shape
     if dims is None or dtype is None:
         count = math.prod(value.shape)
@@ -231,7 +234,7 @@ def _fitted(entry: Entry, value: Value, spec: GraphSpec, grid: Any, strict: bool
 
 
 def _codes(array: np.ndarray, grid: Encoding, source: str, hint: str = "") -> np.ndarray:
-    """Codes from 0 on, from unsigned or signed ones. Raises InputError for what the grid has no code for."""
+    """Unsigned or signed codes, as codes from 0 on. Raises InputError for codes beyond those of the grid."""
     codes, last = array.astype(np.int64), 2**grid.bits - 1
     low, high = int(codes.min(initial=0)), int(codes.max(initial=0))
     if array.dtype.kind == "i" and (low < 0 or array.dtype.itemsize * 8 == grid.bits):
@@ -246,7 +249,7 @@ def _codes(array: np.ndarray, grid: Encoding, source: str, hint: str = "") -> np
 def _arrangement(
     dims: tuple[int, ...], value: Value, spec: GraphSpec, source: str
 ) -> tuple[Callable[[np.ndarray], np.ndarray], str]:
-    """What brings an array of these dimensions into the shape of the value, and that in words."""
+    """A function that brings an array of these dimensions into the shape of the value, and its meaning in words."""
     axis, S = value.token_axis, value.shape[value.token_axis]
     lengths = {S: ""}
     if value.name.startswith("past_"):

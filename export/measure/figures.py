@@ -34,11 +34,11 @@ from refimpl_kernels.affine import Encoding
 ROWS, TYPICAL = 4.0, 1.5  # how many yards one row in thousands, and the median row, may be off
 BINS = 16  # of the histogram: a row's error is 2^-8 to 2^7 of what is allowed, and the ends hold what is beyond
 
-ON_BOTH_SIDES = "NaN or infinity on both sides"  # a problem: no device is right that answers NaN
+ON_BOTH_SIDES = "NaN or infinity on both sides"  # a problem: a device that answers NaN is never right
 
 
 class Birth(str, Enum):
-    """Whether a wrong tensor became wrong in its own operation, or was computed rightly from what was wrong already."""
+    """Whether a wrong tensor became wrong in its own operation, or was computed rightly from wrong inputs."""
 
     HERE = "here"
     INHERITED = "inherited"
@@ -47,9 +47,7 @@ class Birth(str, Enum):
 
 @dataclass(frozen=True)
 class Figures:
-    """One array against one other: SQNR in dB, cosine, the largest error; where it is worst; token by token, head by
-    head.
-    """
+    """One array against another: SQNR in dB, cosine, the largest error and where it is; also by token and by head."""
 
     sqnr: float = math.inf
     cosine: float = math.nan
@@ -69,7 +67,7 @@ class Needs:
 
     - `rows`: the error of the worst row, over the tolerance in floats, in yards on grids; `typical`: of the median row
     - `tokens`, `heads`: the worst row of each, over what is allowed: above 1 is wrong
-    - `histogram`: how many rows need how much of what is allowed, BINS bins; `reason`: what is allowed, in words
+    - `histogram`: how many rows need each share of what is allowed, in BINS bins; `reason`: what is allowed, in words
     """
 
     rows: float = math.inf
@@ -100,7 +98,7 @@ class Codes:
 class Logits:
     """KL(oracle || device) in nats, the mean over tokens and for each; how often both find the same token likeliest.
 
-    `cost_kl`, `cost_top1`: the same of the reference, which quantization alone costs.
+    `cost_kl`, `cost_top1`: the same for the reference: what quantization alone costs.
     """
 
     kl: float
@@ -116,8 +114,8 @@ class Comparison:
 
     - `graph`, `way`, `tap`: which one; `output`: its name in the graph; `position` of its first token
     - `kind`: how its reference computes; `problem`: why it cannot be compared, or ""
-    - `device`: device against reference; `cost`: reference against the float oracle, which quantization costs;
-      `total`: device against the oracle. Of the last two only SQNR and cosine.
+    - `device`: device against reference; `cost`: reference against the float oracle, the cost of quantization;
+      `total`: device against the oracle. The last two have SQNR and cosine only.
     """
 
     graph: str
@@ -153,7 +151,7 @@ class Comparison:
 
 
 class Spot(NamedTuple):
-    """Which tensor: a tap of a graph that was fed in one way, as it is called among the graph's outputs."""
+    """Which tensor: a tap of a graph that was fed in one way, and `output`, its name among the graph's outputs."""
 
     spec: GraphSpec
     way: Way
@@ -204,7 +202,7 @@ def compared(spot: Spot, kind: Kind, sides: Sides, limit: Tolerance, grid: Encod
 
 
 def _incomparable(nothing: Comparison, found: Difference, sides: Sides, row: Row | None) -> Comparison:
-    """Where numbers are not finite, or that the shape is another."""
+    """A comparison without distances: it tells where numbers are not finite, or that the shape is another."""
     needs = nothing.needs
     if sides.device.shape == sides.reference.shape:
         odd = np.where(np.isfinite(sides.device) & np.isfinite(sides.reference), 0.0, np.inf)
@@ -230,7 +228,7 @@ def _on_grids(sides: Sides, limit: Tolerance, grid: Encoding | None, row: Row | 
 
 
 def _needs(excess: np.ndarray, worst: float, typical: float, reason: str, row: Row | None) -> Needs:
-    """`excess`: of each row, over what is allowed."""
+    """`excess`: the error of each row over what is allowed."""
     power = np.floor(np.log2(np.maximum(np.nan_to_num(excess, nan=0.0), 1e-30))).astype(int)
     histogram = np.bincount(np.clip(power + BINS // 2, 0, BINS - 1).reshape(-1), minlength=BINS)
     tokens, heads = (_along(excess[..., None], row, letters, np.max) for letters in ("T", "HK"))
@@ -281,7 +279,7 @@ def _difference(a: np.ndarray, b: np.ndarray, limit: Tolerance) -> Difference:
 
 
 def _scale(x: np.ndarray) -> np.ndarray:
-    """The largest value of each row; that of all rows where a row is next to nothing."""
+    """The largest value of each row, or of all rows where a row is nearly zero."""
     largest = np.abs(x).max(-1)
     return np.where(largest > 2.0**-24 * largest.max(), largest, largest.max())
 

@@ -73,7 +73,7 @@ TOGETHER = (("lsb_max", "lsb_over"), ("kl", "top1", "cost_kl", "cost_top1"))  # 
 
 
 def to_flat(one: Comparison) -> dict[str, Any]:
-    """A comparison as JSON has it, without what is not there or is infinite, and with five digits."""
+    """A comparison as a JSON object: five digits, without figures that are absent or infinite."""
     found: dict[str, Any] = {}
     for key, row in KEYS.items():
         value: Any = one
@@ -95,7 +95,7 @@ def _short(x: Any) -> Any:
 
 
 def from_flat(stored: Any) -> Comparison:
-    """What `to_flat` gave. Raises InputError for anything else."""
+    """The comparison that `to_flat` wrote. Raises InputError for anything else."""
     if not isinstance(stored, dict) or set(stored) - set(KEYS) or not {"graph", "way", "tap", "kind"} <= set(stored):
         raise InputError("a tensor of the run has other keys than expected")
     values = {key: _checked(key, value) for key, value in stored.items()}
@@ -128,7 +128,7 @@ def _checked(key: str, value: Any) -> Any:
 def _is(x: Any, kind: type) -> bool:
     """Whether a stored number or text is of a type; whole numbers fit 64 bits, so that floats hold them.
 
-    A text has nothing in it that a terminal would obey.
+    A text holds no character that a terminal would obey.
     """
     if kind is str:
         return isinstance(x, str) and x.isprintable()
@@ -138,5 +138,5 @@ def _is(x: Any, kind: type) -> bool:
 
 
 def _start(value: Any) -> str:
-    """The first of it, without writing all of it out."""
+    """The beginning of a value, without formatting all of it."""
     return f"a {type(value).__name__}" if isinstance(value, int | list | dict) else f"{value!a:.40}"

@@ -1,8 +1,8 @@
-"""What follows from what, and what may be at fault by what has been seen: verdict and bisect reason by it.
+"""Which tensors follow from which, and which may be at fault, given what was seen: verdict and bisect reason by it.
 
-Places and what follows from what are a DAG. A place does not always tell about what it follows from: keys are right
-although W_pack's rows of the values are wrong, and a norm does not see that all of its input is twice as large. Such a
-step is `partial`.
+Places and the steps between them are a DAG. A right place does not always prove that those before it are right: keys
+are right although W_pack's rows of the values are wrong, and a norm does not see that all of its input is twice as
+large. Such a step is `partial`.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from refimpl.names import NORMS
 
 
 class Flow(ABC):
-    """Places, and what follows from what."""
+    """Places, and which of them follow from which."""
 
     @property
     @abstractmethod
     def places(self) -> dict[str, Any]:
-        """By name, in computing order."""
+        """Name -> place, in computing order."""
 
     @property
     @abstractmethod
@@ -44,7 +44,7 @@ class Flow(ABC):
 
 @dataclass
 class Known:
-    """What may be at fault, from what has been seen: place -> whether it is right."""
+    """What may be at fault, given what was `seen`: place -> whether it is right."""
 
     flow: Flow
     seen: dict[str, bool] = field(default_factory=dict)
@@ -56,16 +56,16 @@ class Known:
 
     @property
     def right(self) -> set[str]:
-        """What has been seen to be right, and what follows from that: all that goes wholly into something right.
+        """The places known to be right: those seen to be, and those that go wholly into a right one, or only into such.
 
-        What goes partially into something right may be wrong in the rest of it; but what it follows from is right.
+        A place that goes partially into a right one may be wrong in its other part, but all before it is right.
         """
         after: dict[str, dict[str, bool]] = {name: {} for name in self.flow.places}
         for name, sources in self.flow.behind.items():
             for source, partial in sources.items():
                 after[source][name] = partial
         found: set[str] = set()
-        tells: set[str] = set()  # that what it follows from is right
+        tells: set[str] = set()  # each proves that all before it is right
         for name in reversed(self.flow.places):
             right = any(one in tells for one, partial in after[name].items() if not partial)
             right |= bool(after[name]) and found.issuperset(after[name])
@@ -77,13 +77,13 @@ class Known:
 
     @property
     def candidates(self) -> set[str]:
-        """The places of which one is the first to be wrong."""
+        """The suspected places; the first wrong one is among them."""
         return set(self.flow.ancestors[self.guilty]) - self.right if self.guilty else set()
 
 
 @dataclass(frozen=True, eq=False)
 class TapFlow(Flow):
-    """What follows from what in the model itself, whatever form its graphs have: of the taps that a graph computes."""
+    """Which taps follow from which in the model itself, whatever form its graphs have. `inside`: a graph's own taps."""
 
     config: Config
     inside: tuple[str, ...]
@@ -97,7 +97,7 @@ class TapFlow(Flow):
         whole = _of_taps(self.config)
         return {
             name: {
-                # a packed projection has rows of three, and a norm does not see a factor
+                # W_pack has the rows of q, k and v, and a norm does not see a factor
                 source: name.endswith(NORMS) or source.endswith(".W_pack")
                 for source in whole[name]
                 if source in self.places
@@ -108,7 +108,7 @@ class TapFlow(Flow):
 
 @lru_cache(4)
 def _of_taps(config: Config) -> dict[str, set[str]]:
-    """Tap -> what it follows from: the decoder says so, run on symbols."""
+    """Tap -> the taps that it follows from, found by running the decoder on symbols."""
     spec = GraphSpec(config, Part(1, 1, range(config.num_hidden_layers), embeds=True, heads=True), 2, 4, 2, 0)
     inputs = {value.name: value.shape for value in spec.inputs}
     return dependencies(config, inputs, lambda *run: spec.part.outputs(config, *run))

@@ -4,7 +4,7 @@
     ends            float inside, each graph's inputs and outputs on their grids: `--quantize_io` around a float graph
     simulation      everything on its grid (`refimpl.grids.simulate`), halves rounded away from zero, as AIMET does
     even            the same with halves rounded to even, as ONNX does
-    weights         the weights on their grids and nothing else: no device, but what tells how much rounding adds
+    weights         the weights on their grids and nothing else: not a device; it shows what rounding activations adds
 
 >>> SIMULATION.coded, SIMULATION.unrounded(with_model=True), FLOAT.unrounded(with_model=True)
 (True, WEIGHTS, None)
@@ -20,7 +20,7 @@ from typing import Literal
 class Kind:
     """How a device computes.
 
-    `name`: as saved runs spell it; `text`: as a sentence has it.
+    `name`: as saved runs spell it; `text`: as sentences call it.
     `rounding`: how the tensors inside of a graph are rounded to their grids; None if they stay floats.
     `coded`: whether the outputs of a graph are on grids, so that an error can be counted in codes.
     """

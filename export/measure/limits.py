@@ -2,7 +2,7 @@
 
 InFloats     a row may be off by the tolerance of its tap (golden/tolerance.py)
 OnGrids      a row may be off by four times its noise, and half of the rows by 1.5 times
-Thresholds   the numbers that somebody gave, such as --min-sqnr 30; where none fits, one of the two above
+Thresholds   the numbers that somebody gave, such as --min-sqnr 30; where none applies, one of the two above
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from refimpl.errors import InputError
 
 
 class Limit(Protocol):
-    """What a tensor is judged by."""
+    """The protocol of a limit, by which a tensor is judged."""
 
     def excess(self, one: Comparison, /) -> float:
-        """What a tensor needs over what is allowed: above 1 fails."""
+        """What a tensor needs, divided by what is allowed: above 1 fails."""
 
 
 class InFloats:
@@ -32,7 +32,7 @@ class InFloats:
 class OnGrids:
     """Rounding to grids: one row in thousands may be off by ROWS yards, the median row by TYPICAL.
 
-    The median catches a zero point that is off by one code: a small error in each row, and no large one in any.
+    The median catches a zero point that is off by one code: a small error in every row, a large one in none.
     """
 
     def excess(self, one: Comparison) -> float:
@@ -41,11 +41,11 @@ class OnGrids:
 
 @dataclass(frozen=True)
 class Thresholds:
-    """Numbers that take the place of what rounding explains.
+    """Numbers that somebody gave, in place of the limits that follow from rounding.
 
     `min_sqnr`: dB of device against reference; `max_lsb`: codes that any value may be off by; `max_over`: share of
-    values that may be off by more than one code. A tensor that none of them fits, such as one without codes, is judged
-    by what rounding explains.
+    values that may be off by more than one code. A tensor to which none of them applies, such as one without codes, is
+    judged by the limit that follows from rounding.
     """
 
     min_sqnr: float | None = None
@@ -58,7 +58,7 @@ class Thresholds:
                 raise InputError(f"{name} is {value:g}, expected a number{'' if name == 'min_sqnr' else ' from 0 on'}")
 
     def excess(self, one: Comparison) -> float:
-        """What a tensor needs over what is allowed: above 1 fails."""
+        """What a tensor needs, divided by what is allowed: above 1 fails."""
         if one.problem:
             return math.inf
         return max(self._given(one) or [explained_by(one).excess(one)])
@@ -68,11 +68,11 @@ class Thresholds:
         return self.excess(one) <= 1
 
     def judge(self, one: Comparison) -> bool:
-        """Whether a number here fits a tensor."""
+        """Whether a number given here applies to a tensor."""
         return bool(self._given(one))
 
     def _given(self, one: Comparison) -> list[float]:
-        """The excess over each number that fits the tensor."""
+        """The excess over each number that applies to the tensor."""
         found = []
         if self.min_sqnr is not None:
             found.append(10 ** ((self.min_sqnr - one.device.sqnr) / 20) if one.device.sqnr > -math.inf else math.inf)
@@ -87,15 +87,15 @@ def explained_by(one: Comparison) -> Limit:
     return OnGrids() if one.kind.coded else InFloats()
 
 
-DERIVED = Thresholds()  # no number given: what rounding explains
+DERIVED = Thresholds()  # no number given: the limits follow from rounding
 
 
 @dataclass(frozen=True)
 class Terms:
-    """By what a device is judged.
+    """The terms on which a device is judged.
 
-    `dtype`: the floats that a device without grids computes in, float32 or float16; None: what its outputs show.
-    `thresholds`: numbers in the place of what rounding explains.
+    `dtype`: the floats that a device without grids computes in, float32 or float16; None: its outputs show which.
+    `thresholds`: numbers in place of the limits that follow from rounding.
     """
 
     dtype: str | None = None

@@ -1,9 +1,9 @@
-"""The tensors that a saved graph can show, what follows from what, and the graph again with some of them as outputs.
+"""The tensors that a saved graph can show, which follow from which, and the graph with some of them as outputs.
 
-`model.onnx` says it all, as it was sent to the device. So no model is needed, and nothing is built again.
+All of it is read from `model.onnx` as it was sent to the device. So no model is needed, and nothing is built again.
 
 A `Place` is a tensor that a run can show: a tap, in one value or in one for each head, or an output that has another
-layout than its tap. `flow.py` reasons by what follows from what.
+layout than its tap. `flow.py` reasons by which place follows from which.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from refimpl.errors import InputError
 from refimpl.files import read_json
 from refimpl.names import NORMS
 
-PICKS = {"Split", "Slice", "Gather"}  # what hands on some of a tensor
-CARRIES = (MOVES - PICKS) | {"QuantizeLinear", "DequantizeLinear", "Concat"}  # what hands on all of a tensor, unchanged
+PICKS = {"Split", "Slice", "Gather"}  # these hand on a part of a tensor
+CARRIES = (MOVES - PICKS) | {"QuantizeLinear", "DequantizeLinear", "Concat"}  # these hand on all of a tensor, unchanged
 CHUNK = 16 << 20  # bytes of weights that are copied at a time
 
 
@@ -47,7 +47,7 @@ class Place:
     is_output: bool
 
     def array(self, given: Mapping[str, np.ndarray]) -> np.ndarray | None:
-        """What a run gave for it, in the layout of `value`; None if something of it is missing."""
+        """What a run gave for it, in the layout of `value`; None if a piece of it is missing."""
         if any(name not in given for name in self.values):
             return None
         pieces = [given[name] for name in self.values]
@@ -67,13 +67,13 @@ class Place:
 
 
 def _as_linear(x: np.ndarray) -> np.ndarray:
-    """What a Gemm gives, (T, F), or a 1x1 convolution, (1, F, 1, T), as a linear gives it: (1, T, F)."""
+    """The result of a Gemm (T, F) or of a 1x1 convolution (1, F, 1, T) in the layout of a linear: (1, T, F)."""
     return x[:, :, 0].swapaxes(1, 2) if x.ndim == 4 else x.reshape(1, *x.shape[-2:])
 
 
 @dataclass(frozen=True, eq=False)
 class Dataflow(Flow):
-    """The places of one graph of an export. Raises InputError for what is no graph."""
+    """The places of one graph of an export. Raises InputError for a file that is not a graph."""
 
     folder: Path
     spec: GraphSpec
@@ -108,7 +108,7 @@ class Dataflow(Flow):
             for tap, names in pieces.items()
             if tap not in outputs
         ]
-        computed = {tap: i for i, tap in enumerate(self.spec.taps)}  # a tap, and then what else shows it
+        computed = {tap: i for i, tap in enumerate(self.spec.taps)}  # a tap, and then the others that show it
         found.sort(key=lambda one: (computed.get(one.tap, len(computed)), one.name != one.tap))
         return {one.name: one for one in found}
 
@@ -168,8 +168,8 @@ class Dataflow(Flow):
     def save(self, folder: Path, shown: Collection[str], until: bool = False) -> Path:
         """Writes the graph's folder again, with places as outputs after its own; returns its path.
 
-        `until`: they are all that it gives, and what they do not need is left out. The folder has the graph's name, for
-        that is how a device asks for it.
+        `until`: they are its only outputs, and nodes that they do not need are left out. The folder has the graph's
+        name, because a device asks for it by that name.
         """
         proto = ModelProto()
         proto.CopyFrom(self.proto)
@@ -199,7 +199,7 @@ class Dataflow(Flow):
         return target
 
     def _weights(self, graph: Any) -> Iterator[bytes]:
-        """The bytes of `model.data` for the weights that a graph still has, which are told their new places."""
+        """The bytes of `model.data` for the weights that a graph still has; the graph gets their new places."""
         stored = [one for one in graph.initializer if one.data_location == TensorProto.EXTERNAL]
         old = {one.name: external_data_helper.ExternalDataInfo(one) for one in stored}
         for one in stored:
@@ -218,7 +218,7 @@ class Dataflow(Flow):
 
 
 def _tap_of_piece(name: str, known: Collection[str]) -> str | None:
-    """The tap that a value is, or is a piece of: `…W_pack.0.7` is one of W_pack."""
+    """The tap that a value is, or is a piece of: `…W_pack.0.7` is a piece of W_pack."""
     while name not in known:
         name, _, last = name.rpartition(".")
         if not last.isdecimal():
@@ -237,7 +237,7 @@ def _number(name: str) -> list[int]:
 
 
 def _prune(graph: Any, outputs: Iterable[str]) -> None:
-    """Leaves what the outputs need."""
+    """Removes everything that the outputs do not need."""
     needed, nodes = set(outputs), []
     for node in reversed(graph.node):
         if not needed.isdisjoint(node.output):
@@ -263,7 +263,7 @@ def _names(graph: Any) -> set[str]:
 
 
 def _of(names: set[str], part: Any) -> Any:
-    """A section of an encodings file, less what a graph does not have."""
+    """A section of an encodings file, reduced to the names that a graph has."""
     if isinstance(part, list):
         return [entry for entry in part if not isinstance(entry, dict) or entry.get("name") in names]
     return part

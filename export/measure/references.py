@@ -45,14 +45,14 @@ from refimpl_kernels.ops import NumPyOps
 
 
 def shapes_of(folder: Path, config: Config | None = None) -> Model:
-    """As much of an export's model as encodings are read by: its config, and the shapes of its parameters."""
+    """A stand-in for an export's model, enough to read encodings by: its config, and the shapes of its parameters."""
     config = config or read_manifest(folder, weights=False)[0].config
     weights = {name: SimpleNamespace(shape=shape) for name, shape in model_shapes(config).items()}
     return cast(Model, SimpleNamespace(config=config, weights=weights))
 
 
 def as_exported(model: Model, folder: Path, config: Config) -> Model:
-    """A model as it was when it was exported: its first layers, and its matrices in blocks, by what the manifest says.
+    """A model, cut to the layers and quantized to the blocks that the export's manifest states.
 
     A model that is already quantized is not changed. Raises InputError for blocks that the model cannot have.
     """
@@ -69,7 +69,7 @@ def as_exported(model: Model, folder: Path, config: Config) -> Model:
 def grids_of(encodings: Encodings, config: Config) -> dict[str, Any]:
     """Tap -> the grid that its values stand on; an embedding's values stand on the grid of its table.
 
-    A tensor without a grid that only moves on to be a value has the value's grid from the start.
+    v_proj without a grid of its own has the grid of `value`, because its numbers only move to there.
     """
     grids = {name: grid_of(encodings, config, name) for name in taps(config)}
     for name in [name for name in grids if name.endswith("v_proj")]:
@@ -82,9 +82,9 @@ def grids_of(encodings: Encodings, config: Config) -> dict[str, Any]:
 class References:
     """The references of one export: its goldens, and with a model and encodings what quantization makes of them.
 
-    `model`: what was exported, or that before it was cut or quantized to blocks. Without it, the simulation is what the
-    export has stored of it, and other inputs are computed by the graphs themselves, in `engine`. `encodings`: by
-    default those that the export has stored.
+    `model`: what was exported, or the same model before it was cut or quantized to blocks. Without it, the simulation
+    is the one that the export has stored, and the graphs themselves compute the answers to other inputs, in `engine`.
+    `encodings`: by default those that the export has stored.
     Raises InputError for a model or encodings that are not the export's.
     """
 
@@ -153,7 +153,7 @@ class References:
         return bool((read_json(self.folder / "manifest.json").get("golden") or {}).get("simulated"))
 
     def stored(self, spec: GraphSpec, way: str) -> Arrays:
-        """What the simulated device answers to golden inputs, or to what it gave before."""
+        """The stored outputs of the simulated device, from golden inputs or, chained, from its own earlier outputs."""
         return read_arrays(self.folder, spec, "simulated_chained" if way == "chained" else "simulated", spec.outputs)
 
     def golden(self, spec: GraphSpec) -> Arrays:
@@ -166,8 +166,8 @@ class References:
     ) -> Arrays:  # fmt: skip
         """What a kind of device answers to these inputs: float32, the outputs by name and the `wanted` taps.
 
-        `feed`: tap -> what the run goes on with, after its own value was recorded. `change`: what becomes of each tap
-        before that.
+        `feed`: tap -> the values that the run goes on with, after its own were recorded. `change` is applied to each
+        tap before it is recorded.
         """
         seen, shown = Arrays(), {value.tap or value.name: value for value in spec.outputs}
         record = {*wanted, *(shown if feed else ())}
@@ -184,7 +184,7 @@ class References:
             if kind == ENDS:
                 inputs = {v.name: self._on_grid(v.tap or v.source or v.name, inputs[v.name]) for v in spec.inputs}
             outputs = self._computed(spec, inputs, tap, wanted)
-        for name in record & shown.keys():  # what was computed, and not what it was replaced by
+        for name in record & shown.keys():  # the values that were computed, not those that replaced them
             axes = shown[name].tap_axes
             outputs[shown[name].name] = seen.pop(name).transpose(np.argsort(axes)) if axes else seen.pop(name)
         if kind == ENDS:
@@ -194,7 +194,7 @@ class References:
     def _computed(
         self, spec: GraphSpec, inputs: Mapping[str, np.ndarray], tap: Tap = silent, wanted: Collection[str] = ()
     ) -> Arrays:
-        """The graph's arithmetic in floats: by the model, or by the graph itself."""
+        """The graph's outputs in floats, computed by the model or, without one, by the graph itself."""
         if self.model is None:
             inside = set(wanted) - {value.tap for value in spec.outputs}
             if inside:
@@ -205,7 +205,7 @@ class References:
         return spec.computed(self.model.weights, wide, spec.filled(inputs), feeding(inputs, then=tap))
 
     def _shown(self, spec: GraphSpec, inputs: Mapping[str, np.ndarray], wanted: Collection[str]) -> Arrays:
-        """What the graph itself computes, with taps that are no outputs of it."""
+        """The outputs that the graph itself computes, and taps inside it."""
         flow = Dataflow(self.folder / spec.name, spec)
         with TemporaryDirectory(prefix=".shown-", dir=self.folder) as folder:
             (given,) = Engine(self.engine).run(flow.save(Path(folder), wanted), [dict(inputs)])

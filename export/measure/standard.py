@@ -28,13 +28,13 @@ from refimpl.names import taps
 # How far a float16 device's outputs may lie beside a float16 number, relative to it. Measured with Qualcomm's emulation
 # of its NPU (onnxruntime-qnn 2.7.0): the outputs of float graphs are f * (1 + 8.5e-8) to f * (1 + 1.2e-7), one or two
 # units of float32's last place beside a float16 number f; only 4 % of the embedded model's are f itself. Below
-# float16's smallest normal number they are as far beside as that one: 4e-7 of the value was seen. Float16 numbers are
-# 2^-10 apart, so few of float32's numbers are so near to one by chance, and a whole tensor never.
+# float16's smallest normal number the distance stays as large as there: 4e-7 of the value was seen. Float16 numbers are
+# 2^-10 apart, so few float32 numbers are so near to one by chance, and a whole tensor never is.
 BESIDE = 2.0**-22
 
 
 class Right(NamedTuple):
-    """What an answer should be, and what that would be without the rounding of activations, if that adds anything."""
+    """The right outputs, and the same without the rounding of activations; None where that rounding adds nothing."""
 
     outputs: Arrays
     unrounded: Arrays | None
@@ -82,9 +82,9 @@ class Standard:
             yield self.compared(kind, spot, Sides(*(unpadded(value, x, spec) for x in arrays)))
 
     def unrounded(self, kind: Kind, way: Way) -> Kind | None:
-        """The kind that shows what the rounding of activations adds; None if that is nothing.
+        """The kind without the rounding of activations, to show what that rounding adds; None if it adds nothing.
 
-        Between quantized ends, a graph computes floats from golden inputs as the golden does: nothing is added there.
+        Between quantized ends, a graph computes floats from golden inputs as the golden run does, so nothing is added.
         """
         return None if kind == ENDS and way == "isolated" else kind.unrounded(self.references.model is not None)
 
@@ -113,8 +113,9 @@ class Standard:
     def likeliest(
         self, compare: Callable[[Kind], Iterable[Comparison]], thresholds: Thresholds
     ) -> tuple[Kind, list[Comparison]]:
-        """How a device computes, and its tensors beside the right ones of that kind: the first kind that fits, or else
-        the nearest.
+        """The kind that a device is of, and its tensors beside the right ones of that kind.
+
+        It is the first kind that fits, or else the nearest.
         """
         found: dict[Kind, list[Comparison]] = {}
         for kind in tqdm(self.references.kinds, "judging", unit="reference", disable=None, leave=False):
@@ -125,7 +126,7 @@ class Standard:
         return nearest, found[nearest]
 
     def needs(self, kind: Kind, spot: Spot, value: Value, inputs: Mapping[str, np.ndarray]) -> Callable:
-        """What a device needs over what rounding explains, were what is right another tensor; see `Evidence`."""
+        """A function for `Evidence.needs`: the excess of a device's tensor if another tensor were the right one."""
         spec, other = spot.spec, kind.unrounded(self.references.model is not None)
 
         @cache
@@ -145,9 +146,9 @@ class Standard:
 
 
 def misfit(found: list[Comparison], thresholds: Thresholds) -> tuple[bool, float]:
-    """How badly a run fits a kind of device: whether a tensor fails, then how far it is away, on average in dB.
+    """How badly a run fits a kind of device: whether a tensor fails, then the negative mean of the SQNR in dB.
 
-    What a fault has changed is far from the references of all kinds, and all else is near to those of the right kind.
+    A tensor that a fault has changed is far from the references of every kind. All others are near to the right kind's.
     """
     fails = not all(map(thresholds.within, found))
     return fails, -float(np.mean([np.clip(np.nan_to_num(one.device.sqnr), 0, 120) for one in found]))
@@ -156,8 +157,8 @@ def misfit(found: list[Comparison], thresholds: Thresholds) -> tuple[bool, float
 def shown_dtype(references: References, answers: Iterable[Answer]) -> str:
     """The floats of a device without grids: float16 where most outputs are float16 numbers and their goldens are not.
 
-    Most, and not all: an engine may keep the last operation of a graph in float32. Numbers that fit bfloat16, too, are
-    no sign of float16. An NPU may give numbers that lie beside one of float16: see BESIDE.
+    Most outputs are enough, because an engine may keep the last operation of a graph in float32. Numbers that also fit
+    bfloat16 are not a sign of float16. An NPU may give numbers that lie beside a float16 number: see BESIDE.
     """
     if references.grids:
         return "float32"
@@ -169,7 +170,7 @@ def shown_dtype(references: References, answers: Iterable[Answer]) -> str:
 
 
 def _beside(x: np.ndarray, dtype: Any) -> bool:
-    """Whether all numbers are of a narrower dtype, or lie BESIDE one that is."""
+    """Whether each number is one of a narrower dtype, or lies within BESIDE of one."""
     with np.errstate(over="ignore", invalid="ignore"):
         error = np.abs(x - x.astype(dtype).astype(x.dtype))
         size = np.maximum(np.abs(x), float(ml_dtypes.finfo(dtype).smallest_normal))
