@@ -55,7 +55,7 @@ def architecture(e: WhatIf) -> Iterator[Hypothesis]:
 
 
 def _of(function: Callable[[np.ndarray], np.ndarray], what: str = "gate_proj") -> Callable[[Operation], np.ndarray]:
-    """What a function makes of another tap of the layer."""
+    """The change that applies a function to another tap of the layer."""
     return lambda o: function(o[what])
 
 
@@ -86,7 +86,7 @@ def _by_turns(o: Operation) -> np.ndarray:
 
 
 def _gelu(x: np.ndarray) -> np.ndarray:
-    """Its tanh form."""
+    """GELU in its tanh form."""
     return 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
 
 

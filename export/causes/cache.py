@@ -52,7 +52,7 @@ def _moved(by: int) -> Change:
 
 
 def _reread(x: np.ndarray, axis: int) -> np.ndarray:
-    """Features taken for slots."""
+    """The past, with features taken for slots."""
     return np.ascontiguousarray(x.swapaxes(2, 3)).reshape(x.shape)
 
 

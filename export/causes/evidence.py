@@ -18,7 +18,7 @@ from refimpl_kernels.affine import Encoding
 
 @dataclass(frozen=True)
 class Cause:
-    """A likely cause: its `name` in the table, what was found, in a sentence, and whether that is only a part."""
+    """A likely cause: its `name` in the table, the finding in a sentence, and whether it explains only a part."""
 
     name: str
     text: str
@@ -30,10 +30,10 @@ class Cause:
 
 @dataclass(frozen=True, eq=False)
 class Guess:
-    """What a fault would have given: `predicted`, in the tap's layout without padding.
+    """The tensor that a fault would have given: `predicted`, in the tap's layout without padding.
 
-    `device`: what of the device's output is held against it, by default the whole tensor.
-    `tokens`: the first and the last token that the guess speaks of.
+    `device`: the part of the device's output that is compared with it, by default the whole tensor.
+    `tokens`: start and stop of the tokens that the guess speaks of.
     `certain`: the fault is seen in the tensor itself, and needs no prediction.
     """
 
@@ -49,8 +49,8 @@ class Evidence(WhatIf):
     """A failing tensor of a device. Arrays without padding have the layout of the tap.
 
     `raw`: what the device gave, in the graph's layout, with padding. `way`: how its graph was fed.
-    `needs`: what a device needs over what rounding explains, were what is right another tensor: of the device's tensor,
-    of the right one, and of the tokens that both have. Above 1 rounding does not explain it; nan is not known.
+    `needs(device, right, tokens)`: the excess of the device's tensor if `right` were the right one; both have these
+    tokens. Above 1, rounding does not explain the difference; nan: not known.
     `handed_on`: later tensors inherited the error, so the tensor is wrong inside of its graph, too.
     """
 
@@ -102,7 +102,7 @@ class Axes:
 
 
 class Detector(Protocol):
-    """What proposes how a tensor may have become wrong: a row of `CAUSES`."""
+    """A function that proposes how a tensor became wrong: a row of `CAUSES`."""
 
     def __call__(self, e: Evidence, /) -> Iterator[Guess]: ...
 

@@ -16,7 +16,7 @@ SHIFTS = (1, -1, 2, -2)  # slots
 def shifted(e: Evidence) -> Iterator[Guess]:
     """Each token has its neighbour's output."""
     for by in SHIFTS:
-        if abs(by) < e.spec.real - 1 and by != e.spec.real - e.spec.tokens:  # which would be the other side's padding
+        if abs(by) < e.spec.real - 1 and by != e.spec.real - e.spec.tokens:  # that is padding on the other side
             tokens = (by, None) if by > 0 else (None, by)
             where = f"{abs(by)} {'slot' if abs(by) == 1 else 'slots'} {'late' if by > 0 else 'early'}"
             yield Guess(f"every token's values stand {where}", np.roll(e.expected, by, e.axes.token), tokens=tokens)

@@ -18,7 +18,7 @@ from export.causes.evidence import Cause, Detector, Evidence, nearness
 from export.causes.table import CAUSES
 
 GAIN, ENOUGH, EQUAL = 6.0, 10.0, 3.0  # dB: nearer than the right tensor; near at all; no nearer than another
-MOST = 4.0  # times what rounding explains: a cause that leaves more than that is not all of it
+MOST = 4.0  # times what rounding explains: a cause that leaves more than that explains only a part
 
 
 def explained(evidence: Evidence) -> Cause | None:

@@ -1,4 +1,4 @@
-"""The mask: attention that sees what it should not, or not what it should, and ALiBi's bias in it."""
+"""The mask: attention that sees too much or too little, and ALiBi's bias in the mask."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from refimpl.positions import alibi_slopes
 
 
 def mask(e: Evidence) -> Iterator[Guess]:
-    """Attention that sees what it should not, or not what it should."""
+    """Attention that sees too much or too little."""
     if not attends(e) or "attention_mask" not in e.inputs:
         return
     right = e.inputs["attention_mask"]

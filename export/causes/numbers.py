@@ -195,7 +195,7 @@ def dtypes(e: WhatIf) -> Iterator[Hypothesis]:
 
 
 def _narrower(e: WhatIf) -> Iterator[tuple[str, Any]]:
-    """Names and types of floats that a device should not round to: others than those it is judged to compute in."""
+    """Narrow floats, by name and type, that a device should not round to: all but those that it should compute in."""
     return ((name, dtype) for name, dtype in (("bfloat16", ml_dtypes.bfloat16), ("float16", np.float16))
             if name != e.dtype)  # fmt: skip
 

@@ -54,7 +54,7 @@ def interleaved(x: np.ndarray, cos: np.ndarray, sin: np.ndarray) -> np.ndarray:
 
 
 def positions(e: Evidence) -> Iterator[Guess]:
-    """Position tables of other positions or another base, where their effect is seen further on."""
+    """Tables of other positions or of another base, where later tensors show their effect."""
     if not attends(e) or e.config.rope_theta is None or "position_ids_cos" not in e.inputs:
         return
     first = e.spec.past - (e.spec.tokens - e.spec.real) + np.arange(e.spec.tokens)[None]

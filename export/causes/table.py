@@ -1,4 +1,4 @@
-"""The table of causes: what may be wrong, and who looks for it. Of equals, the first is named."""
+"""The table of causes: what may be wrong, and who looks for it. Of equally near causes, the first is named."""
 
 from __future__ import annotations
 

@@ -34,7 +34,7 @@ def weights(e: WhatIf) -> Iterator[Hypothesis]:
 
 
 def _ways(e: WhatIf) -> dict[str, Callable[[Operation], np.ndarray | None]]:
-    """What may be wrong with one matrix: in words, and what its linear then gives."""
+    """What may be wrong with one matrix, in words -> the change of its linear's result."""
     matrices = {text: partial(_by_codes, change=change) for text, change in CODED.items()}
     matrices |= {text: partial(_by_matrix, change=change) for text, change in STORED.items()}
     for layer in _neighbours(e):
@@ -45,13 +45,13 @@ def _ways(e: WhatIf) -> dict[str, Callable[[Operation], np.ndarray | None]]:
 
 
 def _by_matrix(o: Operation, change: Callable[[Operation], np.ndarray | None]) -> np.ndarray | None:
-    """The linear by another matrix, if there is one."""
+    """The result of the linear with another matrix, if there is one."""
     weight = change(o)
     return None if weight is None else o.linear(weight)
 
 
 def _by_codes(o: Operation, change: Callable[[np.ndarray, np.ndarray, int], np.ndarray | None]) -> np.ndarray | None:
-    """The linear by what is made of codes about 0 (O, I), steps of rows or blocks (O, n), and bits."""
+    """The linear's result with the matrix made of codes about 0 (O, I), steps of rows or blocks (O, n), and bits."""
     if o.grid is None:
         return None
     weight = change(o.codes, o.grid.steps.reshape(len(o.codes), -1), o.grid.bits)
@@ -65,12 +65,12 @@ def _thirds(o: Operation, order: str) -> np.ndarray:
 
 
 def _by_heads(o: Operation, shape: tuple[int, int]) -> np.ndarray:
-    """q, k and v of each head side by side, or taken to be."""
+    """q, k and v of each head side by side, or read as if they were."""
     return o.right.reshape(*o.right.shape[:2], *shape, -1).swapaxes(2, 3).reshape(o.right.shape)
 
 
 def _valued(codes: np.ndarray, steps: np.ndarray) -> np.ndarray:
-    """Codes (O, I) by the steps (O, n) of n blocks in each row."""
+    """Codes (O, I) times the steps (O, n) of n blocks in each row."""
     return (codes.reshape(*steps.shape, -1) * steps[..., None]).reshape(codes.shape)
 
 
@@ -87,7 +87,7 @@ def _cut(weight: np.ndarray) -> np.ndarray:
 
 
 def _neighbours(e: WhatIf) -> list[int]:
-    """Layers whose weights may stand in the place of those of a suspect."""
+    """The layers next to a suspect's, whose weights the suspect may have instead of its own."""
     found = {int(tap.split(".")[2]) + by for tap in e.suspects if tap.startswith("model.layers.") for by in (-1, 1)}
     return sorted(layer for layer in found if 0 <= layer < e.config.num_hidden_layers)
 
@@ -132,7 +132,7 @@ def norm_head(e: Evidence) -> Iterator[Guess]:
     weight = model.weights["lm_head.weight"] if model is not None else None
     if isinstance(weight, NormHead):
         lengths = weight.lengths(np.dtype(np.float64))[:, 0]
-    elif e.spec.real > 1:  # fitted to the tokens, of which there must be more than one
+    elif e.spec.real > 1:  # fitted to the tokens, which takes more than one
         lengths = (e.device * e.expected).sum((0, 1)) / np.maximum(np.square(e.expected).sum((0, 1)), 1e-300)
     else:
         return

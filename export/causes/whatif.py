@@ -41,8 +41,8 @@ class WhatIf:
     """One tensor of a graph, and what it would be if something were otherwise.
 
     `value`: the tensor, as an output of the graph `spec`. `inputs`: what the graph was given.
-    `suspects`: the taps of the operations of which one is wrong, the tensor's own the last.
-    `dtype`: the floats that the device is judged to compute in; rounding to those is no fault.
+    `suspects`: the suspected taps, in computing order; the last is the tensor itself.
+    `dtype`: the floats that the device is judged to compute in; rounding to them is not a fault.
     """
 
     references: References
@@ -67,7 +67,7 @@ class WhatIf:
         return unpadded(self.value, array, self.spec).astype(np.float64)
 
     def run(self, inputs: Mapping[str, np.ndarray], spec: GraphSpec | None = None) -> Arrays:
-        """The right answer of this graph to other inputs, or that of another graph."""
+        """The right answer of this graph, or of another one, to these inputs."""
         names = {value.name for value in self.spec.outputs}
         wanted = [] if self.value.name in names else [self.tap]
         known = self.references.model is not None or not self.kind.on_grids
@@ -85,7 +85,7 @@ class WhatIf:
             if name in self.suspects and last_name(name) in hypothesis.at:
                 other = hypothesis.change(Operation(self, name, x, seen))
                 grid = self.references.grids.get(name) if self.kind.on_grids else None
-                if other is not None and grid is not None:  # a wrong tensor ends where its grid ends, too
+                if other is not None and grid is not None:  # the range of its grid bounds a wrong tensor, too
                     other = fake_quantize(np.asarray(other, np.float32), grid)
                 x = x if other is None else np.asarray(other, x.dtype)
             seen[name] = x
@@ -133,7 +133,7 @@ class WhatIf:
 
 @dataclass(frozen=True, eq=False)
 class Stretch:
-    """Some layers of a graph, their inputs, and the residual stream `before` them, if it is no input of the graph."""
+    """Some layers of a graph, their inputs, and the residual stream `before` them, if it is not an input."""
 
     spec: GraphSpec
     inputs: Mapping[str, np.ndarray]
@@ -159,7 +159,7 @@ class Operation:
 
     @cached_property
     def before(self) -> np.ndarray:
-        """What a norm reads."""
+        """The tensor that a norm reads."""
         if self.tap.endswith("post_attention_layernorm"):
             return self["attention_residual"]
         spec = self.whatif.spec
@@ -197,7 +197,7 @@ class Operation:
         return integers(weights[f"{self.tap}.weight"].read(np.dtype(np.float32)), self.grid).astype(np.int64)
 
     def linear(self, weight: np.ndarray) -> np.ndarray:
-        """The tap, had it been made by another matrix."""
+        """The tap, had another matrix made it."""
         return (self.seen[input_of(self.tap)] @ weight.T + self.bias).astype(self.right.dtype)
 
 

@@ -2,13 +2,13 @@
 
     print(bisect("parts", Engine("onnxruntime"), model))
 
-A run is a graph with a tap more among its outputs, or cut off at that tap (`measure/places.py`). It is given the
-export's golden inputs, and judged by the standard that any device's outputs are judged by (`measure/standard.py`). A
-fault makes everything wrong that follows from it, and nothing else. So the suspects are a wrong tensor and all that it
-follows from, without what a right tensor follows from; and the next run shows the one that halves them (`planner.py`).
+A run computes a graph with one more tap among its outputs, or cut off at that tap (`measure/places.py`). It gets the
+export's golden inputs, and is judged by the same standard as any device's outputs (`measure/standard.py`). A fault
+makes everything wrong that follows from it, and nothing else. So the suspects are a wrong tensor and its ancestors,
+less the ancestors of right tensors. The next run shows the suspect that halves them (`planner.py`).
 
-The first run shows the outputs alone, and the last run what the guilty tensor follows from. So no verdict is inferred:
-both sides of the operation have been seen.
+The first run shows the outputs alone, and the last run shows the tensors that the guilty one follows from. So no
+verdict is inferred: both sides of the operation have been seen.
 """
 
 from __future__ import annotations
@@ -56,10 +56,10 @@ class Probing:
     """How a graph is looked into.
 
     - `graph`: only this one; by default all are run, and the first with wrong outputs is searched
-    - `until`: graphs are cut off at what they show, for devices that compile a graph otherwise when it shows more
-    - `probes`: how many taps a run may show, not counting what the last run shows of the other side
-    - `label`: who the executor is; then what a run showed is kept in `bisect.jsonl` beside the export, and a search
-      that was interrupted goes on
+    - `until`: graphs end at the taps that they show, for devices that compile a graph differently with more outputs
+    - `probes`: how many taps a run may show; the last run also shows the other side of the operation
+    - `label`: the executor's name; with it, each run is kept in `bisect.jsonl` beside the export, and an interrupted
+      search goes on
     """
 
     graph: str | None = None
@@ -77,7 +77,7 @@ ONE_BY_ONE = Probing()
 
 @dataclass(eq=False)
 class Bisection:
-    """One graph on its way: runs it, keeps what was seen, and stops when the operation is known."""
+    """The search in one graph: runs it, keeps what was seen, and stops when the operation is known."""
 
     judge: OneGraph
     executor: Executor
@@ -97,7 +97,7 @@ class Bisection:
                      and not self.thresholds.within(figures[name]))  # fmt: skip
 
     def first(self, outputs: Arrays | None = None) -> SearchRun:
-        """The unchanged graph; or what is known of its outputs."""
+        """The run of the unchanged graph, or its known outputs in place of that run."""
         return self._run((), outputs)
 
     def localise(self, first: SearchRun) -> Finding:
@@ -114,7 +114,7 @@ class Bisection:
                     if len(chosen) == 1:
                         search.hidden.update(chosen)
                         gone += chosen
-                    alone = True  # one of them may be seen, where all together may not
+                    alone = True  # one tap may leave the fault in place, where several do not
                     continue
                 self.runs.append(run)
                 shown = {name: run.figures[name] for name in chosen}
@@ -151,7 +151,7 @@ class Bisection:
         )  # fmt: skip
 
     def _given(self, name: str) -> Arrays:
-        """The run that showed a place; again, if it was another session's."""
+        """The arrays of the run that showed a place; computed again if that run was an earlier session's."""
         if name not in self.given:
             showed = next((run.showed for run in self.runs if name in run.figures), ())
             with self._graph(showed) as graph:
@@ -197,7 +197,7 @@ class Bisection:
         return {name: np.asarray(given[name], np.float32) for name in outputs if name in given}
 
     def _key(self, graph: Path) -> str:
-        """What makes a run the same: the graph's bytes, its inputs, who ran it, and what judged it."""
+        """The key of equal runs: the graph's bytes, its inputs, who ran it, and what judged it."""
         files = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(graph.glob("model.*"))
                  if path.name != "model.data"}  # fmt: skip
         references = self.judge.references
@@ -227,21 +227,21 @@ def bisect(
     """The first wrong tensor that `executor` computes for the export in `folder`, and the operation that gives it.
 
     - `executor`: what runs graphs, by default an engine on this machine
-    - `model`: what was exported, whose float64 is the reference, or, for a device on grids, the simulation; without it,
-      the graph in ONNX's own evaluator is, if it has the bytes that were exported and gives its goldens
+    - `model`: what was exported; its float64 is the reference, or its simulation for a device on grids. Without it, the
+      reference is the graph in ONNX's own evaluator, if it has the bytes that were exported and gives its goldens
     - `encodings`: the grids of a quantized device, by default those that the export has stored
-    - `outputs`: what the device gave already, see `export.measure.device.read_device`; then the first run is saved
-    - `how`: the graph that is looked into, and how; `terms`: by what the device is judged
+    - `outputs`: what the device gave already, see `export.measure.device.read_device`; they spare the first run
+    - `how`: which graph is searched, and how; `terms`: those on which the device is judged
 
-    Raises InputError for a folder that is no export of the model, what the executor cannot run, and no such graph;
-    without a model also for graphs that are not as they were exported, or do not give their goldens.
+    Raises InputError for a folder that is not an export of the model, a graph that the executor cannot run, and an
+    unknown graph; without a model also for graphs that were changed since the export, or do not give their goldens.
     """
     folder = Path(folder)
     references = References(folder, model, encodings, engine="reference" if model is None else "auto")
     if how.graph is not None and how.graph not in references.specs:
         raise InputError(f"there is no graph {how.graph!a:.99} in {folder}{near(how.graph, set(references.specs))}")
     if model is None:
-        read_manifest(folder)  # for its sha256 of each file
+        read_manifest(folder)  # it checks the sha256 of each file
     sweep(folder)
     known = _known(references, outputs, how.graph)
     asked = [name for name in references.specs if how.graph in (None, name) and (not known or name in known)]

@@ -17,9 +17,9 @@ from golden.compare import finite
 
 @dataclass(frozen=True)
 class SearchRun:
-    """One run: what it `showed` beside the outputs, or `until` where it went, and all that it gave.
+    """One run: the places that it `showed` beside the outputs, and the `figures` of all that it gave.
 
-    `wrong`: the places that are wrong; `gone`: the fault was not there any more.
+    `until`: the graph was cut off at these places. `wrong`: the places that are wrong; `gone`: the fault had vanished.
     """
 
     showed: tuple[str, ...]
@@ -42,9 +42,9 @@ class Guilty:
     """The first wrong tensor.
 
     - `place`: its name in the graph; `tap`: what it is, `meaning` in words; `figures`: how wrong, `excess` above 1
-    - `given`: what it follows from, all of it right
-    - `pieces`: the values of it that are wrong, where it is in pieces
-    - `nodes`: the operations that compute it, or those pieces, from what is given: type and name
+    - `given`: the places that it follows from, all of them right
+    - `pieces`: its wrong values, where it is in pieces
+    - `nodes`: the operations that compute it, or those pieces, from the given places: type and name
     - `cause`: why it may be wrong
     """
 
@@ -63,10 +63,10 @@ class Guilty:
 class Finding:
     """Where a device goes wrong. True if nothing is wrong.
 
-    - `rivals`: the places of which one is the first wrong one, where no run could tell which
+    - `rivals`: the places that no run could tell apart; the first wrong one is among them
     - `beside`: wrong outputs that do not follow from the guilty tensor; `spread`: wrong outputs that do
-    - `hidden`: places that the fault is gone with when they are shown; `healthy`: graphs whose outputs are right
-    - `taps`: how many there are to search, `bound` the runs that one fault takes at most; `known`: the outputs were
+    - `hidden`: places that hide the fault when they are shown; `healthy`: graphs whose outputs are right
+    - `taps`: how many there are to search; `bound`: the most runs that one fault takes; `known`: outputs were given
     """
 
     graph: str

@@ -62,7 +62,7 @@ class OneGraph:
         return arrays_digest([said]) if said else ""
 
     def expect_goldens(self) -> None:
-        """Raises InputError if the graph itself, the reference where there is no model, does not give its goldens."""
+        """Raises InputError if the graph, which is the reference where there is no model, does not give its goldens."""
         answer = self._answer(self.references.run(FLOAT, self.spec, self.inputs))
         standard, wrong = Standard(self.references), list[str]()
         for kind in self.references.kinds:
@@ -115,7 +115,7 @@ class OneGraph:
         if one.name not in known:
             everything = list(self.flow.places.values())
             size = sum(4 * math.prod(each.value.shape) for each in everything)
-            stored = kind.on_grids and self.references.model is None  # and there is no more of it than the outputs
+            stored = kind.on_grids and self.references.model is None  # then outputs are all there is
             wanted = self.outputs if stored else everything if size <= KEPT else [*self.outputs, *beside]
             known.clear()
             known.update(self._computed(kind, wanted, stored))
@@ -140,7 +140,7 @@ class OneGraph:
         return {}
 
     def wrong_pieces(self, kind: Kind, one: Place, given: Mapping[str, np.ndarray], limits: Thresholds) -> list[str]:
-        """The values of a place in pieces that are wrong, if not all are."""
+        """The wrong values of a place in pieces; empty if all of them are wrong."""
         array, count = one.array(given), len(one.values)
         if count == 1 or array is None:
             return []

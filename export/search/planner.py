@@ -1,4 +1,4 @@
-"""What to show in the next run: the place that halves what may be at fault."""
+"""What to show in the next run: the place that halves the suspects."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from export.measure.flow import Known
 
 @dataclass
 class Planner(Known):
-    """What may be at fault, and what to show next. `hidden`: places that the fault is gone with when they are shown."""
+    """What may be at fault, and what to show next. `hidden`: places that hide the fault when they are shown."""
 
     hidden: set[str] = field(default_factory=set)
 
     def next(self, probes: int = 1, alone: bool = False) -> list[str]:
-        """What to show in the next run: with one of them, that which leaves the fewest candidates at the worst.
+        """What to show in the next run: the place that leaves the fewest candidates in the worst case.
 
-        With more, each in turn is the one that best splits what those before it leave. When that leaves one, what it
-        follows from is shown in the same run, so that both sides of the operation have been seen; `alone` shows
-        never more than one. Empty when all is known.
+        With more `probes`, each further place is the one that best splits the candidates that those before it leave.
+        When one candidate is left, the places that it follows from are shown in the same run, so that both sides of
+        the operation have been seen. `alone`: never more than one place. Empty when all is known.
         """
         candidates = self.candidates
         cells, chosen = [candidates], list[str]()

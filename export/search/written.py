@@ -15,7 +15,7 @@ WORK = ".bisect-"  # how the folders of the graphs that are run begin
 
 
 class Written:
-    """A graph's folder that is there as long as it is needed; it is locked, or it would be taken for a killed one's."""
+    """A graph's folder that exists while it is needed. It is locked, so that `sweep` knows that its search is alive."""
 
     def __init__(self, flow: Dataflow, showed: Sequence[str], until: bool):
         self.flow, self.showed, self.until = flow, showed, until

@@ -1,6 +1,6 @@
 """The sentences of a verdict and of a search, in English. Another language is another file with the same names.
 
-What a cause says is in its detector (`export/causes/`).
+The sentence of a cause stands in its detector (`export/causes/`).
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def times(excess: float) -> str:
 
 
 def rule(given: int, others: int, default: bool) -> str:
-    """What the tensors were judged by: `given` numbers judged so many, and rounding the others."""
+    """What the tensors were judged by: `given` of them by given numbers, `others` by what rounding explains."""
     if not given:
         return EXPLAINED + ("" if default else ", for none has codes to count")
     return "the given limits" + (f", {others} without codes within {EXPLAINED}" if others else "")
@@ -109,16 +109,16 @@ def not_finite(one: Comparison) -> str:
 
 
 def suspected(taps: Sequence[str], before: str) -> str:
-    """The operations of which one is wrong, and the last tensor before them."""
+    """The suspected operations, and the last tensor before them."""
     until = f"Everything up to {before} is right, so the" if before else "The"
     among = ", ".join(taps) if len(taps) <= LISTED else f"the {len(taps)} operations from {taps[0]} to {taps[-1]}"
     return f"{until} wrong operation is one of {among}."
 
 
 def output_alone(unseen: bool) -> str:
-    """What is computed from a tensor is right. `unseen`: attention may not see its error.
+    """Everything computed from a tensor is right. `unseen`: attention may hide its error.
 
-    A softmax does not see what all keys, or keys and queries, have in common.
+    A softmax hides an error that all keys, or keys and queries, have in common.
     """
     or_else = "; or attention does not see the error" if unseen else ""
     return (
@@ -199,7 +199,7 @@ def fetch(names: Collection[str], verify: str) -> str:
 
 
 def give_the_model(verify: str) -> str:
-    """What is wrong inside of a graph can only be told with the model."""
+    """Only with the model can it be told what is wrong inside of a graph."""
     return f"Next: give the model, which narrows the limits and tells more causes: {verify} --model MODEL"
 
 

@@ -16,8 +16,8 @@ from refimpl.config import Config
 from refimpl.names import taps
 
 HEADS = ("self_attn.query", "self_attn.key", "self_attn.value")
-HERE, MAPPING = "computed here", "a mapping of"  # outputs that are no file or folder, as `about` has them
-MUCH = 8  # times less than the guilty tensor needs: so right a tensor must be to clear others where noise is a guess
+HERE, MAPPING = "computed here", "a mapping of"  # how `about` calls outputs that are not a file or folder
+MUCH = 8  # without the model, a tensor clears others only if it needs this many times less than the guilty one
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Judged:
     """Every tensor in computing order, graph by graph, beside what it should be.
 
     `kind`: how the device turned out to compute. `causes`: name of a failing tensor -> why it may be wrong.
-    `remarks`: how the outputs had to be changed to be read, and which graphs have none. `about`: where all is from.
+    `remarks`: how the outputs had to be changed to be read, and which graphs have none. `about`: where it comes from.
     `inside`: the taps that each graph computes, by default those of the whole model.
     """
 
@@ -43,7 +43,7 @@ class Judged:
         return bool(self.tensors) and not self.failures
 
     def excess(self, tensor: Comparison) -> float:
-        """What the tensor needs over what is allowed: above 1 fails."""
+        """What the tensor needs, divided by what is allowed: above 1 fails."""
         return self.thresholds.excess(tensor)
 
     @cached_property
@@ -68,7 +68,7 @@ class Judged:
 
     @property
     def unjudged(self) -> list[str]:
-        """The graphs of the export of which nothing came back."""
+        """The graphs of the export from which nothing came back."""
         judged = {tensor.graph for tensor in self.tensors}
         return [graph for graph in self.inside if graph not in judged]
 
@@ -103,7 +103,7 @@ class Judged:
         return guilty.operation in HEADS and any(self._proven(t, guilty) for t in self.following(guilty))
 
     def following(self, tensor: Comparison) -> list[Comparison]:
-        """Those of the same run of the same graph that are made of a tensor."""
+        """The tensors that are made of this one, in the same run of the same graph."""
         made = self._flow(tensor).ancestors
         return [t for t in self._beside(tensor) if tensor.tap in made[t.tap]]
 
@@ -112,13 +112,13 @@ class Judged:
         return [t for t in self.tensors if (t.graph, t.way) == (tensor.graph, tensor.way) and t.problem != "missing"]
 
     def _flow(self, tensor: Comparison) -> TapFlow:
-        """What follows from what in its graph. The graph's inputs are right, or the tensor would have inherited."""
+        """Which taps follow from which in its graph. The graph's inputs are right, or the error would be inherited."""
         return TapFlow(self.config, self.inside.get(tensor.graph) or tuple(taps(self.config)))
 
     def _proven(self, tensor: Comparison, guilty: Comparison) -> bool:
-        """Whether a tensor is right, so that what it is made of is, too.
+        """Whether a tensor is right enough to prove that the tensors it is made of are right, too.
 
-        Without the model, all that quantization costs is allowed; there a tensor must need much less to prove anything.
+        Without the model, the whole cost of quantization is allowed, so a tensor must need much less to prove anything.
         """
         blind = self.kind.coded and not self.about.get("model")
         return self.excess(tensor) <= (min(1.0, self.excess(guilty) / MUCH) if blind else 1.0)

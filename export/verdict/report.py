@@ -111,7 +111,7 @@ def paint(background: str) -> str:
 
 
 def _plain(text: str) -> str:
-    """Without what XML cannot say."""
+    """The text with "?" for each character that XML forbids."""
     return re.sub("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]", "?", text)
 
 
@@ -198,7 +198,7 @@ def _key() -> str:
 
 
 def _curves(verdict: Verdict) -> str:
-    """SQNR along the computation: what quantization leaves, and what the device leaves of that."""
+    """SQNR along the computation: of the reference to the float oracle, and of the device to the reference."""
     charts = []
     for run, way in dict.fromkeys((_run_of(t.graph), t.way) for t in verdict.tensors):
         tensors = [t for t in verdict.tensors if (_run_of(t.graph), t.way) == (run, way)]
@@ -224,7 +224,7 @@ def _height(decibel: float) -> int:
 
 
 def _histogram(counts: Iterable[int]) -> str:
-    """How many rows need how much of what is allowed, in powers of two; logarithmic heights."""
+    """How many rows need which share of what is allowed, in powers of two; heights are logarithmic."""
     counts = list(counts)
     most = math.log(max([*counts, 1]) + 1)
     bars = []
@@ -270,7 +270,7 @@ def _provenance(verdict: Verdict) -> str:
 
 
 def _data(verdict: Verdict) -> str:
-    """What a click shows, as short as it can be; nothing in it can end the script."""
+    """The data that a click shows, kept short; nothing in it can end the script."""
     rows = [
         [t.name, t.operation, t.problem, "".join(map(level, t.needs.tokens)), "".join(map(level, t.needs.heads)),
          t.position, list(t.needs.histogram), _figures(t), str(verdict.causes.get(t.name, ""))]

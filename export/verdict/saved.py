@@ -15,7 +15,7 @@ from refimpl.errors import InputError, one_line
 from refimpl.files import read_json, write_whole
 from refimpl.names import taps
 
-LARGEST_RUN = 256 << 20  # bytes of a saved run that is read
+LARGEST_RUN = 256 << 20  # bytes; a larger file is not read
 
 
 def save_run(verdict: Verdict, path: str | Path) -> None:

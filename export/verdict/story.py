@@ -1,4 +1,4 @@
-"""What is told of a verdict: which sentence follows which. `english.py` has the sentences."""
+"""The story of a verdict: which sentence follows which. `english.py` has the sentences."""
 
 from __future__ import annotations
 

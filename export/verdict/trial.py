@@ -1,8 +1,9 @@
-"""A device on trial: its answers beside each reference that it may be right by, and judged by the one that fits best.
+"""A device on trial: its answers beside each kind of reference, and judged by the one that fits best.
 
 **Born here or inherited.** A graph that was fed with golden inputs (isolated) shows its own error alone. A graph that
 was fed with the device's own outputs (chained) may only hand on what it was given. So the reference is computed from
-just those inputs, and goes on with the device's tensors in the place of its own: a tensor that agrees is inherited.
+just those inputs, and goes on with the device's tensors in the place of its own. A tensor that agrees with it has
+inherited its error.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ SUSPECTS = 4  # failing tensors whose causes are looked for
 
 
 class Given(NamedTuple):
-    """What a device gave, as `measure.device.read_answers` reads it, with what no name says.
+    """The outputs of a device, as `measure.device.read_answers` reads them, with what their names do not say.
 
     `way`: how the graphs were fed; `graph`: the one that these outputs are of.
     """
@@ -64,7 +65,7 @@ def judge(
       were fed, or which graph it is
     - `model`: what was exported, for the simulation, for probes inside a graph, and for causes that have to be computed
     - `encodings`: the grids of a quantized device, by default those that the export has stored
-    - `engine`: what computes the graphs where there is no model; `terms`: by what the device is judged
+    - `engine`: what computes the graphs if no model is given; `terms`: those on which the device is judged
 
     Raises InputError for outputs that do not fit the export, and a model or encodings that are not its own.
     """
@@ -97,8 +98,8 @@ def judge(
 def verify_on_grids(folder: str | Path, engine: str | Executor = "auto", dtype: str | None = None) -> Verdict:
     """The verdict on an engine that runs an export whose graphs round by themselves (qdq with encodings).
 
-    What `folder.verify.verify` is for graphs in float32. `engine` may be any executor, and `dtype` its floats, if
-    those are no float32. Raises InputError for a folder that is not a whole export.
+    `folder.verify.verify` does the same for graphs in float32. `engine` may be any executor, and `dtype` its floats,
+    if these are not float32. Raises InputError for a folder that is not a whole export.
     """
     folder = Path(folder)
     plan, _ = read_manifest(folder)
@@ -150,7 +151,7 @@ class Trial:
             after_prompt = after_prompt or linked
 
     def _linked(self, kind: Kind, spec: GraphSpec, linked: dict[Kind, Arrays], wanted: list[str]) -> Right:
-        """What a graph should answer to what the right graphs before it gave; `linked` has that, and grows by it."""
+        """The right answer of a graph to those of the graphs before it. `linked` holds these and gets this one."""
         other, made = self.standard.unrounded(kind, "chained"), dict[Kind, Arrays]()
         for each in (kind, other) if other else (kind,):
             before = linked.setdefault(each, Arrays())
@@ -176,7 +177,7 @@ class Trial:
     def _births_by_others(
         self, answer: Answer, bad: list[Comparison], tensors: list[Comparison], thresholds: Thresholds
     ) -> dict[str, Birth]:
-        """By the same graph in isolation, where nothing can be computed again."""
+        """Births by the same graph in isolation, for references that cannot be computed again."""
         isolated = {(t.graph, t.tap): thresholds.within(t) for t in tensors if t.way == "isolated"}
         alone = [isolated.get((t.graph, t.tap)) for t in bad]
         born = {t.name: Birth.INHERITED for t, right in zip(bad, alone, strict=True) if right}
@@ -185,7 +186,7 @@ class Trial:
         return born
 
     def _births(self, kind: Kind, answer: Answer, bad: list[Comparison], thresholds: Thresholds) -> dict[str, Birth]:
-        """By what follows from the device's own inputs, and own earlier tensors."""
+        """Births by what follows from the device's own inputs, and from its own earlier tensors."""
         again, born = {t.tap: t for t in self._from_own_tensors(kind, answer)}, {}
         for at, tensor in enumerate(bad):
             follows = again[tensor.tap]
@@ -196,7 +197,7 @@ class Trial:
         return born
 
     def _from_own_tensors(self, kind: Kind, answer: Answer) -> Iterator[Comparison]:
-        """An answer beside what follows from the device's own inputs, and own earlier tensors."""
+        """An answer beside what follows from the device's own inputs, and from its own earlier tensors."""
         spec, feed = answer.spec, {}
         inputs = self._as_fed(answer)
         for name, value in answer.values.items() if self.references.model is not None else ():
@@ -220,14 +221,14 @@ class Trial:
                     linked = {v.name: carry(spec, v, given) for v in spec.inputs if v.source in given}
                     return self.references.inputs(spec) | linked
                 before = self.answer(each, "chained")
-                if before is not None and (mine or run is first):  # of the prompt the cache alone goes on
+                if before is not None and (mine or run is first):  # the prompt hands on its cache alone
                     given |= {name: x for name, x in before.arrays.items() if mine or name.startswith("past_")}
         raise ValueError(f"{spec.name} is in no run")
 
     def causes(self, verdict: Verdict) -> dict[str, Cause]:
         """Why the first failing tensors that did not inherit their error may be wrong.
 
-        Tensors with a suspect in common are one matter, and the first of them is looked into.
+        Of tensors that share a suspect, only the first is looked into.
         """
         bad = [t for t in verdict.failures if t.born != Birth.INHERITED]
         bad.sort(key=lambda t: t.way != "isolated")

@@ -3,8 +3,8 @@
     print(judge("parts", "outputs.h5", model))                  # `export/verdict/trial.py`
 
 Each tensor is held against two references (`measure/references.py`): the float oracle, and what quantization makes of
-it. What the second explains of the difference is the price of quantization. The rest is what the compiler or the device
-did: rounding has to explain it (`measure/figures.py`), or the tensor fails.
+it. The difference between these two is the price of quantization. The rest is what the compiler or the device did:
+rounding has to explain it (`measure/figures.py`), or the tensor fails.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Verdict(Judged):
 
     @property
     def report(self) -> Report:
-        """The verdict as `golden.compare` has it."""
+        """The verdict as a report of `golden.compare`."""
         return Report(tuple(
             Difference(t.name, 1.0, t.needs.reason, t.problem, t.shape, self.excess(t), t.device.max_abs,
                        sqnr=t.device.sqnr, cosine=t.device.cosine, index=t.device.index, value=t.device.value,
