@@ -45,7 +45,7 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("refimpl: interrupted", file=sys.stderr)
         return 130
-    except OSError as error:  # of standard output; a verb should have made an InputError of one about a file
+    except OSError as error:  # standard output failed; verbs turn errors about files into InputErrors
         if error.filename is not None:
             print(f"refimpl: cannot use {one_line(str(error.filename))}: {error.strerror}", file=sys.stderr)
             return 2

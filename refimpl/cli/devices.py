@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from refimpl.model import Model
 
 ENGINES = ("auto", "onnxruntime", "reference", "htp")  # what runs graphs on this machine
-# options of verify: for these a device's outputs must be given; for those a saved run is enough
+# options of verify: the first need a device's outputs; for the second a saved run is enough
 NEED_OUTPUTS = {"engine", "model", "encodings", "chained", "graph", "dtype"}
 NEED_FIGURES = {"min_sqnr", "max_lsb", "max_over", "html", "junit", "model_explorer", "save"}
 FLOATS = option("--dtype", choices=("float32", "float16"),
@@ -264,7 +264,7 @@ def _verify_here(arguments, folder: Path) -> int:
     with _engine(arguments, arguments.engine or "auto") as (engine, label):
         if not npu:
             return report(arguments, (verify_on_grids if on_grids else verify)(folder, engine))
-        halves = None if on_grids else "float16"  # in which an NPU computes what has no grid
+        halves = None if on_grids else "float16"  # an NPU computes tensors without grids in it
         verdict = verify_on_grids(folder, engine, arguments.dtype or halves)
         where = str(engine)  # an Htp says where the nodes ran
     remarks = (*verdict.remarks, f"{label}: {where}")
@@ -273,7 +273,7 @@ def _verify_here(arguments, folder: Path) -> int:
 
 @contextmanager
 def _engine(arguments, name: str) -> Iterator[tuple[Executor, str]]:
-    """What runs graphs here, and its name and version."""
+    """The executor that runs graphs here, with its name and version."""
     from export.run.engines import Engine
     from export.run.htp import Htp
 

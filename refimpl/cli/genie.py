@@ -1,4 +1,4 @@
-"""What `refimpl genie` does: a model becomes a bundle, Genie speaks, and what it says is held against what it should.
+"""The steps of `refimpl genie`: a model becomes a bundle, Genie answers, and the answer is compared with the right one.
 
 calibrate -> export, codes at the border -> compile, a binary for each graph -> bundle -> Genie -> judge
 """
@@ -46,9 +46,9 @@ class Sizes:
 
 
 def build(model: Model, folder: Path, sizes: Sizes, text: Path | None) -> tuple[Path, Path]:
-    """The export and the bundle of a model in `folder`. Steps that it has already, of the same settings, are kept.
+    """The export and the bundle of a model, in `folder`. Steps that were done there with the same settings are kept.
 
-    Raises InputError for a folder that was made with other settings, and what each step raises.
+    Raises InputError for a folder that was made with other settings, and whatever each step raises.
     """
     expect_no_alibi(model.config)
     if text is None and model.folder != EMBEDDED:
@@ -87,7 +87,7 @@ def _export(model: Model, encodings: Path, folder: Path, sizes: Sizes) -> None:
 
 
 def chat_prompt(model: Model, message: str) -> str:
-    """What a user says in the model's own layout, as a text that becomes the ids of `tokenizer.chat`.
+    """A user's message in the model's own layout: a text that encodes to the ids of `tokenizer.chat`.
 
     Raises InputError for a model without roles.
     """
@@ -100,7 +100,7 @@ def chat_prompt(model: Model, message: str) -> str:
 
 @dataclass
 class Told:
-    """What Genie said, and what others say to it."""
+    """Genie's answer, and those of the graphs and the oracle."""
 
     version: str
     text: str
@@ -113,7 +113,7 @@ class Told:
     perplexities: dict[str, float] = field(default_factory=dict)
 
     def __bool__(self) -> bool:
-        """Whether all is explained: inputs, ids, and each token that another would not have chosen."""
+        """Whether all is explained: inputs, ids, and each token by which Genie parts from the others."""
         apart = [one for one in self.partings.values() if one is not None and not one.near_tie]
         return self.same_ids and not apart and (self.fed is None or bool(self.fed))
 
@@ -161,7 +161,7 @@ def ask(
     """Asks Genie over a bundle, hands on each piece of its answer, and holds it against the oracle.
 
     `export`: the graphs of the bundle's binaries; with them, every input that Genie feeds is judged, and the chained
-    graphs answer, too. `judged`: every output as well. `text`: a file whose perplexity is computed.
+    graphs answer, too. `judged`: whether every output is judged as well. `text`: a file whose perplexity is computed.
     """
     ids = model.tokenizer.encode(prompt)
     host = None if export is None else Host(model, export)
@@ -223,7 +223,7 @@ def _greedy(model: Model, ids: Sequence[int], limit: int) -> list[int]:
 
 
 def _perplexities(genie: Genie, model: Model, export: Path | None, path: Path) -> dict[str, float]:
-    """Genie's own, and by its protocol that of the chained graphs and the oracle."""
+    """The perplexity of Genie, and by its protocol those of the chained graphs and the oracle."""
     content = path.read_text(encoding="utf-8")
     ids = model.tokenizer.encode(content)
     context = genie.config["dialog"]["context"]["size"]

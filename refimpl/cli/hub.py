@@ -128,7 +128,7 @@ def _send(arguments, verb: str) -> int:
 
 
 def _size(row: dict) -> str:
-    """How large an upload is; of a job, its options."""
+    """The size of an upload, or the options of a job."""
     if not row["bytes"]:
         return row["options"]
     return f"{row['bytes'] / 1e6:.1f} MB, about {row['zipped'] / 1e6:.1f} zipped"

@@ -128,5 +128,5 @@ def report(arguments, verdict: Report | Preflight | Verdict | Finding | StepRepo
 
 
 def stop_printing() -> None:
-    """Sends what Python still flushes at its end to nowhere, because nobody reads standard output any more."""
+    """Discards what Python still flushes at exit, because nobody reads standard output any more."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -241,14 +241,14 @@ def change(text: str) -> tuple[str, int]:
 
 
 def _reading(arguments, executor: Pool | None) -> Reading:
-    """How the options say that the text is read."""
+    """The `Reading` that the options ask for."""
     from golden.cost.reading import Reading
 
     return Reading(arguments.window, arguments.dtype, executor, arguments.resume)
 
 
 def _recipe(arguments) -> Any:
-    """What --format or --recipe asks for, or None."""
+    """The recipe of --recipe, or the format of --format, or None."""
     from refimpl.blocks.quantize import read_recipe
 
     if arguments.format and arguments.recipe:
@@ -257,7 +257,7 @@ def _recipe(arguments) -> Any:
 
 
 def _importance(arguments) -> Importance | None:
-    """What --importance or --text gives."""
+    """The importance that --importance holds, or that --text shows, or None."""
     from refimpl.blocks.importance import observe_importance, read_importance
 
     if arguments.tokens is not None and not arguments.text:

@@ -1,9 +1,9 @@
-"""LoRA: a matrix stays as it is, 4-bit blocks included, and learns a correction of low rank.
+"""LoRA: a matrix does not change, 4-bit blocks included, but gets a correction of low rank that learns.
 
     y = x Wᵀ + scale * (x Aᵀ) Bᵀ          A (r, I), B (O, r), scale = alpha / r
 
-A begins at random and B at zero, so training begins at the model as it is. Only A and B learn: 2 r numbers a row and a
-column. Saved as peft has it, an adapter is loaded by peft, and merged by `refimpl convert --lora`.
+A begins at random and B at zero, so training begins with the unchanged model. Only A and B learn: r numbers for each
+row and for each column. An adapter is saved in peft's format; peft loads it, and `refimpl convert --lora` merges it.
 
 Source: Hu 2021, "LoRA"; `LoraLayer` and `Linear.forward` in peft's src/peft/tuners/lora/layer.py. Rank 1, alpha 32 and
 W_pack are those of the official fine-tune.py, whose dropout of 0.1 is left out.
@@ -46,7 +46,7 @@ class Lora:
         return self.alpha / self.rank
 
     def modules(self, weights: Mapping[str, Any]) -> list[str]:
-        """The modules that are targeted. Raises InputError for a target that is no linear of this model."""
+        """The modules that are targeted. Raises InputError for a target that is not a linear here."""
         linears = [n.removesuffix(".weight") for n, w in weights.items() if len(w.shape) == 2 and "embed" not in n]
         for target in self.targets:
             if not any(f".{module}".endswith(f".{target}") for module in linears):

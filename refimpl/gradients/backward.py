@@ -59,10 +59,10 @@ def backward(
     """The value of `objective` on the logits of `ids`, and its gradients, in the order in which they are known.
 
     The gradient of a parameter has the parameter's name and shape, that of a tap the tap's. `wrt`: a glob on names, or
-    a function that says which are wanted. `feed`: gradients of taps, which replace the computed ones as soon as these
-    are on record, so that each shows its own error and none that it inherited. `weights` stand in for the model's.
+    a function that says which are wanted. `feed`: gradients of taps; each replaces the computed one after that was
+    recorded, so every recorded gradient shows its own error alone. `weights` stand in for the model's.
 
-    Raises InputError if nothing is wanted, and for a loss that is no number: the first tensor that is none is named.
+    Raises InputError if nothing is wanted, or if the loss is NaN or infinite: it names the first tensor that is.
     """
     ids = model.token_ids(ids)
     if dtype not in DTYPES:
@@ -82,7 +82,7 @@ def backward(
 
     with one_thread(), np.errstate(over="ignore", invalid="ignore", divide="ignore"):
         stages = _stages(model, ids, dtype, attention_mask, Leaves(weights, wanted, config.tie_word_embeddings))
-        runs, stream = [], ids  # of each stage, what it is begun from, or what it has on its tape
+        runs, stream = [], ids  # for each stage, the stream that enters it, or its tape
         for stage in stages:
             run = stage(stream, recording=not recompute)
             runs.append(stream if recompute else run)
@@ -144,7 +144,7 @@ def _stages(model: Forward, ids: np.ndarray, dtype: str, attention_mask, leaves:
 
 
 def _first_nan(model: Forward, ids: np.ndarray, dtype: str, attention_mask) -> str:
-    """What a person should look at: the first tensor of the forward that has a NaN or an infinity."""
+    """The first tensor of the forward that has a NaN or an infinity, in words."""
     first: list[str] = []
 
     def tap(name, x):

@@ -9,7 +9,7 @@ WIDTH, HEIGHT, LEFT, TOP = 720, 320, 64, 40
 
 
 def curve(losses: Sequence[float]) -> str:
-    """An SVG, a file of its own: no script, no font, nothing from elsewhere.
+    """A self-contained SVG: no script, no font, nothing from elsewhere.
 
     >>> curve([3.0, 2.0, 2.5]).count("<polyline")
     2

@@ -5,11 +5,11 @@
     ids      195  question         196   answer  …  </s>
     labels    2   -100 … -100     -100   answer  …  </s>
 
-Each turn is opened by its token; what the user says does not count, what the assistant says does, and so does that it
-then stops: the label of the next 195 is </s>. What is beyond the maximum length is cut off.
+Each turn begins with its token. Labels are the assistant's words and its stop: the label of the next 195 is </s>. The
+user's words do not count. Tokens beyond the maximum length are cut off.
 
 The file may also be JSON Lines: one conversation a line. One deviation: the official script masks every token of id 0
-as padding, an <unk> in the text, too; here a text is attended to as it is.
+as padding, even an <unk> in the text; here the whole text is attended to.
 
 Source: `SupervisedDataset.preprocessing` in fine-tune.py of baichuan-inc/Baichuan2.
 """
@@ -43,9 +43,10 @@ class Example:
 
 
 def read_examples(path: str | Path, tokenizer: Tokenizer, max_length: int) -> list[Example]:
-    """The examples of a data file. Raises InputError, with the line, for what is no conversation, and for no examples.
+    """The examples of a data file. Raises InputError, with the line, for an entry that is not a conversation.
 
-    One that is cut before the assistant's first word has nothing to learn from; if that is true of all, it is refused.
+    An example that is cut before the assistant's first word has nothing to learn from. A file without examples, or with
+    such examples alone, is refused.
     """
     if not tokenizer.family.startswith("Baichuan"):
         raise InputError(f"conversations are laid out as for Baichuan2, and this is a {tokenizer.family}")

@@ -54,7 +54,7 @@ SAVE_SECONDS = 60.0
 class Options:
     """What decides the outcome, besides the model and the data.
 
-    `steps`: how many, in the place of all that the epochs have. `accumulation`: batches of `batch_size` that a step
+    `steps`: how many to take, instead of all that the epochs have. `accumulation`: batches of `batch_size` that a step
     averages. `lora`: None trains every parameter. `recompute`: see `backward`.
     """
 
@@ -78,7 +78,7 @@ class Options:
 
 
 def order(count: int, options: Options) -> list[list[list[int]]]:
-    """Which examples, of so many, each step's batches hold: every epoch has its own order, from the seed."""
+    """The examples, of `count`, that each step's batches hold: every epoch has its own order, from the seed."""
     steps: list[list[list[int]]] = []
     for epoch in range(options.epochs):
         shuffled = np.random.default_rng((options.seed, epoch)).permutation(count).tolist()
@@ -99,11 +99,11 @@ class Tuning:
 
     @property
     def weights(self) -> Mapping[str, Any]:
-        """The model's weights as they are by now."""
+        """The model's weights after the steps so far."""
         return trained(self.model, self.parameters, self.options.lora)
 
     def step(self, executor: Pool | None = None) -> float:
-        """Takes the next step; gives its loss, as it was before the step. Raises InputError if that is no number."""
+        """Takes the next step; returns the loss before it. Raises InputError if it or a gradient is NaN or infinite."""
         batches = self.plan[len(self.losses)]
         loss, total = 0.0, {}  # type: float, dict[str, np.ndarray]
         pieces = []
@@ -123,7 +123,7 @@ class Tuning:
         return loss
 
     def _pieces(self, rows: list[Example], batches: int) -> list[tuple]:
-        """A batch cut into rows that are padded to one length, with the counts that its means are over."""
+        """A batch cut into pieces of rows that are padded to one length, with the counts that its means are over."""
         counts = (sum(int((row.labels[1:] != IGNORE).sum()) for row in rows), sum(len(row.ids) - 1 for row in rows))
         if not counts[0]:
             raise InputError(f"no label counts in the batch of step {len(self.losses)}; leave out such conversations")
@@ -192,7 +192,7 @@ def finetune(
 ) -> Tuning:
     """Fine-tunes a model on examples into the new folder `out`; takes up what an interrupted call has left.
 
-    Raises InputError for options that do not fit, an `out` that exists, a full disk, and a loss that is no number.
+    Raises InputError for options that do not fit, an `out` that exists, a full disk, and a loss that is not finite.
     """
     out, options = Path(os.path.realpath(out)), options or Options()
     if out.exists():
@@ -269,7 +269,7 @@ def _masters(model: Forward) -> dict[str, np.ndarray]:
 
 
 def _padded(rows: list[Example]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """ids, labels and mask (B, T) of rows that are filled up on the right, where nobody looks."""
+    """ids, labels and mask (B, T) of rows that are padded on the right, which the mask hides."""
     length = max(len(row.ids) for row in rows)
     ids, labels = np.zeros((len(rows), length), np.int64), np.full((len(rows), length), IGNORE)
     real = np.zeros((len(rows), length), np.int64)
@@ -301,7 +301,7 @@ def _physical_memory() -> float:
 
 
 def _identity(model: Forward, examples: Sequence[Example], options: Options) -> str:
-    """A digest of what decides the outcome; of a model that was put together in memory, the bytes are read."""
+    """A digest of what decides the outcome; it reads the bytes of a model that was put together in memory."""
     loaded = getattr(model, "made", None) is not None
     digest = hashlib.sha256(repr((asdict(options), model.identity if loaded else None)).encode())  # type: ignore[attr-defined]
     for name, weight in ({} if loaded else model.weights).items():
@@ -332,7 +332,7 @@ def _finish(tuning: Tuning, out: Path) -> None:
 
 @contextmanager
 def _full_disk_as_input_error(out: Path) -> Iterator[None]:
-    """What safetensors raises for a full disk, as the InputError that it is."""
+    """Turns the exception that safetensors has for a full disk into an InputError."""
     from safetensors import SafetensorError
 
     try:

@@ -1,4 +1,4 @@
-"""What is made small: a function of the logits alone, which gives the loss and its gradient.
+"""The losses that training makes small: functions of the logits alone, which give the loss and its gradient.
 
     next token     -log p(label), p = softmax(logits)             d/dlogits = p - [the label]
     z-loss         weight * (largest logit)²                      d/dlogits = 2 weight * largest logit, there alone
@@ -22,12 +22,12 @@ Objective = Callable[[np.ndarray], tuple[float, np.ndarray]]  # logits (B, T, V)
 
 @dataclass(frozen=True)
 class NextToken:
-    """The training loss: `labels` (B, T) are the ids themselves, of which each position predicts the next one's.
+    """The training loss: each position predicts the next one's label. `labels` (B, T) are the ids themselves.
 
     `real` (B, T), if given: 0 for padding, which the z-loss then leaves out. `counts`: over how many labels and how
     many positions the means are, if these rows are a part of a batch: the parts then add up to the batch's loss.
 
-    Source: `BaichuanForCausalLM.forward` in the official modeling_baichuan.py, which knows no `real`.
+    Source: `BaichuanForCausalLM.forward` in the official modeling_baichuan.py, which has no `real`.
     """
 
     labels: np.ndarray
@@ -36,7 +36,7 @@ class NextToken:
     counts: tuple[int, int] | None = None
 
     def __call__(self, logits: np.ndarray) -> tuple[float, np.ndarray]:
-        """The loss, and its gradient (B, T, V), which is 0 where there is no next token."""
+        """The loss, and its gradient (B, T, V), which is 0 at the last position, because it has no next token."""
         x, labels = logits[:, :-1], self.labels[:, 1:]  # (B, T-1, V), (B, T-1)
         counted = labels != IGNORE
         seen = np.ones_like(counted) if self.real is None else self.real[:, 1:] > 0

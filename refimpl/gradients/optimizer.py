@@ -46,11 +46,11 @@ class AdamW:
 
     @staticmethod
     def decays(name: str, parameter: np.ndarray) -> bool:
-        """Whether weight decay holds for a parameter."""
+        """Whether weight decay applies to a parameter."""
         return parameter.ndim == 2
 
     def clip(self, gradients: Mapping[str, np.ndarray]) -> tuple[float, float]:
-        """What the gradients are to be multiplied with, and their common norm."""
+        """The factor that clips the gradients, and their common norm."""
         norm = global_norm(gradients)
         return min(1.0, self.max_grad_norm / (norm + 1e-6)) if self.max_grad_norm else 1.0, norm
 
@@ -86,7 +86,7 @@ class AdamW:
 
 
 class Moments:
-    """What AdamW remembers: how many steps it took, and of each parameter the `mean` and the `square`."""
+    """AdamW's memory: how many steps it took, and for each parameter the `mean` and the `square`."""
 
     def __init__(self, count: int = 0, mean: dict | None = None, square: dict | None = None):
         self.count = count
@@ -98,4 +98,4 @@ def global_norm(gradients: Mapping[str, np.ndarray]) -> float:
     """The length of all gradients as one vector; squares are summed in float64."""
     flat = (g.reshape(-1) for g in gradients.values())
     parts = (g[i : i + CHUNK].astype(np.float64) for g in flat for i in range(0, g.size, CHUNK))
-    return math.sqrt(math.fsum(float(np.einsum("i,i->", x, x)) for x in parts))  # whatever their order
+    return math.sqrt(math.fsum(float(np.einsum("i,i->", x, x)) for x in parts))  # fsum gives the same in any order

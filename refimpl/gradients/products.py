@@ -1,7 +1,8 @@
 """Matrix products of a backward pass on all cores, with the same bits at any number of them.
 
-A BLAS cuts a product by how many threads it has, and its last bits follow. So here it has one thread (`one_thread`),
-and the cut is made outside, by the shapes alone: rows of the result in tiles, each computed as if it were alone.
+A BLAS cuts a product by the number of its threads, and the last bits depend on the cut. So here it has one thread
+(`one_thread`), and the cut is made outside, by the shapes alone: rows of the result in tiles, each computed as if it
+were alone.
 """
 
 from __future__ import annotations
@@ -29,9 +30,9 @@ def one_thread() -> Iterator[None]:
 
 @cache
 def keep_freed_memory() -> None:
-    """Tells malloc to keep what is freed for the next step, for the whole process; elsewhere than in glibc, nothing.
+    """Tells glibc's malloc to keep freed memory for the next step, in the whole process; without glibc, does nothing.
 
-    A tape lets go of every activation, and each step would ask the system for new pages: 22,000 of them on the embedded
+    A tape lets go of every activation, so each step would ask the system for new pages: 22,000 of them on the embedded
     model, which take a quarter of the step.
     """
     import ctypes

@@ -1,7 +1,7 @@
 """A quantized model taught by the float model that it was made of: how much of the loss comes back.
 
-What is made small is the mean KL divergence of next-token distributions from the teacher's, on any text: no labels are
-needed. What learns is one of two:
+The loss is the mean KL divergence of next-token distributions from the teacher's, on any text: no labels are needed.
+One of two things learns:
 
 - the scales: every block's scale gets a factor, which begins at 1. The result is the same number format with other
   scales, so it is saved, exported and encoded for a phone as before, and costs nothing there;
@@ -48,7 +48,7 @@ class Scaled:
         return np.dtype(np.float32)
 
     def read(self, dtype: np.dtype, rows: slice | np.ndarray = slice(None)) -> np.ndarray:
-        """The values of these rows with the scales as they are by now."""
+        """The values of these rows with the present scales."""
         values = self.weight.read(dtype, rows)
         return (self._blocks(values) * self.factors[rows].astype(dtype)[..., None]).reshape(values.shape)
 

@@ -41,8 +41,8 @@ def observe_sensitivity(
 ) -> Importance:  # fmt: skip
     """The importance of every linear's input columns over a text or its ids, by squared gradients.
 
-    It is used as `refimpl.blocks.importance.observe_importance`'s is. Labels are drawn from `seed`. Raises InputError
-    for ids outside the vocabulary, and for a loss that is no number.
+    It is used like that of `refimpl.blocks.importance.observe_importance`. Labels are drawn with `seed`. Raises
+    InputError for ids outside the vocabulary, and for a loss that is NaN or infinite.
     """
     ids = model.token_ids(ids)[0]
     pieces = [(model, row, seed + n) for n, row in enumerate(cut(model, ids, window)) if len(row) > 1]
@@ -69,9 +69,9 @@ def weighted_squares(model: Forward, ids: np.ndarray, seed: int) -> Result:
 
 
 def signals(model: Forward, ids: np.ndarray, seed: int) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Of each linear the input x (T, I), and the gradient g (T, O) of a sum of losses by its output: float64.
+    """Linear -> its input x (T, I), and the gradient g (T, O) of the sum of the tokens' losses by its output: float64.
 
-    The loss of a token is that of a label drawn from the model's own prediction.
+    The label of each token is drawn from the model's own prediction.
     """
     ids = np.atleast_2d(ids)
     names = matrices_of(model.weights)
@@ -123,8 +123,8 @@ def allocate(
 ) -> dict[str, str]:
     """A recipe, module -> candidate, of the least cost that a greedy choice finds within `budget` bits.
 
-    It begins with the smallest candidate of each module, and takes again and again the change that gains most cost for
-    a bit. `bits`: module -> candidate -> bits of the whole matrix. Raises InputError if the budget is too small.
+    It begins with the smallest candidate of each module, and repeatedly takes the change that saves the most cost per
+    bit. `bits`: module -> candidate -> bits of the whole matrix. Raises InputError if the budget is too small.
 
     >>> bits = dict.fromkeys("ab", {"q4": 4, "q8": 8})
     >>> allocate({"a": {"q4": 9.0, "q8": 1.0}, "b": {"q4": 3.0, "q8": 0.5}}, bits, 12)

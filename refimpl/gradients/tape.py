@@ -1,7 +1,7 @@
 """The tape: one more evaluator of the decoder's operations, which can say how the loss depends on each tensor.
 
-A function of a function has the product of their derivatives. So the gradient of a loss is found backwards: who knows
-dL/dy for y = f(x) knows dL/dx, by the transpose of f's derivative, which is called f's adjoint. The tape computes each
+The derivative of a chain of functions is the product of theirs. So the gradient of a loss is found backwards: for
+y = f(x), dL/dx is dL/dy times the transpose of f's derivative, which is called f's adjoint. The tape computes each
 operation by another evaluator (NumPy or Numba), and writes down its result with one adjoint for each input:
 
     y = softmax(x)          dL/dx = y * (g - sum(g * y))          where g = dL/dy, of the same shape as y
@@ -51,7 +51,7 @@ class Tensor:
         return self.array.shape
 
     def add(self, gradient: np.ndarray) -> None:
-        """One more use of this tensor says what it does to the loss."""
+        """Adds the gradient that one more use of this tensor brings."""
         self.gradient = gradient if self.gradient is None else self.gradient + gradient
 
     def __add__(self, other):
@@ -112,9 +112,9 @@ class AdaptedLeaf:
 
 
 class Leaves(Mapping[str, Any]):
-    """The parameters of a model as leaves, by their names; `wanted` says of which the gradient is asked for.
+    """The parameters of a model as leaves, by their names. `wanted` chooses those whose gradients are computed.
 
-    A head that is the embedding is the embedding's own parameter: there is one gradient, the sum of both uses.
+    A tied head is the embedding's own parameter: there is one gradient, the sum of both uses.
     """
 
     def __init__(self, weights: Mapping[str, Any], wanted: Callable[[str], bool], tied: bool = False):
@@ -147,7 +147,7 @@ class Tape:
     """The operations over `Tensor`s, computed by `ops`; see `refimpl_kernels/ops.py` for what each one means.
 
     float32 and float64 are their own wide formats, so `upcast` and `type_as` have nothing to do. What is not a Tensor
-    (a mask, a table of positions, a number) is a constant; so is a parameter whose gradient nobody wants, and the
+    (a mask, a table of positions, a number) is a constant; so is a parameter whose gradient is not wanted, and the
     embedding of the token `padding`, as in `torch.nn.Embedding`'s padding_idx (in a Baichuan, that is <unk>, too).
     """
 
@@ -174,10 +174,10 @@ class Tape:
         return named
 
     def backward(self, result: Tensor, gradient: np.ndarray, show: Callable = lambda name, gradient: gradient) -> None:
-        """Takes the gradient of the loss by `result`, and leaves those by the first tensors and by the leaves in them.
+        """Takes the gradient of the loss by `result`; stores those by the first tensors and by the leaves in these.
 
-        `show(name, gradient)` sees that of each named tensor, last to first; what it returns goes on. The tape is
-        empty afterwards: what has been read is let go.
+        `show(name, gradient)` gets that of each named tensor, last to first; the gradient that it returns goes on. The
+        tape is empty afterwards, because entries are released as they are read.
         """
         result.add(gradient)
         while self.order:
@@ -285,7 +285,7 @@ class Tape:
 
 
 def of_weight(g: np.ndarray, x: np.ndarray, leaf: Leaf) -> np.ndarray:
-    """The gradient of a matrix (O, I) that took x (..., I) to y, of which g (..., O) is the gradient: gᵀ x."""
+    """The gradient of a matrix W (O, I), where y = x Wᵀ for x (..., I), and g (..., O) is the gradient by y: gᵀ x."""
     gradient = transposed_product(_rows(g), _rows(x))
     if isinstance(leaf.weight, NormHead):
         return through_lengths(leaf.weight, gradient)
@@ -301,7 +301,7 @@ def through_lengths(head: NormHead, g: np.ndarray) -> np.ndarray:
     w = head.array.astype(g.dtype, copy=False)
     lengths = np.sqrt(np.einsum("oi,oi->o", w, w))[:, None]
     floored = np.maximum(lengths, np.asarray(1e-12, g.dtype))
-    along = np.einsum("oi,oi->o", w, g)[:, None] / floored**2  # of n · g, what n is multiplied with, for each of w
+    along = np.einsum("oi,oi->o", w, g)[:, None] / floored**2  # so that w * along = n (n · g)
     return (g - w * np.where(lengths > 1e-12, along, 0)) / floored
 
 
