@@ -1,4 +1,4 @@
-"""The `qai-hub` client: connected by its own client.ini, and its errors as one line that says what to do."""
+"""The `qai-hub` client: how it is connected by its client.ini, and its errors as one line that says what to do."""
 
 from __future__ import annotations
 

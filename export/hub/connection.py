@@ -53,7 +53,7 @@ class Connection:
         return self._client
 
     def call(self, what: str, action: Callable[[], T], uses: Sequence[str] = ()) -> T:
-        """What the client's `action` gives, tried again while the network or the server fails.
+        """The result of the client's `action`, which is tried again while the network or the server fails.
 
         `uses`: keys of what the request refers to. Raises GoneError if the server no longer has one of them, and takes
         the id from its entry; InputError for everything else.
@@ -61,7 +61,7 @@ class Connection:
         until, pause = time.monotonic() + PATIENCE, 1.0
         while True:
             try:
-                with contextlib.redirect_stdout(io.StringIO()):  # the client talks
+                with contextlib.redirect_stdout(io.StringIO()):  # the client prints
                     return action()
             except (InputError, GoneError):
                 raise
@@ -79,7 +79,7 @@ class Connection:
             pause = min(2 * pause, 60.0)
 
     def _lacking(self, what: str, error: Exception, reason: str, uses: Sequence[str]) -> str:
-        """What was lacking when a request failed, if it may succeed later; else raises as `call` does."""
+        """A few words on what failed, if the request may succeed later; otherwise raises as `call` does."""
         if isinstance(error, OSError) and error.errno == errno.ENOSPC:
             raise InputError(f"cannot {what}: {tempfile.gettempdir()} is full; make room, or set TMPDIR") from None
         if uses and (number := missing(reason)):
@@ -153,7 +153,7 @@ class Connection:
             raise InputError(f"{self.device} does not run QNN models; choose a device with framework:qnn")
         self._device_found = True
 
-    # What was sent under a name, though its id was lost: the id, or nothing
+    # The id of something that was sent under a name; "" if the server has none. It is asked when the id was lost.
 
     def _find_job(self, name: str) -> str:
         return self._find(lambda o: self.client.get_job_summaries(offset=o), name, lambda job: job.job_id)
@@ -168,7 +168,7 @@ class Connection:
 
     def _find(self, page: Callable[[int], list], name: str, number: Callable[[Any], str],
               detail: Callable[[Any], Any] | None = None) -> str:  # fmt: skip
-        """The id of the newest that has a name. An upload counts only if it was completed."""
+        """The id of the newest thing with a name, or "". An upload counts only if it was completed."""
         for i in range(PAGES):
             some = page(50 * i)
             for one in some:
@@ -180,7 +180,7 @@ class Connection:
 
 
 def missing(reason: str) -> str:
-    """The id of what the client's message says is not there, or nothing."""
+    """The id that the client's message says is not there, or ""."""
     if not re.search(r"could not be found|expired", reason, re.I):
         return ""
     number = re.search(r"\bid ?='?([A-Za-z0-9_-]+)'|\bID '([A-Za-z0-9_-]+)'", reason)

@@ -37,7 +37,7 @@ VERBS = ("compile", "link", "infer", "profile", "fetch", "binaries")
 
 @dataclass
 class Outcome:
-    """What a verb did: a row for each thing that it needs, a line for each job that failed, how much was sent now."""
+    """The result of a verb: a row for each thing that it needs, a line for each failed job, how much was sent now."""
 
     rows: list[dict[str, Any]]
     failures: list[str] = field(default_factory=list)
@@ -235,7 +235,7 @@ class Loop:
         return read_arrays(self.session.folder, spec, "input", spec.inputs)
 
     def on_disk(self) -> int:
-        """The bytes of the graphs' files, of which some may share one."""
+        """The bytes of the graphs' files on disk; several hard links to one file count once."""
         found = [(source.folder / name).stat() for source in self.sources.values() for name in source.files]
         return sum({(file.st_dev, file.st_ino): file.st_size for file in found}.values())
 
@@ -285,7 +285,7 @@ class Loop:
 
 
 def part_of(spec: GraphSpec) -> str:
-    """Under which name graphs of all lengths are linked: their part, or their module."""
+    """The name under which graphs of all lengths are linked: their part, or their module."""
     return spec.module or f"part_{spec.part.number}_of_{spec.part.total}"
 
 

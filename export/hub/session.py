@@ -1,8 +1,8 @@
 """What a folder sends to AI Hub and gets from it: each thing is sent once, however often a session is interrupted.
 
 Each thing that is sent has a key, the sha256 of its bytes, its options and its device, and an entry of that key in the
-folder's ledger. What has an id there is not sent again, in this session or any later one. Where a kill came between
-sending and the answer, the server is first asked for it by its name.
+folder's ledger. A thing whose entry has an id is not sent again, in this session or any later one. If a kill came
+between sending it and the answer, the server is first asked for it by its name.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ class Session(Connection):
     # Sending. Each method returns the key of its entry, which then has an id.
 
     def upload(self, source: Source) -> str:
-        """A graph's folder, zipped by the client."""
+        """Uploads a graph's folder, which the client zips."""
         key = self.model_key(source)
 
         def make(name: str) -> Any:
@@ -107,7 +107,7 @@ class Session(Connection):
         return key
 
     def compile(self, source: Source) -> str:
-        """A compile job of an uploaded graph."""
+        """Submits a compile job of a graph, which is uploaded first."""
         key, options = self.compile_key(source), self.options.for_compile(source)
         if self._has(key):
             return key
@@ -122,7 +122,7 @@ class Session(Connection):
         return key
 
     def link(self, label: str, sources: Sequence[Source]) -> str:
-        """A link job: the compiled graphs of a part become one context binary, which has their weights once."""
+        """Submits a link job: a part's compiled graphs become one context binary, which has their weights once."""
         key, compiled = self.link_key(sources), [self.compile_key(source) for source in sources]
 
         def make(name: str) -> Any:
@@ -133,7 +133,7 @@ class Session(Connection):
         return key
 
     def upload_data(self, label: str, inputs: Sequence[Arrays], schema: Mapping[str, str]) -> str:
-        """A dataset in the order of `schema`: the names that AI Hub's model has -> ours."""
+        """Uploads a dataset in the order of `schema`: the names that AI Hub's model has -> ours."""
         key = self.data_key(inputs, schema)
         expires = self.ledger.get(key).get("expires")
         if expires and expires < datetime.now(timezone.utc).isoformat():
@@ -149,7 +149,7 @@ class Session(Connection):
         return key
 
     def infer(self, target: str, source: Source, label: str, inputs: Sequence[Arrays]) -> str:
-        """An inference job of a graph in the model that the job `target` made."""
+        """Submits an inference job of a graph in the model that the job `target` made."""
         key, options = self.inference_key(target, source.name, inputs), self.options.for_inference(source.name)
         if self._has(key):
             return key
@@ -165,7 +165,7 @@ class Session(Connection):
         return key
 
     def profile(self, target: str, source: Source) -> str:
-        """A job that measures a graph's time and memory, on inputs of the server's own."""
+        """Submits a job that measures a graph's time and memory, on inputs of the server's own."""
         key, options = self.profile_key(target, source.name), self.options.for_profile(source.name)
 
         def make(name: str) -> Any:
@@ -177,7 +177,7 @@ class Session(Connection):
         return key
 
     def _has(self, key: str) -> bool:
-        """Whether it was sent, and need not be sent again."""
+        """Whether the thing with this key was sent, and need not be sent again."""
         entry = self.ledger.get(key)
         again = self.retry and entry.get("state") == "failed" and key not in self.new
         return bool(entry.get("id")) and not again
@@ -281,7 +281,7 @@ class Session(Connection):
         return self.folder / "outputs" / (re.sub(r"[^a-z0-9]+", "-", self.device.lower()).strip("-") or "device")
 
     def lasting(self, flow: Callable[[], T]) -> T:
-        """What `flow` gives. It begins again whenever AI Hub no longer has something that the ledger knew."""
+        """The result of `flow`, which begins again whenever AI Hub no longer has something that the ledger knew."""
         while True:  # it ends, because only what earlier sessions sent can be gone
             with contextlib.suppress(GoneError):
                 return flow()
@@ -332,9 +332,9 @@ class Session(Connection):
             partial.unlink(missing_ok=True)
 
     def schema(self, target: str, source: Source) -> dict[str, str]:
-        """The order in which AI Hub's model takes its inputs, because a dataset is matched by order: its names -> ours.
+        """AI Hub's names of a model's inputs -> ours, in the model's order, because a dataset is matched by order.
 
-        Where the server does not say, it is the graph's. Raises InputError if the inputs are not the graph's.
+        If the server does not tell the order, it is the graph's. Raises InputError if the inputs are not the graph's.
         """
         told = of_graph(self.ledger.get(target).get("inputs"), source.name)
         if not told:

@@ -1,9 +1,9 @@
 """GenieAccuracy's perplexity, and ours by its protocol, so that the two numbers are of the same tokens.
 
 Genie cuts a text into pieces of as many tokens as the context holds, and drops what is left over. Of each piece it runs
-the first context - AR tokens, AR at a time, and scores each of them by the token that follows in the text; the AR last
-ones only are what the last score is held against. Recomputed from Genie's own logits, that gives its number in every
-digit that it prints (QNN 2.51).
+the first context - AR tokens, AR at a time, and scores each of them by the token that follows in the text. The last AR
+tokens are not run; the first of them scores the last token that is. Recomputed from Genie's own logits, this gives
+Genie's number in every digit that it prints (QNN 2.51).
 
     perplexity(by_model(model), ids, context=4096, tokens=128)
 """
@@ -23,7 +23,7 @@ Scorer = Callable[[Sequence[int]], np.ndarray]
 
 
 def pieces(ids: Sequence[int], context: int, tokens: int) -> Iterator[tuple[list[int], list[int]]]:
-    """What is run of each piece, and what each of its tokens is scored by.
+    """For each piece the tokens that are run, and the token by which each of them is scored.
 
     >>> list(pieces(range(19), context=8, tokens=2))
     [([0, 1, 2, 3, 4, 5], [1, 2, 3, 4, 5, 6]), ([8, 9, 10, 11, 12, 13], [9, 10, 11, 12, 13, 14])]
@@ -34,9 +34,9 @@ def pieces(ids: Sequence[int], context: int, tokens: int) -> Iterator[tuple[list
 
 
 def perplexity(logits_of: Scorer, ids: Sequence[int], context: int, tokens: int) -> float:
-    """exp of the mean negative log-likelihood, by logits (tokens, vocabulary) of what is run of each piece.
+    """exp of the mean negative log-likelihood, by the logits (tokens, vocabulary) of the tokens that are run.
 
-    Raises InputError for a text shorter than the context, of which Genie scores nothing.
+    Raises InputError for a text shorter than the context: Genie scores nothing of it.
     """
     losses: list[np.ndarray] = []
     for run, targets in pieces(ids, context, tokens):

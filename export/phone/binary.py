@@ -27,7 +27,7 @@ from export.run.socs import soc_called, soc_numbered
 from refimpl.errors import InputError, at_most
 
 LIMIT = 60.0  # seconds; a description is read in milliseconds
-# How the compiler ends the name of a graph: ours, once more ours, a hash, two numbers.
+# The compiler's name of a graph: our name, our name again, a hash, two numbers.
 _SUFFIX = re.compile(r"(?P<name>.+)_(?P=name)_\d+(_\d+)*")
 
 
@@ -47,7 +47,7 @@ class Tensor:
 
     @property
     def bits(self) -> int:
-        """The size of an element, which its dtype ends with."""
+        """How many bits an element has: the number in its dtype."""
         return int(re.sub(r"\D", "", self.dtype) or 0)
 
 
@@ -61,7 +61,7 @@ class CompiledGraph:
 
     @property
     def called(self) -> str:
-        """Its name without what ONNX Runtime adds, which may be the very name that was exported."""
+        """The name that was exported: without what ONNX Runtime adds to it, if it adds anything."""
         found = _SUFFIX.fullmatch(self.name)
         return found["name"] if found else self.name
 
@@ -106,7 +106,7 @@ class Binary:
 def read_binary(path: str | Path) -> Binary:
     """What a context binary says of itself.
 
-    Raises InputError for a file that is none or is damaged, and if the package with Qualcomm's library is missing.
+    Raises InputError for another kind of file, a damaged one, and if the package with Qualcomm's library is missing.
     """
     path = Path(path)
     try:
@@ -169,10 +169,10 @@ class Differences:
 
 
 def differences(binary: Binary, folder: str | Path, soc: str | None = None) -> Differences:
-    """Holds a binary's graphs against those of an export: names, shapes, types and grids, and the SoC if one is given.
+    """Compares a binary's graphs with those of an export: names, shapes, types and grids, and the SoC if one is given.
 
-    A compiler may turn `.` and `/` in names into `_`, and that alone is no difference. Raises InputError for a folder
-    without graphs, and if the binary has none of its graphs.
+    A compiler may turn `.` and `/` in names into `_`; that does not count as a difference. Raises InputError for a
+    folder without graphs, and if the binary has none of its graphs.
     """
     exported = {graph.name.removesuffix(".aimet"): graph for graph in read_folders(folder)}
     lines: list[str] = []

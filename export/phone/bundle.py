@@ -141,7 +141,7 @@ def binaries(folder: str | Path) -> list[str]:
 
 
 def parts_of(config: Config, folder: Path) -> list[GraphFolder]:
-    """The exported graphs of a model, part after part. Raises InputError if they are none of it, or not all."""
+    """The exported graphs of a model, part after part. Raises InputError if they are another's, or incomplete."""
     graphs = read_parts(folder)
     graphs.sort(key=lambda graph: (graph.part.number, -graph.part.tokens, graph.part.context))
     runs: dict[tuple[int, int], list[GraphFolder]] = {}
@@ -183,7 +183,7 @@ def tokenizer_files(
 ) -> tuple[dict[str, Any], dict[str, Any], tuple[int, int]]:
     """`tokenizer.json`, `tokenizer_config.json`, and the ids that begin (-1: none) and end a text.
 
-    Baichuan's are made from `tokenizer.model`; Qwen2's are there. Raises InputError if they are missing, or another's.
+    Baichuan's are made from `tokenizer.model`; Qwen2's are read. Raises InputError if they are missing, or another's.
     """
     if config.family == "Qwen2-7B":
         made, settings = (read_json(checkpoint / f"tokenizer{kind}.json") for kind in ("", "_config"))
@@ -215,9 +215,9 @@ def tokenizer_files(
 
 
 def roles(tokenizer: Mapping[str, Any], generation: Mapping[str, Any]) -> tuple[str, str] | None:
-    """The texts that become a Baichuan chat model's role ids, or None for a model that generation_config gives none.
+    """The texts that become a Baichuan chat model's role ids; None if its generation_config has no role ids.
 
-    Raises InputError for ids that no text such as <reserved_106> becomes.
+    Raises InputError for ids that are not those of a text such as <reserved_106>.
     """
     ids = [generation.get(key) for key in ("user_token_id", "assistant_token_id")]
     if ids == [None, None]:
@@ -248,7 +248,7 @@ def _template(config: Config, user: str, assistant: str) -> str:
 def sample_prompt(
     config: Config, settings: Mapping[str, Any], generation: Mapping[str, Any], tokenizer: Mapping[str, Any]
 ) -> str:
-    """A prompt in the model's own layout, roles written out: their texts become their ids. Base models continue."""
+    """A prompt in the model's own layout. Roles are texts that become their ids; base models get a text to continue."""
     if config.family == "Qwen2-7B":
         if "chat_template" not in settings:
             return BASE_PROMPT
@@ -296,5 +296,5 @@ def _optional(path: Path) -> dict[str, Any]:
 
 
 def _text_of(token: Any) -> str:
-    """A token's text, which tokenizer_config.json says as it is or in an object."""
+    """A token's text, which tokenizer_config.json has as a text or in an object."""
     return str(token.get("content") if isinstance(token, dict) else token)

@@ -1,8 +1,8 @@
-"""`check_bundle`: anybody's bundle, before it is on a phone: what Genie refuses, and what it takes without a word.
+"""`check_bundle`: anybody's bundle, before it is on a phone: what Genie refuses, and what it accepts silently.
 
-Genie is asked itself, where it can run the binaries. It compares little, though: a rope-theta of another model, a
-vocabulary of ten words, a `bos-token` that the tokenizer never writes, all go through and become bad text. So the
-configuration, the model's config.json, the tokenizer and the graphs inside the binaries are held against each other.
+Genie itself is asked, where it can run the binaries. But it compares little: the rope-theta of another model, a
+vocabulary of ten words, a `bos-token` that the tokenizer never writes, all are accepted and become bad text. So the
+configuration, the model's config.json, the tokenizer and the graphs inside the binaries are compared with each other.
 """
 
 from __future__ import annotations
@@ -221,7 +221,7 @@ def _of_graphs(bundle: _Bundle) -> Iterator[Fault]:
 
 
 def _of_cache(bundle: _Bundle) -> Iterator[Fault]:
-    """A cache comes in as it went out: in the same codes, of heads of the size that the configuration says."""
+    """A cache comes in as it went out, in the same codes, and its heads have the size that the configuration says."""
     for graph in bundle.graphs:
         given = {tensor.name: tensor for tensor in graph.outputs}
         for tensor in graph.inputs:
@@ -271,7 +271,7 @@ def _of_mask(bundle: _Bundle) -> Iterator[Fault]:
 
 
 def _of_tokenizer(bundle: _Bundle) -> Iterator[Fault]:
-    """The tokenizer's words, and what is put before a prompt."""
+    """The tokenizer's words, and the token that Genie puts before a prompt."""
     bos, vocabulary = bundle.context.get("bos-token"), _vocabulary(bundle.tokenizer)
     adds = bundle.tokenizer_config.get("add_bos_token")
     if adds is False and bos not in (-1, None):
@@ -312,7 +312,7 @@ def _vocabulary(tokenizer: dict[str, Any]) -> dict[str, int]:
 
 
 def _of_soc(bundle: _Bundle) -> Iterator[Fault]:
-    """The NPU of the configuration, of each binary, and the pair of its numbers."""
+    """The NPU of the configuration: it is that of each binary, and its two numbers belong together."""
     stated = None
     if bundle.extensions:
         if not (bundle.folder / bundle.extensions).is_file():

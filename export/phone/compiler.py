@@ -6,10 +6,10 @@
       trace/{graph}.json           Qualcomm's operations, and the ONNX nodes that each comes from
       compile.json                 what all of it is, and what it was made from
 
-Binaries are compiled one after the other, each in a process of its own. One that is whole has its name and a line in
-`compile.json`; what is interrupted leaves nothing else, and the next run goes on from there. The compiler gives other
-bytes each time (some hundred of two million differ, and the graphs' names have a hash of the path), so a digest says
-that a binary is the one that was made, and nothing about the graphs.
+Binaries are compiled one after the other, each in a process of its own. Only a finished one gets its name and an entry
+in `compile.json`, so the next run goes on where an earlier one was interrupted. The compiler gives other bytes each
+time (some hundred of two million differ, and the graphs' names have a hash of the path), so a digest identifies a
+binary, and says nothing about its graphs.
 """
 
 from __future__ import annotations
@@ -59,8 +59,8 @@ def compile_graphs(
 ) -> Compiled:
     """Compiles the graphs of an export into context binaries in the folder `out`, and returns what is there then.
 
-    `shared`: one binary a part, for phones; otherwise one a graph, which runs here, too. `part`: only that one.
-    What `out` already has of the same graphs for the same SoC is kept.
+    `shared`: one binary for each part, for phones; otherwise one for each graph, which runs here, too. `part`: only the
+    part of that number. Binaries of the same graphs for the same SoC that are already in `out` are kept.
 
     Raises InputError, with the compiler's reason, for a graph that it does not take; for folders that are no export, or
     that cannot be written; and if the package is missing.
@@ -95,7 +95,7 @@ def compile_graphs(
 
 
 def read_compiled(folder: str | Path) -> Compiled:
-    """What a folder of binaries has, by its manifest. Raises InputError if it is none, or a binary is missing."""
+    """The binaries in a folder, by its manifest. Raises InputError for another folder, or if a binary is missing."""
     folder = Path(folder)
     manifest = read_json(folder / MANIFEST)
     binaries = manifest.get("binaries")
@@ -157,9 +157,9 @@ def _compiled(
 
 @contextmanager
 def _opened(out: Path) -> Iterator[dict[str, Any]]:
-    """A folder for binaries, which no other process fills meanwhile; what its manifest says, if it has one.
+    """Locks a folder for binaries against other processes, and gives its manifest, {} if it has none.
 
-    A folder that was made here and stays empty goes again.
+    A folder that was made here and stays empty is removed.
     """
     new = not out.exists()
     try:
@@ -187,7 +187,7 @@ def _opened(out: Path) -> Iterator[dict[str, Any]]:
 
 
 def _digest(one: GraphFolder) -> str:
-    """Of a graph and its weights."""
+    """The sha256 of a graph and its weights."""
     digest = hashlib.sha256()
     for path in sorted(path for path in one.files if path.is_file()):
         digest.update(f"{path.name} {sha256(path)}\n".encode())

@@ -1,13 +1,13 @@
-"""What Genie fed its graphs and what it got, held against what its host should feed, call by call.
+"""Compares what Genie fed its graphs, and what it got, with what its host should feed, call by call.
 
     host = Host(model, "build/b2-7b")
     with Genie("genie", capture=True) as genie:
         text = "".join(genie.say("白日依山尽，", 20))
         print(judge_calls(host, genie.calls(), model.tokenizer.encode("白日依山尽，")))
 
-`Host` says what every input should be, in codes, so each is equal or a line here says in what: which id, which
-position, who looks where, which slot of the cache. With an executor each output is held against what the same graph
-gives it for what Genie fed: the very codes, where that is the emulation.
+`Host` says what every input should be, in codes. So each input is equal, or a line says where it differs: in which id,
+at which position, in which token's mask, in which slot of the cache. With an executor, each output is compared with
+what the same graph gives there for Genie's inputs; on the emulation the codes are the same.
 """
 
 from __future__ import annotations
@@ -53,9 +53,9 @@ class Fed:
 
 
 def judge_calls(host: Host, calls: Iterable[Call], ids: Sequence[int], executor: Executor | None = None) -> Fed:
-    """Holds the calls of one query, of some ids, against `host`, which may have had others before.
+    """Compares the calls of one query, whose prompt is `ids`, with `host`, which may have had other queries before.
 
-    Each token after the prompt has to be the likeliest by the logits before it, so the query is to be a greedy one.
+    Each token after the prompt has to be the likeliest by the logits before it, so the query has to be greedy.
     `executor`: what runs the same graphs, to compare outputs with; None leaves those out.
 
     Raises InputError for calls of graphs that are not the host's.
@@ -102,7 +102,7 @@ def judge_calls(host: Host, calls: Iterable[Call], ids: Sequence[int], executor:
 def _new_ids(
     given: list[int], todo: list[int], graph: CodedGraph, number: int
 ) -> tuple[list[int], list[int], list[str]]:
-    """The ids of a call that are no padding, those that are still to come, and what is wrong."""
+    """The ids of a call that are not padding, those that are still to come, and what is wrong."""
     wanted, where = todo[: graph.tokens], f"call {number}, {graph.name}: input_ids"
     if given[: len(wanted)] == wanted:
         return wanted, todo[graph.tokens :], []
@@ -115,7 +115,7 @@ def _new_ids(
 
 
 def _difference(host: Host, graph: CodedGraph, name: str, given: np.ndarray, expected: np.ndarray) -> str:
-    """In what one input is not what the host should feed, in the words of the host."""
+    """How one input differs from what the host should feed."""
     if name == "input_ids":
         return f"input_ids is padded with {given.ravel()[-1]}, expected {host.pad}"
     if name == "attention_mask":
@@ -138,7 +138,7 @@ def _difference(host: Host, graph: CodedGraph, name: str, given: np.ndarray, exp
 
 
 def _positions(host: Host, graph: CodedGraph, name: str, given: np.ndarray, expected: np.ndarray) -> str:
-    """Where the rows of a rotary table stand."""
+    """At which position a token stands by its row of a rotary table, and at which it should."""
     rows, wanted = (x.reshape(graph.tokens, -1).astype(int) for x in (given, expected))
     off = np.abs(rows - wanted).max(1)
     row = int(off.argmax())
@@ -156,7 +156,7 @@ def _positions(host: Host, graph: CodedGraph, name: str, given: np.ndarray, expe
 
 
 def _off(graph: CodedGraph, name: str, got: np.ndarray, wanted: np.ndarray, count: int, number: int) -> list[str]:
-    """What is wrong with an output, of the tokens that are no padding."""
+    """What is wrong with an output, at the tokens that are not padding."""
     found = CACHE.fullmatch(name)
     axis = -1 if found and found[1] == "key" else -2
     got, wanted = (np.moveaxis(x, axis, 0)[:count].astype(int) for x in (got, wanted))
@@ -186,8 +186,8 @@ def _runs(slots: Sequence[int]) -> Iterator[str]:
 class Parting:
     """Where two answers part: the index, the two tokens, and by how much the reference prefers its own.
 
-    `noise`: by how much a logit of the other is off, on the root mean square. A choice between two logits whose gap is
-    no more than `NEAR` times the noise of their difference is a near tie: either may win.
+    `noise`: the root mean square error of a logit of the other. A choice between two logits whose gap is no more than
+    `NEAR` times the noise of their difference is a near tie: either may win.
     """
 
     index: int

@@ -9,9 +9,9 @@ Its layout is not that of the goldens, which have their padding on the left:
     positions        of the new tokens, and 0 for padding; code = floor(x / scale + zero_point) of cos and sin
     attention_mask   a row for each new token: code 65535 (0) where it looks, 0 elsewhere; rows of padding are all 0
     past_*_in        slots 0 to n - 1 hold the n tokens before, as the very codes that came out; the others hold 128
-    new tokens       are the last slots of the mask: of a context CL, CL - AR and on
+    new tokens       are the last AR slots of the mask: those from CL - AR on, with a context of CL
 
-`fed.py` holds what Genie fed against this. Read from Genie's own debug dump (QNN 2.51).
+`fed.py` compares what Genie fed with this. The layout was read from Genie's own debug dump (QNN 2.51).
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ class CodedGraph:
 class Host:
     """A conversation with the graphs of a coded export: the cache, and how long it is.
 
-    Raises InputError for a folder that is no coded export, or one of another model.
+    Raises InputError for a folder that is not a coded export, or one of another model.
     """
 
     def __init__(self, model: Model, folder: str | Path):
@@ -95,7 +95,7 @@ class Host:
         return next(iter(self.graphs.values()))[0].context
 
     def inputs(self, graph: CodedGraph, ids: Sequence[int], before: Arrays) -> Arrays:
-        """What a graph is fed for new ids. `before`: what the parts before it gave."""
+        """The inputs of a graph for new ids. `before`: what the parts before it gave."""
         fed = Arrays()
         for name, shape in graph.shapes.items():
             if name == "input_ids":
@@ -152,7 +152,7 @@ class Host:
                 self.cache[into] = new if old is None else np.concatenate([old, new], -1 if key else -2)
 
     def advance(self, count: int) -> None:
-        """So many tokens more are in the cache."""
+        """Counts so many more tokens in the cache."""
         self.length += count
 
     def run(self, ids: Sequence[int], executor: Executor) -> np.ndarray:
@@ -191,7 +191,7 @@ def in_codes(executor: Executor, graph: CodedGraph, fed: Arrays) -> Arrays:
 
 
 def _end_of_text(model: Model) -> int:
-    """The id that ends a text, by the generation config; 2, if that says none."""
+    """The id that ends a text, by the generation config or else the model's; 2 if neither says one."""
     end = model.generation_config.get("eos_token_id", model.config.eos_token_id)
     ends = end if isinstance(end, list) else [end]
     return next((id for id in ends if type(id) is int), 2)

@@ -66,7 +66,7 @@ def described(parts: Sequence[GraphFolder]) -> dict[str, Any]:
 
 
 def _files(parts: Sequence[GraphFolder], zero: str) -> dict[str, Any]:
-    """Each graph's inputs and outputs. `zero`: "offset" or "zero_point", which is its opposite."""
+    """Each graph's inputs and outputs. `zero`: "offset" or "zero_point", which is minus the offset."""
     found = {}
     for part in parts:
         borders = read_borders(part.of_kind(".onnx")[0]) if part.grids is None else {}
@@ -133,6 +133,6 @@ def _scalar(value: Any) -> str:
     if isinstance(value, float):  # YAML 1.1 takes 1e-05 for a text
         text = repr(value)
         return text if "." in text else text.replace("e", ".0e")
-    words = ("y", "n", "yes", "no", "on", "off", "true", "false", "null")  # which are no texts in YAML
+    words = ("y", "n", "yes", "no", "on", "off", "true", "false", "null")  # which YAML does not read as texts
     plain = isinstance(value, str) and re.fullmatch(r"[A-Za-z_/][A-Za-z0-9_./-]*", value) and value.lower() not in words
     return value if plain else json.dumps(value)

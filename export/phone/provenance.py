@@ -3,8 +3,8 @@
     operations = read_provenance("build/bin", "token_ar1_cl64_2_of_2")
     operations.of("model.layers.0.self_attn.scores")     # MatMul (scores.raw), Convert (scores.codes)
 
-`refimpl compile` keeps that record beside the binaries (`trace/{graph}.json`). What stands in it under none of our
-names are changes of layout that the compiler put in.
+`refimpl compile` keeps that record beside the binaries (`trace/{graph}.json`). Operations in it under none of our names
+are changes of layout that the compiler added.
 """
 
 from __future__ import annotations
@@ -53,10 +53,10 @@ class Provenance:
     def of(self, tap: str) -> tuple[Operation, ...]:
         """The operations that compute a tensor, by its tap: for all heads, where those are apart.
 
-        None if it is inside of another operation. `of_nodes` asks by the nodes that lie between two taps.
+        Empty if it is inside of another operation. `of_nodes` asks by the nodes that lie between two taps.
         """
         wanted = re.compile(re.escape(tap) + r"(\.\d+)*(\.(raw|codes).*)?")
-        made = re.compile(re.escape(tap) + r"(\.\d+)*\.(raw|codes)\b.*")  # without: it is read, not computed
+        made = re.compile(re.escape(tap) + r"(\.\d+)*\.(raw|codes)\b.*")  # without one: read, not computed
         return tuple(
             one for one in self.operations
             if wanted.fullmatch(plain(one.name)) or any(made.fullmatch(node) for node in one.nodes)

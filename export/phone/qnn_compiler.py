@@ -1,10 +1,11 @@
-"""What compiles one binary, in a process of its own: the job `compile` of a `Process`.
+"""Compiles one binary, in a process of its own: the job `compile` of a `Process`.
 
 ONNX Runtime hands a graph to Qualcomm's compiler when a session is opened, and writes the context binary that comes out
 (`ep.context_enable`). A graph inside a binary has the name under which the provider was registered, so it is registered
-once for each graph. Graphs that share their weights are compiled in one process, into one binary: the last says so.
+once for each graph. Graphs that share their weights are compiled in one process, into one binary: an option of the last
+graph ends the sharing.
 
-A failure here may be an abort, which is why this is a process of its own, one for each binary.
+A failure may abort the process, so each binary has a process of its own.
 
 **Source**: onnxruntime-qnn, `docs/execution_providers/QNN-ExecutionProvider.md`.
 """
@@ -74,7 +75,7 @@ def _session(path: Path, provider: str, options: dict[str, str], entries: dict[s
 
 
 def _left_out(path: Path, provider: str, options: dict[str, str]) -> str:
-    """Which nodes the compiler leaves to the CPU."""
+    """A sentence with the nodes that the compiler leaves to the CPU."""
     plain = {key: value for key, value in options.items() if "trace" not in key}
     session = _session(path, provider, plain, {"session.record_ep_graph_assignment_info": "1"})
     nodes = [

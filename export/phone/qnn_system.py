@@ -1,4 +1,4 @@
-"""What reads a context binary, in a process of its own: the job `read` of a `Process`.
+"""Reads a context binary, in a process of its own: the job `read` of a `Process`.
 
 Qualcomm's libQnnSystem reads the description that its compiler put at the head of a binary, through the public function
 `QnnSystemContext_getMetadata`. It trusts what it reads, so a damaged file may end this process, and no other.
@@ -19,7 +19,7 @@ from typing import Any
 from export.run.library import library
 from refimpl.errors import InputError
 
-MOST = 4096  # graphs of a binary, or tensors of a graph: more is no description
+MOST = 4096  # graphs of a binary, or tensors of a graph: no real description has more
 RANK = 16
 DEFINED, SCALE_OFFSET, BITWIDTH_SCALE_OFFSET = 1, 0, 2  # Qnn_Definition_t, Qnn_QuantizationEncoding_t
 HTP = 6  # QNN_BACKEND_ID_HTP
@@ -180,7 +180,7 @@ def _version(of: Any) -> str:
 
 
 def read(folder: Path, path: str) -> dict[str, Any]:
-    """The job."""
+    """The job `read`."""
     return described(path)
 
 

@@ -17,7 +17,7 @@ CORES = "0xe0"  # of the CPU, as Qualcomm's configurations have it: the fast one
 
 
 def genie_config(config: Config, context: int, bins: Sequence[str], bos: int, eos: int) -> dict[str, Any]:
-    """`genie_config.json`. `bos` is put before every prompt; -1 for a tokenizer that puts none, as Baichuan's.
+    """`genie_config.json`. `bos` is put before every prompt; -1 for a tokenizer that adds none, as Baichuan's.
 
     `bins`: the binaries, all prompt parts before all token parts where each graph has its own.
     """

@@ -1,9 +1,9 @@
 """`tokenizer.json` from a SentencePiece model: the same ids in the format that phones read.
 
-Genie reads Hugging Face's `tokenizer.json`; Baichuan's checkpoints have SentencePiece's `tokenizer.model` only. The
-two algorithms are one (merge the best pair, again and again), the settings around them are not, and the converter of
-transformers has those of Llama and Gemma: it puts a blank before the text, joins runs of blanks, strips the end, and
-drops the bytes of unknown characters. Baichuan does none of that. What is written here:
+Genie reads Hugging Face's `tokenizer.json`; Baichuan's checkpoints have only SentencePiece's `tokenizer.model`. Both
+use the same algorithm (merge the best pair, again and again), but with different settings. The converter of
+transformers has the settings of Llama and Gemma: it puts a blank before the text, joins runs of blanks, strips the end,
+and drops the bytes of unknown characters. Baichuan does none of that. This module writes:
 
     normalizer      " " becomes U+2581, nothing else; no blank is put before the text
     pre-tokenizer   none: pieces may span words
@@ -11,15 +11,15 @@ drops the bytes of unknown characters. Baichuan does none of that. What is writt
                     <reserved_106>, in Baichuan2 1086 of them) are found next, longest first, and never merge
     model           BPE; a merge for each way in which a piece is two others, best score first. Of equal scores (all
                     ways of one piece, and two pieces at a time in Baichuan2) SentencePiece takes the leftmost in the
-                    text, where here each has its own rank: that is the same as long as the two pieces cannot overlap
+                    text. Here each has its own rank, which is the same as long as the two pieces cannot overlap
     byte fallback   a character without a piece becomes its UTF-8 bytes, each the piece <0xE4>
     decoder         U+2581 becomes " ", bytes become characters
 
-Decoding is the same too, but for bytes that are no UTF-8: of a run of byte pieces that is no text as a whole,
-SentencePiece keeps the characters in it, the library `tokenizers` turns every byte into U+FFFD.
+Decoding is the same too, except for bytes that are not UTF-8. If a run of byte pieces is not text as a whole,
+SentencePiece keeps the characters in it, and the library `tokenizers` turns every byte into U+FFFD.
 
-`tokenizers` 0.15.2, 0.19.1 and 0.23.3 were tried. Versions before take the shortest of added tokens ("...." as four),
-and split such texts otherwise; which one Genie has inside is not known.
+`tokenizers` 0.15.2, 0.19.1 and 0.23.3 were tried. Older versions take the shortest of added tokens ("...." as four),
+and so split such texts in another way. Which version Genie contains is not known.
 
 **Source**: SentencePiece's `bpe_model.cc` and `sentencepiece_model.proto`; the JSON of `tokenizers`, with merges as
 "a b", which all its versions read.
@@ -91,8 +91,8 @@ class _Reader(Wire):
 def tokenizer_json(path: str | Path) -> dict[str, Any]:
     """What `tokenizer.json` holds for the SentencePiece model at `path`.
 
-    Raises InputError for a file that is damaged, and for a model that the format has no equal of: another algorithm, a
-    normalizer, a dummy blank, or pieces that merge out of characters which are no pieces themselves.
+    Raises InputError for a file that is damaged, and for a model that the format cannot express: another algorithm, a
+    normalizer, a dummy blank, or pieces that merge out of characters which are not pieces themselves.
     """
     path = Path(path)
     try:
@@ -151,7 +151,7 @@ def _converted(model: SentencePieceModel) -> dict[str, Any]:
 def merges(scores: dict[str, float]) -> list[str]:
     """Every way in which a piece is two others, as "left right", best score first.
 
-    Raises InputError where the place in a text would decide between two pieces with one score, as in SentencePiece.
+    Raises InputError if two pieces with one score can overlap: SentencePiece decides by their place in the text.
     """
     groups: dict[float, list[str]] = {}
     for text, score in scores.items():

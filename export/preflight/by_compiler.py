@@ -1,7 +1,7 @@
 """`check_by_compiling`: what Qualcomm's own compiler says of the graphs, which no rule can know better (extra: htp).
 
-It takes seconds a graph where the rules take milliseconds, and it knows one SoC and one version of the compiler. What
-it leaves to the CPU is an error here, too: a context binary cannot hold that.
+It takes seconds a graph where the rules take milliseconds, and it knows one SoC and one version of the compiler. A node
+that it leaves to the CPU is an error here, too: a context binary cannot hold it.
 """
 
 from __future__ import annotations

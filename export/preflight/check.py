@@ -1,11 +1,11 @@
 """`check` a folder of graphs before it is uploaded: what AI Hub, the NPU or Genie is known to refuse, in milliseconds.
 
-A compile job takes an upload of gigabytes and minutes of queue, and then says "exit code 14". What is known to fail is
-a rule here: RULES lists them, in files by subject. The graphs may be anybody's, in one folder or in a folder for each:
+A compile job takes an upload of gigabytes and minutes of queue, and then says "exit code 14". Each known reason is a
+rule here: RULES lists them, in files by subject. The graphs may be anybody's, in one folder or in a folder for each:
 `model.onnx`, and beside it weights and encodings. Weights are never read (see `files/skeleton.py`).
 
 **Source** of each rule: its `source`. "Zoo" is AI Hub Models 0.46 (`models/_shared/llm`), "client" qai-hub 0.56, "ORT"
-the documentation of onnxruntime's QNN execution provider, "ports" what people reported who tried.
+the documentation of onnxruntime's QNN execution provider, "ports" the reports of people who tried.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from refimpl.errors import at_most
 OF_ONE_GRAPH = rules_of(of_files, of_model, of_names, of_grids, of_npu)
 OF_ALL_GRAPHS = rules_of(of_all)
 RULES = OF_ONE_GRAPH + OF_ALL_GRAPHS
-OF_DAMAGED_GRAPHS = (of_files.damaged, of_files.folder_extra_files)  # the others look into what could not be read
+OF_DAMAGED_GRAPHS = (of_files.damaged, of_files.folder_extra_files)  # all others need what could not be read
 LISTED = 5  # tensors that a finding names; the others are counted
 REASONS = 20  # findings of one rule in one graph; all further ones become one
 
@@ -58,7 +58,7 @@ class Preflight:
         return not self.findings
 
     def __str__(self) -> str:
-        """What is wrong in several graphs for one reason is said once."""
+        """The findings as text. A fault that several graphs share is told once."""
         lines: dict[tuple[str, str, str, str], list[str]] = {}
         for one in self.findings:
             lines.setdefault((one.severity, one.rule, str(one), one.remedy), []).append(one.graph)
@@ -77,7 +77,7 @@ class Preflight:
 
 
 def check(folder: str | Path) -> Preflight:
-    """Holds the graphs of a folder against RULES: the graph in it, or the graphs in the folders in it.
+    """Tests the graphs of a folder by RULES: the graph in it, or the graphs in the folders inside it.
 
     A damaged file is a finding. Raises InputError if there is no such folder, or no ONNX file in it.
     """

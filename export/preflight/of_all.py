@@ -116,7 +116,7 @@ def weights_not_shared(graphs: list[GraphFolder]):
 
 
 def _runs(graphs: list[GraphFolder]) -> Iterator[list[GraphFolder]]:
-    """For each length and context the graphs in the order of their parts; none for a folder with one graph."""
+    """The graphs of each length and context, in the order of their parts; nothing for a folder with one graph."""
     runs: dict[tuple, list[GraphFolder]] = {}
     for graph in graphs:
         if graph.called:

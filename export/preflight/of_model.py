@@ -11,7 +11,7 @@ FLOAT64, STRING, INT64, BOOL, UINT64 = 11, 8, 7, 9, 13  # ONNX's numbers of type
 PROVEN_OPSETS = (17, 18)
 LATEST_IR = 10
 
-# Of the operators in ORT's table, and those that a converter folds away.
+# The operators in ORT's table, and those that a converter folds away.
 HTP_OPS = (
     "Abs Add And ArgMax ArgMin Asin Atan AveragePool BatchNormalization Cast Ceil Clip Concat Constant Conv "
     "ConvTranspose Cos CumSum DepthToSpace DequantizeLinear Div Einsum Elu Equal Erf Exp Expand Flatten Floor Gather "
@@ -24,7 +24,7 @@ HTP_OPS = (
 )
 CONTROL_FLOW = {"If", "Loop", "Scan", "SequenceMap"}
 GIVES_BOOL = {"And", "Equal", "Greater", "GreaterOrEqual", "IsInf", "IsNaN", "Less", "LessOrEqual", "Not", "Or", "Xor"}
-# Which inputs of an operator are shapes and axes: int64 by ONNX's definition, and gone once the graph is compiled.
+# The inputs of an operator that are shapes and axes: int64 by ONNX's definition, and gone once the graph is compiled.
 SHAPES = {
     "ConstantOfShape": {0}, "CumSum": {1}, "Expand": {1}, "Pad": {1, 3}, "ReduceL2": {1}, "ReduceMax": {1},
     "ReduceMean": {1}, "ReduceMin": {1}, "ReduceProd": {1}, "ReduceSum": {1}, "Reshape": {1}, "Resize": {3},

@@ -1,6 +1,6 @@
 """Rules about names: no two alike once compiled, and those by which Genie finds the parts of a language model.
 
-Names, shapes and order are asked of graphs that look like a part of a language model: they have a `past_key_0_in`, or
+Names, shapes and order are checked in graphs that look like a part of a language model: they have a `past_key_0_in`, or
 are called `prompt_ar128_cl4096_2_of_5`.
 """
 
@@ -191,7 +191,7 @@ def io_misshapen(graph: GraphFolder):
 
 
 def _shapes(graph: GraphFolder, S: int, C: int) -> dict[str, tuple]:
-    """What shape each end should have: `...` where any size will do. Most of the cache decides its heads and width."""
+    """The shape that each end should have; `...` is any size. Heads and width are those of most of the cache."""
     came, gone = graph.cache(graph.graph.inputs), graph.cache(graph.graph.outputs)
     shapes = [(kind, value.shape) for (_, kind), value in [*came.items(), *gone.items()] if len(value.shape or ()) == 4]
     heads = Counter(shape[0] for _, shape in shapes if shape)

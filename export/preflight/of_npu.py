@@ -1,8 +1,8 @@
-"""Rules about graphs that round by themselves: what Qualcomm's NPU takes without a word, and computes wrongly.
+"""Rules about graphs that round by themselves: what Qualcomm's NPU accepts silently, and computes wrongly.
 
 Such a graph has pairs of QuantizeLinear and DequantizeLinear. Each rule was measured: onnxruntime-qnn 2.7.0 (QNN 2.51),
-its emulation of the architectures v75 and v79, against exact results of the same codes. How far a result was off is
-told in steps of its grid. A real NPU was not there to be asked.
+its emulation of the architectures v75 and v79, against exact results of the same codes. Errors are in steps of the
+result's grid. No real NPU was available.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ HALF = 65504.0  # the largest float16
 
 @dataclass(frozen=True)
 class Grid:
-    """What a DequantizeLinear reads, or a QuantizeLinear gives. None where it is not said in the graph itself.
+    """The grid of a DequantizeLinear or QuantizeLinear. None stands for a number that the graph does not state.
 
-    `constant`: its codes are an initializer; `rows`: it has more than one step; `blocks`: along rows.
+    `constant`: its codes are an initializer; `rows`: it has more than one step; `blocks`: it has a step for each block.
     """
 
     dtype: int
@@ -49,7 +49,7 @@ class Grid:
 
 
 class Inside:
-    """The grids that a graph has in itself, by the tensor that stands on one, and who reads what."""
+    """The grids that a graph itself states, by the tensor that stands on one, and the readers of each tensor."""
 
     def __init__(self, graph: GraphFolder):
         self.graph = graph
@@ -73,7 +73,7 @@ class Inside:
                     node.ints.get("block_size", 0) > 0)  # fmt: skip
 
     def rounded(self, name: str) -> Grid | None:
-        """The grid that the one reader of a tensor puts it on."""
+        """The grid on which a tensor's only reader puts it; None unless one QuantizeLinear alone reads it."""
         readers = self.readers.get(name, [])
         if len(readers) == 1 and readers[0].op == "QuantizeLinear" and len(readers[0].inputs) > 1:
             return self.grid(readers[0])

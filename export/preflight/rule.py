@@ -10,10 +10,10 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Rule:
-    """One thing that is known, by a name that says what is wrong.
+    """One known reason to be refused, named after what is wrong.
 
-    `breaches` gets one graph (in of_all.py all of them) and yields each breach: the name of a tensor, or "", and why.
-    For all graphs, the graph comes before these. `wrong` is an example.
+    `breaches` gets one graph and yields each breach: the name of a tensor, or "", and why. In of_all.py it gets all
+    graphs, and yields the graph before these two. `wrong` is an example.
     """
 
     id: str
