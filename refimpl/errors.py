@@ -20,7 +20,7 @@ class Remark(UserWarning):
 
 
 def one_line(text: str) -> str:
-    """The text with control characters and line breaks escaped, for names may come from hostile files."""
+    """The text with control characters and line breaks escaped, because names may come from hostile files."""
     return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 

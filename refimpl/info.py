@@ -128,7 +128,7 @@ def _examine_gguf(path: Path) -> dict[str, Any]:
 
 
 def _examine_step(folder: Path) -> dict[str, Any]:
-    """What `examine` finds of one checkpoint of several. If it fails, that is the checkpoint's problem."""
+    """The facts of one checkpoint of several. If `examine` fails, its error becomes the checkpoint's problem."""
     try:
         return examine(folder)
     except InputError as error:
@@ -201,7 +201,7 @@ def _bits(matrices: Sequence[formats.Blocks]) -> float:
 
 
 def _revision(folder: Path) -> str:
-    """What the folder's name says: a commit of Hugging Face's cache, or how many tokens it was trained on."""
+    """The revision by the folder's name: a commit of Hugging Face's cache, or how many tokens it was trained on."""
     folder = folder.resolve()
     if folder.parent.name == "snapshots":
         return f"commit {folder.name}"

@@ -40,7 +40,7 @@ THREADS = "NUMBA_NUM_THREADS"
 
 
 class Pool(Protocol):
-    """What computes pieces: an executor."""
+    """An executor, which computes pieces."""
 
     def submit(self, function: Callable, /, *arguments: Any) -> Any: ...
 
@@ -120,7 +120,7 @@ class _Sent:
 
 
 def here() -> tuple[str, int]:
-    """This process."""
+    """The machine and the id of this process."""
     return platform.node(), os.getpid()
 
 

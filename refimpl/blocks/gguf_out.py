@@ -46,7 +46,7 @@ def write_gguf(
     checkpoint: Checkpoint, out: str | Path, recipe: Recipe | None = None, keep: Sequence[str] = (),
     importance: Importance | None = None, threads: int | None = None, **options: Any,
 ) -> int:  # fmt: skip
-    """Writes `checkpoint` into the new file `out`; gives its bytes.
+    """Writes `checkpoint` into the new file `out`; returns its size in bytes.
 
     `recipe`, `keep`, `importance`, `options`: see `refimpl.blocks.quantize`; without a recipe, matrices keep their
     format. Raises InputError for a file that exists, for formats that GGUF does not have, for a model that llama.cpp
@@ -84,7 +84,7 @@ def write_gguf(
 
 
 def _tensors(checkpoint: Checkpoint, formats: dict[str, str]) -> Iterator[Tensor]:
-    """What the file holds, in order."""
+    """The tensors of the file, in order."""
     config, weights = checkpoint.config, checkpoint.weights
     heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
     for name, theirs in tensor_names(config).items():

@@ -45,7 +45,7 @@ EMBED = "model.embed_tokens.weight"
 
 @dataclass(frozen=True)
 class Scheme:
-    """What a matrix becomes: a format of `refimpl_kernels.formats` and its options. None is the format's default.
+    """The format that a matrix gets, of `refimpl_kernels.formats`, and its options. None is the format's default.
 
     `search`: how many scales to try for each block; "mse" tries 16, and 0 rounds to nearest. `symmetric`: False asks
     for zero points (INT4, MatMulNBits). `double`: scales of 8 bits (NF4 and FP4, where it is the default).
@@ -144,7 +144,7 @@ class Plan:
     recipe: dict[str, Any]
 
     def provenance(self, importance: Importance | None) -> dict[str, Any]:
-        """What a manifest says of how the matrices were made."""
+        """The entries of a manifest that say how the matrices were made."""
         about = None if importance is None else {**importance.meta, "sha256": importance.sha256}
         return {"recipe": self.recipe, "importance": about}
 

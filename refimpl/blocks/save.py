@@ -29,7 +29,7 @@ from refimpl.config import OURS
 from refimpl.errors import InputError
 from refimpl.files import read_json
 
-SHARD_BYTES = 500_000_000  # the most that is done again after an interruption
+SHARD_BYTES = 500_000_000  # at most so many bytes are done again after an interruption
 
 
 class Stored(Weight):
@@ -63,7 +63,7 @@ def quantize_checkpoint(
     importance: Importance | None = None, shard_size: int | str = SHARD_BYTES, threads: int | None = None,
     **options: Any,
 ) -> dict[str, Any]:  # fmt: skip
-    """Quantizes the checkpoint in `source` into the new folder `out`; gives what the manifest says.
+    """Quantizes the checkpoint in `source` into the new folder `out`; returns the manifest's entries.
 
     `recipe`, `keep`, `importance` and `options`: see `blocks.quantize`. `threads`: all cores if not given; the bytes
     do not depend on them. If a run is interrupted, the next one goes on after its last complete file.
@@ -79,7 +79,7 @@ def quantize_checkpoint(
 
 
 def save(checkpoint: Checkpoint, out: str | Path, shard_size: int | str = SHARD_BYTES) -> dict[str, Any]:
-    """Writes a checkpoint into the new folder `out`, its weights unchanged; gives what the manifest says.
+    """Writes a checkpoint into the new folder `out`, its weights unchanged; returns the manifest's entries.
 
     An interrupted run leaves nothing. Raises InputError if `out` exists or the disk is too small.
     """

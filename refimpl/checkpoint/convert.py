@@ -49,7 +49,7 @@ class Converted:
         return self.weight.shape
 
     def tiles(self) -> Iterator[np.ndarray]:
-        """Its bytes in order, a few MiB at a time, the next ones fetched meanwhile."""
+        """Its bytes in order, a few MiB at a time. The disk fetches the next ones meanwhile."""
         rows = self.weight.shape[0]
         step = max(1, shards.TILE_BYTES * rows // max(1, shards.size_of(self)))
         for start in range(0, rows, step):
@@ -62,7 +62,7 @@ def convert(
     source: str | Path, out: str | Path, dtype: str | None = None, shard_size: int | str = SHARD_BYTES,
     normalize_head: bool = False, lora: str | Path | None = None,
 ) -> dict[str, Any]:  # fmt: skip
-    """Writes the checkpoint in `source` as safetensors into the new folder `out`; gives what `conversion.json` says.
+    """Writes the checkpoint in `source` as safetensors into the new folder `out`; returns what `conversion.json` says.
 
     `dtype`: "float32", "bfloat16" or "float16" for all parameters; without it, formats stay. `shard_size`: the most
     bytes of tensors in a file, such as 5_000_000_000 or "5GB"; a larger tensor gets a file of its own. `lora`: the
@@ -121,7 +121,7 @@ def convert(
 def _entries(
     config: Config, tensors: Mapping[str, Any], dtype: str | None, normalize_head: bool
 ) -> dict[str, Converted]:
-    """What is written for each tensor, in the model's own order, which does not depend on the source's layout."""
+    """The tensors to write, in the model's own order, which does not depend on the source's layout."""
     if dtype is not None and dtype not in ("float32", "bfloat16", "float16"):
         raise InputError(f"dtype is {dtype!r}, expected float32, bfloat16 or float16")
     if normalize_head and not config.norm_head:

@@ -39,7 +39,7 @@ NEAR_ONE = 0.01
 
 
 def official_sizes(config: Config) -> bool:
-    """Whether a config has the sizes of its family's official checkpoint, but for its heads."""
+    """Whether a config has the sizes of its family's official checkpoint. Numbers of heads do not count."""
     return OFFICIAL.get(config.family) == tuple(getattr(config, key) for key in KEYS)
 
 
@@ -85,7 +85,7 @@ def sizes(shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, int, int, int] | 
 
 
 def broken_promise(config: Config, tensors: Mapping[str, Any]) -> str | None:
-    """What is wrong if config.json says that a Baichuan2's head is normalised in the file, and it is not."""
+    """An error message if config.json says that a Baichuan2's head is normalised, and it is not; else None."""
     lengths = _head_lengths(config, tensors)
     if lengths is None or config.norm_head or _near_one(lengths):
         return None
@@ -118,7 +118,7 @@ def remarks(config: Config, tensors: Mapping[str, Any]) -> list[str]:
 
 
 def not_finite(tensors: Mapping[str, Any]) -> list[str]:
-    """Which scales, norms and biases hold NaN or infinity. These arrays are small, and read whole."""
+    """Remarks on scales, norms and biases with NaN or infinity. These arrays are small, so they are read whole."""
     found = []
     for name, value in tensors.items():
         parts = value.blocks.parts if hasattr(value, "blocks") else {"": value}

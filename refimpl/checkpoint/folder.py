@@ -56,7 +56,7 @@ class Checkpoint:
 
 
 def folder_remarks(folder: Path, config: Config, tensors: Mapping[str, Any]) -> list[str]:
-    """What to know about a folder that loads: what its config leaves open, what is not read, what is unusual."""
+    """Remarks on a folder that loads: what its config leaves open, what is not read, what is unusual."""
     said = [doubt(read_json(folder / "config.json")), adapter_beside(folder), template_remark(folder, config)]
     return [*(remark for remark in said if remark), *remarks(config, tensors)]
 

@@ -47,7 +47,7 @@ def adapter_beside(folder: Path) -> str | None:
 
 
 def of_an_engine(names: Iterable[str]) -> str | None:
-    """Which engine has quantized a checkpoint that has tensors of these names, as an error message; else None."""
+    """An error message that names the engine, if tensors of these names are quantized by another engine; else None."""
     for name in names:
         for end, engine in ENGINES.items():
             if name.endswith(end):

@@ -193,7 +193,7 @@ def _is_pattern(modules: Any) -> bool:
 def _targeted(path: Path, keys: dict[str, Any], name: str) -> bool:
     """Whether the config says that this weight is changed.
 
-    Source: `check_target_module_exists` in peft's src/peft/tuners/tuners_utils.py, but for patterns.
+    Source: `check_target_module_exists` in peft's src/peft/tuners/tuners_utils.py, except for patterns.
     """
     modules, layers = keys.get("target_modules"), keys.get("layers_to_transform")
     if modules == "all-linear":  # but the head, in peft as here

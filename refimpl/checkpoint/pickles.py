@@ -42,7 +42,7 @@ PROTOCOLS = range(2, 6)
 
 @dataclass(frozen=True)
 class Constructor:
-    """What a name in a pickle stands for when it is called: `build` gets the arguments, and checks them."""
+    """Stands for a name that a pickle calls. `build` gets the arguments, and checks them."""
 
     build: Callable[[tuple], Any]
 

@@ -35,7 +35,7 @@ def describe_matrix(header: Mapping[str, Any], rounded: np.dtype | None) -> dict
 
 
 def provenance(folder: Path) -> dict[str, Any]:
-    """How the matrices of a folder were made, from its manifest; empty without one."""
+    """The manifest's entries on how a folder's matrices were made; empty without a manifest."""
     said = read_json(folder / MANIFEST) if (folder / MANIFEST).exists() else {}
     return {key: said[key] for key in ("recipe", "importance") if key in said}
 

@@ -22,7 +22,7 @@ HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
 
 def resolve(config: Config, tensors: Mapping[str, Any]) -> Weights:
-    """What the decoder reads, from a checkpoint's tensors; matrices that are quantized stay so.
+    """The weights as the decoder reads them, from a checkpoint's tensors. Quantized matrices stay quantized.
 
     Raises InputError for missing, unknown and wrongly shaped tensors, and for formats that are not floating point.
     """

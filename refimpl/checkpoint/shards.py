@@ -197,7 +197,7 @@ def _alone(work: Path) -> Iterator[None]:
 
 
 def write_shards(work: Path, shards: Shards, verb: str) -> dict[str, str]:
-    """Writes the shards that the journal does not list, and the index of several; gives the sha256 of each.
+    """Writes the shards that the journal does not list, and an index if there are several; returns their sha256.
 
     `verb` stands beside the progress.
     """
@@ -219,7 +219,7 @@ def write_shards(work: Path, shards: Shards, verb: str) -> dict[str, str]:
 
 
 def _write_shard(path: Path, shard: Mapping[str, Entry], progress: tqdm) -> str:
-    """Writes one file under a temporary name, and gives its sha256, which another thread computes meanwhile."""
+    """Writes one file, under a temporary name first. Returns its sha256, which another thread computes."""
     digest, part = hashlib.sha256(), path.with_name(path.name + ".part")
     with ThreadPoolExecutor(1) as hashing, open(part, "wb", buffering=0) as file:
         pending: deque[Future] = deque()

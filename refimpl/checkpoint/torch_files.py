@@ -53,7 +53,7 @@ NOTE_LIMIT = 64  # bytes; the longest is a number of 40 digits
 
 @dataclass(frozen=True)
 class StorageType:
-    """What `torch.HalfStorage` and its like mean: elements of one format, raw bytes for an untyped storage."""
+    """Stands for `torch.HalfStorage` and its like: elements of one format, or raw bytes for an untyped storage."""
 
     dtype: np.dtype
 

@@ -100,7 +100,7 @@ class Seen:
         np.add.at(self.counts, bins.astype(np.int64) - self.first, other.counts)
 
     def to_array(self) -> np.ndarray:
-        """As float64 (5 + bins,), where whole numbers to 2^53 are exact. `from_array` reads it back."""
+        """All fields as float64 (5 + bins,), in which whole numbers to 2^53 are exact. `from_array` reads it back."""
         return np.array([self.low, self.high, self.count, self.width, self.first, *self.counts], np.float64)
 
     @classmethod

@@ -287,7 +287,7 @@ def _check_size(path: Path, size: int, config: Config) -> None:
 
 
 def _settings(config: Config, keys: dict[str, Any], max_new_tokens: int = 1) -> ChatSettings:
-    """The chat settings of generation_config.json, and `max_new_tokens` where it has none."""
+    """The chat settings of generation_config.json, and `max_new_tokens` if it does not say any."""
     settings = ChatSettings(config.max_position_embeddings, max_new_tokens)
     limits = {"max_new_tokens": 1 << 31, "user_token_id": config.vocab_size, "assistant_token_id": config.vocab_size}
     values = {name: getattr(settings, name) if keys.get(name) is None else keys[name] for name in limits}
