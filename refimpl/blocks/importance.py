@@ -44,7 +44,7 @@ class Importance(dict):
         return f"Importance of {len(self)} matrices, from {self.meta.get('tokens', '?')} tokens"
 
     def columns(self, name: str, count: int) -> np.ndarray:
-        """The numbers of a matrix with `count` columns. Raises InputError if they are missing, or another number."""
+        """The numbers of a matrix with `count` columns. Raises InputError unless there are `count` of them."""
         module = name.removesuffix(".weight")
         if module not in self:
             raise InputError(f"there is no importance of {module}; collect it from this model")
