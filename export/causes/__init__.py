@@ -1,1 +1,1 @@
-"""What a wrong tensor looks like, and which known fault makes it so."""
+"""The known faults of a deployment, and the wrong tensors that each of them gives."""

@@ -61,7 +61,7 @@ class Evidence(WhatIf):
 
     @cached_property
     def device(self) -> np.ndarray:
-        """What the device gave, as the tap."""
+        """The device's tensor in the tap's layout, float64, without padding."""
         return self.shown(self.raw)
 
     @cached_property
@@ -73,7 +73,7 @@ class Evidence(WhatIf):
 
     @cached_property
     def expected(self) -> np.ndarray:
-        """What the tensor should be, as the tap."""
+        """The right tensor in the tap's layout, float64, without padding."""
         return self.shown(self.outputs[self.value.name])
 
     @property

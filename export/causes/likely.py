@@ -3,7 +3,7 @@
 A detector looks at a failing tensor and proposes what a device with its fault would have given: `scale` multiplies the
 right tensor by a factor, `mask` computes the graph again with another mask. The proposal that comes nearest to the
 device's tensor is the likely cause, if it comes much nearer than the right tensor does. So a detector needs no
-threshold of its own, and a healthy tensor has no cause, because nothing is nearer to it than what is right.
+threshold of its own, and a healthy tensor has no cause, because nothing is nearer to it than the right tensor.
 """
 
 from __future__ import annotations

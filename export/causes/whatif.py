@@ -29,7 +29,7 @@ LINEARS = ("W_pack", "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_pr
 
 @dataclass(frozen=True)
 class Hypothesis:
-    """At the taps whose last names are `at`, the run goes on with what `change` gives; None leaves a tap unchanged."""
+    """At the taps whose last names are `at`, the run goes on with `change`'s result; None leaves a tap unchanged."""
 
     text: str
     at: tuple[str, ...]
@@ -142,7 +142,7 @@ class Stretch:
 
 @dataclass(frozen=True, eq=False)
 class Operation:
-    """A tap in a run: `right` is what was computed, `seen` all taps before it."""
+    """A tap in a run: `right` is its computed value, `seen` all taps before it."""
 
     whatif: WhatIf
     tap: str

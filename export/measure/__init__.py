@@ -1,1 +1,1 @@
-"""What a device answered beside what it should have: references, distances, places."""
+"""The outputs of a device beside the right ones: references, distances, places."""

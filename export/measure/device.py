@@ -1,4 +1,4 @@
-"""What a device returned, as traces, however it was stored and named.
+"""The outputs of a device as traces, however they were stored and named.
 
     read_device("parts", "outputs")         Trace of {graph}/{isolated or chained}/{tap}: the names of `verify`'s report
 
@@ -43,7 +43,7 @@ Grids = Mapping[str, Any]  # tap -> Encoding, or whatever else `refimpl.grids.en
 
 @dataclass(frozen=True)
 class Answer:
-    """What a device gave for one graph.
+    """The outputs of a device for one graph.
 
     `arrays`: name of an output, or of a probed tap -> float32 in the shape of the graph, padding included.
     `values`: what the manifest says of each. `remarks`: how the arrays had to be changed to fit it.
@@ -148,7 +148,7 @@ def largest(specs: Mapping[str, GraphSpec]) -> int:
     return max(math.prod(value.shape) for spec in specs.values() for value in probes(spec).values())
 
 
-# Fitting what is there to what the manifest says
+# Fitting the entries to the manifest
 
 
 def probes(spec: GraphSpec) -> dict[str, Value]:

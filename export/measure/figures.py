@@ -63,7 +63,7 @@ class Figures:
 
 @dataclass(frozen=True)
 class Needs:
-    """What rounding would have to explain.
+    """The errors of a tensor that rounding would have to explain.
 
     - `rows`: the error of the worst row, over the tolerance in floats, in yards on grids; `typical`: of the median row
     - `tokens`, `heads`: the worst row of each, over what is allowed: above 1 is wrong

@@ -136,7 +136,7 @@ class References:
 
     @property
     def kinds(self) -> list[Kind]:
-        """What a device may be held against, likeliest first."""
+        """The kinds that a device may be of, likeliest first."""
         if not self.encodings:
             return [FLOAT]
         if self.model is None:
@@ -149,7 +149,7 @@ class References:
 
     @cached_property
     def simulated(self) -> bool:
-        """Whether the export has stored what a simulated device answers."""
+        """Whether the export has stored the outputs of a simulated device."""
         return bool((read_json(self.folder / "manifest.json").get("golden") or {}).get("simulated"))
 
     def stored(self, spec: GraphSpec, way: str) -> Arrays:
@@ -164,7 +164,7 @@ class References:
         self, kind: Kind, spec: GraphSpec, inputs: Mapping[str, np.ndarray],
         feed: Mapping[str, np.ndarray] | None = None, wanted: Collection[str] = (), change: Tap = silent,
     ) -> Arrays:  # fmt: skip
-        """What a kind of device answers to these inputs: float32, the outputs by name and the `wanted` taps.
+        """The answer of a kind of device to these inputs: float32, the outputs by name and the `wanted` taps.
 
         `feed`: tap -> the values that the run goes on with, after its own were recorded. `change` is applied to each
         tap before it is recorded.

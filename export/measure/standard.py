@@ -42,7 +42,7 @@ class Right(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Standard:
-    """What a device should answer, for an export. `dtype`: the floats that the device computes in."""
+    """The right answers of a device for an export. `dtype`: the floats that the device computes in."""
 
     references: References
     dtype: str = "float32"
@@ -58,14 +58,14 @@ class Standard:
         return self.references.run(kind, spec, inputs, wanted=wanted)
 
     def alone(self, kind: Kind, answer: Answer) -> Right:
-        """What a graph should answer to golden inputs."""
+        """The right answer of a graph to golden inputs."""
         spec, other = answer.spec, self.unrounded(kind, "isolated")
         inputs, wanted = self.references.inputs(spec), answer.probed
         base = self.right(other, spec, inputs, "isolated", wanted) if other else None
         return Right(self.right(kind, spec, inputs, "isolated", wanted), base)
 
     def beside(self, kind: Kind, answer: Answer, right: Right) -> Iterator[Comparison]:
-        """The tensors of an answer beside what they should be."""
+        """The tensors of an answer beside the right ones."""
         spec, golden = answer.spec, self.references.golden(answer.spec)
         if any(name not in golden for name in answer.values):
             golden = golden | self.references.run(FLOAT, spec, self.references.inputs(spec), wanted=answer.probed)
@@ -107,7 +107,7 @@ class Standard:
         return {}
 
     def compared(self, kind: Kind, spot: Spot, sides: Sides) -> Comparison:
-        """A device's tensor beside what it should be."""
+        """A device's tensor beside the right one."""
         return compared(spot, kind, sides, self.limit(spot), self.references.grids.get(spot.tap))
 
     def likeliest(

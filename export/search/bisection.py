@@ -53,7 +53,7 @@ JOURNAL = "bisect.jsonl"
 
 @dataclass(frozen=True)
 class Probing:
-    """How a graph is looked into.
+    """The options of a search in a graph.
 
     - `graph`: only this one; by default all are run, and the first with wrong outputs is searched
     - `until`: graphs end at the taps that they show, for devices that compile a graph differently with more outputs
@@ -86,7 +86,7 @@ class Bisection:
     ledger: Ledger | None = None
     runs: list[SearchRun] = field(default_factory=list)
     given: dict[str, Arrays] = field(default_factory=dict)  # place that is wrong -> the run that showed it
-    kind: Kind = FLOAT  # what the device computes like, by the first run
+    kind: Kind = FLOAT  # how the device computes, by the first run
 
     @property
     def flow(self) -> Dataflow:
@@ -101,7 +101,7 @@ class Bisection:
         return self._run((), outputs)
 
     def localise(self, first: SearchRun) -> Finding:
-        """The first wrong tensor, and what it follows from."""
+        """The first wrong tensor, and the places that it follows from."""
         search = Planner(self.flow, {name: name not in first.wrong for name in first.figures})
         seen, gone = dict(first.figures), []
         alone = False

@@ -1,4 +1,4 @@
-"""What a search has found: where a device goes wrong, and the runs that showed it. The verdict's sentences tell it."""
+"""The result of a search: where a device goes wrong, and the runs that showed it. The verdict's sentences tell it."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ KEPT = 64 << 20  # bytes of references that are kept between runs; what is large
 
 @dataclass(frozen=True, eq=False)
 class OneGraph:
-    """What one graph should compute. `dtype`: the floats of the device; None until a run has shown it."""
+    """The right tensors of one graph. `dtype`: the floats of the device; None until a run has shown it."""
 
     references: References
     flow: Dataflow
@@ -87,7 +87,7 @@ class OneGraph:
         return kind
 
     def compared(self, kind: Kind, places: Sequence[Place], given: Mapping[str, np.ndarray]) -> dict[str, Comparison]:
-        """A run's places beside what a kind of device should give."""
+        """A run's places beside the right ones of a kind of device."""
         inside = [one for one in places if not one.is_output]
         if kind.on_grids and self.references.model is None and inside:
             raise InputError("what a quantized device computes inside of a graph takes the model; give it with --model")
@@ -110,7 +110,7 @@ class OneGraph:
         return Sides(device, right, oracle, self.right(other, one, beside) if other else None)
 
     def right(self, kind: Kind, one: Place, beside: Sequence[Place]) -> np.ndarray:
-        """What a place should be, as its tap, without padding. `beside`: what else the same run shows."""
+        """The right value of a place, as its tap, without padding. `beside`: the places that the same run shows."""
         known = self._known.setdefault(kind, {})
         if one.name not in known:
             everything = list(self.flow.places.values())

@@ -38,6 +38,6 @@ class Planner(Known):
         return chosen[:1] if alone else chosen
 
     def _split(self, cells: Iterable[set[str]], name: str, clears: set[str]) -> list[set[str]]:
-        """What each cell leaves if a place is wrong, and if it is right."""
+        """The candidates that each cell leaves if a place is wrong, and if it is right."""
         wrong = self.flow.ancestors[name]
         return [part for cell in cells for part in (cell & wrong, cell - clears) if part]

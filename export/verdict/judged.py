@@ -1,4 +1,4 @@
-"""What a verdict knows, and what follows from it: which tensor is the first wrong one, and which operations may be."""
+"""A verdict as data, and the conclusions from it: the first wrong tensor, and the suspected operations."""
 
 from __future__ import annotations
 

@@ -52,7 +52,7 @@ SAVE_SECONDS = 60.0
 
 @dataclass(frozen=True)
 class Options:
-    """What decides the outcome, besides the model and the data.
+    """The options that decide the outcome, besides the model and the data.
 
     `steps`: how many to take, instead of all that the epochs have. `accumulation`: batches of `batch_size` that a step
     averages. `lora`: None trains every parameter. `recompute`: see `backward`.
@@ -230,7 +230,7 @@ def piece_gradients(
     model: Forward, parameters: Mapping[str, np.ndarray], lora: Lora | None, ids: np.ndarray, objective: NextToken,
     recompute: bool,
 ) -> Result:  # fmt: skip
-    """What some rows add to a batch's loss, and to its gradients by the parameters."""
+    """The share of some rows in a batch's loss, and in its gradients by the parameters."""
     keep_freed_memory()
     weights = trained(model, parameters, lora)
     wanted = parameters.keys().__contains__
