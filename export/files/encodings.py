@@ -47,7 +47,7 @@ def write_encodings(encodings: Encodings, path: str | Path, version: str = "1.0.
 
 
 def as_json(encodings: Encodings, version: str = "1.0.0") -> dict[str, Any]:
-    """What an encodings file holds, in one of VERSIONS."""
+    """The content of an encodings file, in one of VERSIONS."""
     if version not in VERSIONS:
         raise InputError(f"the version is {version!r}, expected one of {', '.join(VERSIONS)}")
     head = {"version": version, "producer": {"package": "refimpl", "version": refimpl.__version__}}

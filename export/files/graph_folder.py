@@ -103,7 +103,7 @@ class GraphFolder:
 
     @cached_property
     def constants(self) -> dict[str, TensorInfo]:
-        """What is known before the graph runs: initializers, and the values of Constants."""
+        """The tensors that are known before the graph runs: initializers, and the values of Constants."""
         made = {node.outputs[0]: node.tensors[0] for node in self.graph.nodes
                 if node.op == "Constant" and node.tensors and node.outputs}  # fmt: skip
         return {**{tensor.name: tensor for tensor in self.graph.initializers}, **made}

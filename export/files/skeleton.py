@@ -1,4 +1,4 @@
-"""What a folder of a graph says, without its weights: the ONNX file's structure, and the grids of its encodings file.
+"""A graph's folder without its weights: the structure of the ONNX file, and the grids of the encodings file.
 
 Neither file is trusted. ONNX's own parser reads a whole file, weights included, and two hostile bytes of it can take a
 hundred bytes of memory; the same holds for `json`. So the ONNX file is mapped and read field by field; a page of code

@@ -24,7 +24,7 @@ from refimpl_kernels.affine import Encoding
 
 @dataclass(frozen=True)
 class ExportOptions:
-    """What `emit` takes beside the model.
+    """The options of `emit`.
 
     Shapes:
 

@@ -44,7 +44,7 @@ class Border:
         return np.clip(scaled, 0, 2**self.bits - 1).astype(np.uint8 if self.bits == 8 else np.uint16)
 
     def floats(self, codes: np.ndarray) -> np.ndarray:
-        """What codes stand for."""
+        """The floats that codes stand for."""
         return (codes.astype(np.int32) - self.zero_point).astype(np.float32) * np.float32(self.scale)
 
 

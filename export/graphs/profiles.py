@@ -21,7 +21,7 @@ from refimpl.errors import InputError, at_most
 from refimpl.positions import LOWEST
 
 _GROUPS = re.compile(r"heads=([1-9]\d{0,3})")
-LOWEST_OPSET = 17  # of those that AI Hub takes
+LOWEST_OPSET = 17  # the lowest that AI Hub takes
 INT4_OPSET = 21  # the first with INT4 and 16-bit codes, and with DequantizeLinear in blocks
 NORM_OPSET = 23  # the first with RMSNormalization
 

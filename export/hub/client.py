@@ -59,7 +59,7 @@ def transient(error: BaseException) -> bool:
 
 
 def advice(reason: str, url: str) -> str:
-    """What the client says, and what to do where that is known."""
+    """The client's reason, and what to do about it, if that is known."""
     if re.search(r"authenticat", reason, re.I):
         return f"the token in {config_path()} is not valid at {url}; make a new one in your account there"
     if re.search(r"too large", reason, re.I):
@@ -71,7 +71,7 @@ def advice(reason: str, url: str) -> str:
 
 
 def likely(reason: str) -> str:
-    """The likely cause of a job's failure, or nothing."""
+    """The likely cause of a job's failure, or ""."""
     return next((cause for pattern, cause in CAUSES if re.search(pattern, reason, re.I)), "")
 
 
@@ -82,14 +82,14 @@ def one_line(text: str) -> str:
 
 
 def config_path() -> str:
-    """Where the client has its configuration."""
+    """The path of the client's configuration."""
     from qai_hub.api_utils import get_config_path
 
     return get_config_path()
 
 
 def configured() -> dict[str, str]:
-    """What client.ini says, unchecked; nothing where it cannot be read."""
+    """The settings in client.ini, unchecked; {} if it cannot be read."""
     import configparser
 
     try:

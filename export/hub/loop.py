@@ -197,7 +197,7 @@ class Loop:
             )
 
     def _sweep(self) -> None:
-        """Removes the outputs of an earlier export, so that nobody judges this one by them."""
+        """Removes the outputs of an earlier export, so that this one is not judged by them."""
         for way in WAYS:
             for spec in self.specs:
                 path = self.session.outputs / way / f"{spec.name}.h5"

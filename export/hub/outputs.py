@@ -1,4 +1,4 @@
-"""What AI Hub says of a model's inputs and outputs, and the outputs that it gives, by the graph's own names.
+"""A model's inputs and outputs as AI Hub lists them, and the outputs that it gives, by the graph's own names.
 
 **Source**: the files of outputs as qai-hub 0.56 writes them.
 """
@@ -30,7 +30,7 @@ def of_graph(told: Mapping[str, list] | None, graph: str) -> list:
 
 
 def named_outputs(path: Path, source: Source, samples: int, grids: Sequence = ()) -> list[Arrays]:
-    """The samples in a file of outputs, under the graph's names; where the file's names are others, their order counts.
+    """The samples in a file of outputs, under the graph's names; if the file has other names, their order decides.
 
     Raises InputError for another kind of file, or one that does not have the graph's outputs.
     """

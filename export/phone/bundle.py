@@ -262,7 +262,7 @@ def sample_prompt(
 def chat_texts(
     config: Config, settings: Mapping[str, Any], generation: Mapping[str, Any], tokenizer: Mapping[str, Any]
 ) -> dict[str, str]:
-    """What `metadata.json` puts around the words of each role; nothing for a model that only continues."""
+    """The texts that `metadata.json` puts around the words of each role; {} for a model that only continues a text."""
     if config.family == "Qwen2-7B" and "chat_template" in settings:
         around = {f"{role}_prefix": f"<|im_start|>{role}\n" for role in ("system", "user", "assistant")}
         ends = {f"{role}_suffix": "<|im_end|>\n" for role in ("system", "user", "assistant")}

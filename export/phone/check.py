@@ -42,7 +42,7 @@ class Fault:
 
 @dataclass(frozen=True)
 class BundleCheck:
-    """What was found. True if nothing was. `remarks` say what could not be looked at."""
+    """The faults that were found; true if there are none. `remarks` say what could not be looked at."""
 
     folder: str
     faults: tuple[Fault, ...]
@@ -61,7 +61,7 @@ class BundleCheck:
 
 
 class _Bundle:
-    """A bundle's files, as far as they are there."""
+    """The files of a bundle; `lost` are the faults of those that are missing or cannot be read."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -300,7 +300,7 @@ def _of_tokenizer(bundle: _Bundle) -> Iterator[Fault]:
 
 
 def _vocabulary(tokenizer: dict[str, Any]) -> dict[str, int]:
-    """Text -> id of a tokenizer.json, as far as it is one."""
+    """Text -> id of a tokenizer.json; entries that are malformed are left out."""
     model = tokenizer.get("model")
     found = model.get("vocab") if isinstance(model, dict) else None
     words = dict(found) if isinstance(found, dict) else {}

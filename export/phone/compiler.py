@@ -62,8 +62,8 @@ def compile_graphs(
     `shared`: one binary for each part, for phones; otherwise one for each graph, which runs here, too. `part`: only the
     part of that number. Binaries of the same graphs for the same SoC that are already in `out` are kept.
 
-    Raises InputError, with the compiler's reason, for a graph that it does not take; for folders that are no export, or
-    that cannot be written; and if the package is missing.
+    Raises InputError, with the compiler's reason, for a graph that it does not take; for a folder that is not an
+    export, or cannot be written; and if the package is missing.
     """
     folder, out, chosen = Path(folder), Path(out), soc_called(soc)
     library("QnnHtp")

@@ -1,4 +1,4 @@
-"""What Genie, as the host of a coded export, feeds its graphs: ids, positions, mask and cache, in codes.
+"""The inputs that Genie, as the host of a coded export, feeds its graphs: ids, positions, mask and cache, in codes.
 
     host = Host(model, "build/b2-7b")
     for token, logits in host.generate([639, 1179, 843], 20, Engine()):  ...

@@ -28,7 +28,7 @@ CODE_BITS = {2: 8, 3: 8, 4: 16, 5: 16, 21: 4, 22: 4}  # of ONNX's types for code
 
 
 def as_metadata(parts: Sequence[GraphFolder], name: str, chat: Mapping[str, str], versions: Mapping[str, str]) -> dict:
-    """What `metadata.json` says. `chat`: the texts around what each role says; `versions`: of the tools."""
+    """The content of `metadata.json`. `chat`: the texts around the words of each role; `versions`: of the tools."""
     contexts = sorted({part.called.context for part in parts if part.called})
     return {
         "model_id": name.lower().replace("-", "_"),
@@ -61,7 +61,7 @@ def as_metadata(parts: Sequence[GraphFolder], name: str, chat: Mapping[str, str]
 
 
 def described(parts: Sequence[GraphFolder]) -> dict[str, Any]:
-    """What `metadata.yaml` says: real = (code + offset) * scale."""
+    """The content of `metadata.yaml`: real = (code + offset) * scale."""
     return {"precision": _precision(parts), "runtime": "genie", "components": _files(parts, "offset")}
 
 

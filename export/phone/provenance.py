@@ -1,4 +1,4 @@
-"""Which of Qualcomm's operations a tensor of ours became: the compiler's own record, read by tap.
+"""The compiler's own record, read by tap: which of Qualcomm's operations a tensor of ours became.
 
     operations = read_provenance("build/bin", "token_ar1_cl64_2_of_2")
     operations.of("model.layers.0.self_attn.scores")     # MatMul (scores.raw), Convert (scores.codes)

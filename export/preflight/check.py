@@ -49,7 +49,7 @@ class Breach:
 
 @dataclass(frozen=True)
 class Preflight:
-    """What was found in `graphs` graphs. True if nothing was."""
+    """The findings in `graphs` graphs. True if there are none."""
 
     findings: tuple[Breach, ...]
     graphs: int

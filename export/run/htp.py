@@ -342,7 +342,7 @@ def up_to(proto: onnx.ModelProto, value: str) -> onnx.ModelProto:
 
 
 def reason(text: str) -> str:
-    """A compiler's error without what does not help: code, source lines, and what is said twice."""
+    """A compiler's error in short: without code, source lines and repetitions."""
     text = re.sub(r"\[ONNXRuntimeError\] : \d+ : \w+ : ", "", text)
     text = re.sub(r"(RuntimeError|Fail|NotImplemented|InvalidArgument|EPFail): ", "", text)
     parts = list(dict.fromkeys(" ".join(part.split()) for part in text.split(" | ")))

@@ -77,7 +77,7 @@ class Ledger:
         return whole
 
     def get(self, key: str) -> Entry:
-        """What is known of a key: nothing, at first."""
+        """The facts known of a key; {} for a new one."""
         return self.entries.get(key, {})
 
     def write(self, key: str, **facts: Any) -> Entry:

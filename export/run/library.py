@@ -25,6 +25,6 @@ def library(name: str) -> Path:
 
 
 def search_path() -> str:
-    """What LD_LIBRARY_PATH needs, for one library to find the others."""
+    """The folders that LD_LIBRARY_PATH needs, so that one library finds the others."""
     folder = library("QnnSystem").parent
     return f"{folder}:{folder.with_name('onnxruntime_qnn.libs')}"

@@ -220,7 +220,7 @@ def write_arrays(folder: Path, arrays: Mapping[str, np.ndarray]) -> list[list[st
 
 
 def read_arrays(folder: Path, written: Iterable[Iterable[str]]) -> dict[str, np.ndarray]:
-    """What `write_arrays` has written. Raises InputError for anything else."""
+    """Reads what `write_arrays` has written. Raises InputError for anything else."""
     try:
         return {name: np.load(folder / Path(file).name, allow_pickle=False) for name, file in written}
     except (OSError, ValueError, TypeError, EOFError) as error:

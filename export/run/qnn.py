@@ -40,7 +40,7 @@ def _devices() -> list[Any]:
 
 
 def about(folder: Path) -> dict[str, Any]:
-    """What is installed: versions, and the kind of device that the provider sees first."""
+    """The installed versions, and the kind of the first device that the provider sees."""
     import onnxruntime
     import onnxruntime_qnn
 
