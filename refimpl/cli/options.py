@@ -85,7 +85,7 @@ def listed_ids(given: str, tokens: int | None) -> list[int]:
     try:
         return list(integers(",".join(path.read_text(encoding="utf-8").replace(",", " ").split())))[:tokens]
     except UnicodeDecodeError:
-        raise InputError(f"{path} is no text; expected whole numbers between commas or blanks") from None
+        raise InputError(f"{path} is not UTF-8 text; it should hold whole numbers between commas or blanks") from None
 
 
 def size_of_blocks(text: str) -> int | str:
