@@ -281,7 +281,7 @@ def read_tensors(folder: Path, kind: str, verify: bool) -> tuple[dict[str, Any],
 
 
 def expect_tolerance(name: str, stored: Mapping[str, Any]) -> None:
-    """Raises InputError for a stored tolerance that is none."""
+    """Raises InputError for a stored tolerance that is not valid."""
     tolerance = Tolerance(**stored)
     relative = tolerance.relative
     if type(relative) not in (int, float) or not 0 <= relative <= 1 or not isinstance(tolerance.reason, str):

@@ -1,13 +1,13 @@
 """How far two correct gradients may be apart, and the comparison that says so.
 
-The rule of `golden.tolerance` goes on where the forward ends: roundings are independent, so variances add up over all
-operations, first those of the forward up to the logits, then the adjoints on the way back. A gradient of a tap counts
-the length of the sum that made it (of a linear's input: the rows of the matrix), a parameter's the tokens it is summed
-over, on top of what its output's gradient has inherited.
+The rule of `golden.tolerance` is continued after the forward. Roundings are independent, so variances add up over all
+operations: those of the forward up to the logits, then those of the backward pass. The gradient of a tap adds the
+length of the sum that made it; for the input of a linear, this is the number of the matrix's rows. The gradient of a
+parameter adds the number of tokens that it is summed over to what the gradient of its output has inherited.
 
-A gradient is measured by the largest value of its tensor, not of its row: where the loss hardly depends on a token, its
-row is a small difference of large numbers. For the same reason a correct float32 run may need a larger part of its
-bound than a forward does, up to a quarter; see `tests/gradients/test_pytorch_gradients.py`, which measures it.
+A gradient is measured against the largest value of its tensor, not of its row. Where the loss hardly depends on a
+token, the token's row is a small difference of large numbers. For the same reason a correct float32 run may need a
+larger part of its bound than a forward does: up to a quarter, as `tests/gradients/test_pytorch_gradients.py` measures.
 
 >>> bound = gradient_tolerances(Config(), "float32", batch=1, tokens=128)
 >>> print(bound["model.layers.31.mlp.down_proj.weight"])
@@ -31,7 +31,7 @@ from refimpl.trace import Trace
 
 
 def gradient_tolerances(config: Config, dtype: str, batch: int, tokens: int) -> dict[str, Tolerance]:
-    """The Tolerance of the gradient of every tap and parameter, in the order of the way back."""
+    """The Tolerance of the gradient of every tap and parameter, in the order of the backward pass."""
     forward = sum(variance(name.rpartition(".")[2], config, dtype, tokens) for name in taps(config))
     inherited, rules = forward, {}
     parameters = list(expected_shapes(config))
@@ -47,8 +47,11 @@ def gradient_tolerances(config: Config, dtype: str, batch: int, tokens: int) -> 
 def compare_gradients(
     a: Mapping[str, Any], b: Mapping[str, Any], tolerance: Tolerance | Mapping[str, Tolerance]
 ) -> Report:
-    """Judges gradients `a` by those of the reference `b`, each by its largest value; the first failure is the first on
-    the way back, if `b` is in that order. Indices are those of the flattened tensors."""
+    """Judges gradients `a` by the reference `b`, each tensor against its largest value.
+
+    If `b` is in the order of the backward pass, its first failure is the first that this pass computed. Indices are
+    those of the flattened tensors.
+    """
     ours, theirs = (
         Trace(((name, np.asarray(x).reshape(-1)) for name, x in side.items()), getattr(side, "meta", None))
         for side in (a, b)

@@ -1,15 +1,15 @@
-"""A training step: its golden on disk, and the same step as this package takes it, right or with a mistake in it.
+"""A training step: its golden on disk, and the same step taken by this package, correctly or with a known mistake.
 
-A step runs some batches forward and back, averages their gradients, clips them and lets AdamW move the parameters.
-Its tensors, in the order in which they are known; b0, b1, … are the batches, and the second step (s1) shows what the
-first cannot: at AdamW's first step the moments cancel, whatever beta2 is.
+A step runs some batches forward and backward, averages their gradients, clips them and lets AdamW update the
+parameters. Its tensors are listed below in the order in which they are computed; b0, b1, … are the batches. There is a
+second step (s1), because the first cannot show a wrong beta2: at AdamW's first step the moments cancel.
 
     s0/b0/forward/NAME  s0/b0/loss       every tap of the forward, and the loss
     s0/b0/gradient/NAME                  of every tap, last to first, and of every parameter
     s0/gradient/NAME  s0/norm            of the mean loss; the norm before clipping
-    s0/mean/NAME  s0/square/NAME         AdamW's moments after the step, which have the clipped gradient in them
+    s0/mean/NAME  s0/square/NAME         AdamW's moments after the step, updated with the clipped gradient
     s0/after/NAME                        the parameters
-    s1/…                                 the same but for taps
+    s1/…                                 the same, without taps
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ EXACT = 1e-9  # float64: two engines differ by 1e-14, and AdamW divides by a roo
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """Rows that are run together: `case` has ids (B, T), perhaps a mask; `labels` (B, T) are what to predict."""
+    """Rows that run together: `case` has ids (B, T), perhaps a mask; `labels` (B, T) are the tokens to predict."""
 
     case: Case
     labels: np.ndarray
@@ -51,7 +51,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class Setting:
-    """What a step is taken with: the weight of the z-loss, and AdamW's numbers."""
+    """The hyperparameters of a step: the weight of the z-loss, and AdamW's."""
 
     z_loss_weight: float = 0.0
     adamw: AdamW = field(default_factory=AdamW)
@@ -59,21 +59,21 @@ class Setting:
 
 @dataclass(frozen=True)
 class Way:
-    """How a step is taken. The defaults are right; each other value is a mistake that has been made somewhere."""
+    """How a step is taken. The defaults are correct; every other value is a mistake that has been made somewhere."""
 
-    divide: bool = True  # the loss is a mean over the labels that count, and no sum
+    divide: bool = True  # the loss is the mean over the labels that count, not the sum
     mask: bool = True  # labels of -100 do not count
-    average: bool = True  # of accumulated batches the mean is taken, and not the sum
-    clip: str = "after"  # the mean of all batches is clipped ("each": every batch before; "never")
+    average: bool = True  # the gradients of accumulated batches are averaged, not summed
+    clip: str = "after"  # the mean of all batches is clipped ("each": every batch, before the mean; "never")
     z_loss: bool = True
-    row_lengths: bool = True  # NormHead's gradient goes through the lengths of rows
+    row_lengths: bool = True  # NormHead's gradient includes that of the rows' lengths
     decay_norms: bool = False
-    beta2: float | None = None  # another than the setting's
+    beta2: float | None = None  # replaces the setting's
 
 
 @dataclass(frozen=True, eq=False)
 class StepGolden:
-    """What a folder holds: the batches, the setting, and by number format the tensors above with their tolerances."""
+    """What a folder holds: the batches, the setting, and for each number format the tensors and their tolerances."""
 
     folder: Path
     config: Config
@@ -85,7 +85,7 @@ class StepGolden:
     tensors: dict[str, np.ndarray] = field(repr=False)
 
     def describe(self) -> str:
-        """What is in it, for a person: a few lines."""
+        """A few lines for a person about what is in it."""
         adamw = ", ".join(f"{name} {value:g}" for name, value in asdict(self.setting.adamw).items())
         counts = [int((batch.labels[:, 1:] != IGNORE).sum()) for batch in self.batches]
         shapes = ["{} x {}".format(*batch.case.ids.shape) for batch in self.batches]
@@ -99,7 +99,7 @@ class StepGolden:
         ])  # fmt: skip
 
     def trace(self, dtype: str) -> Trace:
-        """The tensors in a number format, in order, with what to judge by in `meta`."""
+        """The tensors in a number format, in order. `meta` holds the tolerances that they are judged by."""
         names = [key.removeprefix(f"{dtype}/") for key in self.entries if key.startswith(f"{dtype}/")]
         meta = {"engine": "pytorch", "kind": "training step", "dtype": dtype, "config": asdict(self.config)}
         meta["tolerance"] = {name: self.entries[f"{dtype}/{name}"]["tolerance"] for name in names}
@@ -110,7 +110,7 @@ def take(
     model: Forward, batches: Sequence[Batch], setting: Setting, dtype: str = "float64", way: Way | None = None,
     steps: int = STEPS, feed: Mapping[str, np.ndarray] | None = None,
 ) -> Trace:  # fmt: skip
-    """The steps as this package takes them. `feed`: gradients of taps that replace the computed ones (s0/b…)."""
+    """Takes the steps with this package. `feed`: gradients of taps (s0/b…) that replace the computed ones."""
     way = way or Way()
     adamw = setting.adamw if way.beta2 is None else replace(setting.adamw, beta2=way.beta2)
     if way.decay_norms:
@@ -168,7 +168,7 @@ def _batch(
 
 
 class _DecaysAll(AdamW):
-    """AdamW that lets norms and biases decay."""
+    """AdamW with weight decay on norms and biases, too."""
 
     @staticmethod
     def decays(name: str, parameter: np.ndarray) -> bool:
@@ -182,7 +182,7 @@ def write_step(
     folder: str | Path, config: Config, batches: Sequence[Batch], setting: Setting, traces: Mapping[str, Trace],
     provenance: Mapping[str, Any],
 ) -> None:  # fmt: skip
-    """Stores the traces (by dtype) of a step in a new folder, all or nothing. Raises InputError if it is there."""
+    """Stores a step's traces (by dtype) in a new folder, all or nothing. Raises InputError if the folder exists."""
     tensors = {f"{dtype}/{name}": x for dtype, trace in traces.items() for name, x in trace.items()}
     rules = {dtype: step_tolerances(config, dtype, batches, setting, trace) for dtype, trace in traces.items()}
     extra = {
@@ -211,7 +211,7 @@ def is_step(folder: str | Path) -> bool:
 
 
 def read_step(folder: str | Path, verify: bool = True) -> StepGolden:
-    """The golden of a step in a folder. Raises InputError for one that is missing, truncated, changed or another."""
+    """The golden of a step in a folder. Raises InputError if it is missing, truncated, changed or not a step's."""
     folder = Path(folder)
     manifest, tensors = read_tensors(folder, STEP, verify)
     try:
@@ -242,9 +242,9 @@ def step_tolerances(
 ) -> dict[str, Tolerance]:
     """The Tolerance of each tensor of a step.
 
-    In float64 EXACT. In float32 the rule of `golden.gradients`, twice for squares; a parameter may end two steps of the
-    learning rate apart, since AdamW moves it by that however small its gradient, and the sign of a gradient that is
-    rounding alone is anybody's guess.
+    In float64 it is EXACT. In float32 it follows the rule of `golden.gradients`, doubled for squares. A parameter may
+    end two learning rates apart: AdamW moves it by one learning rate however small its gradient is, and a gradient that
+    is only rounding error may have either sign.
     """
     if dtype == "float64":
         return dict.fromkeys(trace, Tolerance(EXACT, "float64 from two engines"))

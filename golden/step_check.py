@@ -1,10 +1,11 @@
-"""The verdict of a step's golden: the first wrong tensor on the way back, whether it is born there, and why.
+"""The verdict on a training step: the first wrong tensor, whether its error was born there or inherited, and why.
 
-**Born or inherited.** Each gradient is computed once more from the judged run's own gradients of what comes after it.
-What agrees with that has inherited its error; what does not, is wrong by itself.
+**Born or inherited.** Each wrong gradient is computed again from the judged run's own gradients of the tensors after
+it. If the two agree, the gradient has inherited its error; if they differ, the error was born there.
 
-**Why.** The step is taken once more with one classic mistake in it, for each of `MISTAKES`. A mistake is named if with
-it the whole step is the judged one, to the golden's tolerances; if there is none, the one that explains most.
+**Why.** The step is taken again with each of `MISTAKES` in it. A mistake is named if the whole judged step then agrees,
+within the golden's tolerances. If no mistake does that, the one that leaves the fewest wrong tensors is named, provided
+that these are fewer than half.
 """
 
 from __future__ import annotations
@@ -42,9 +43,10 @@ MISTAKES: dict[str, tuple[str, Way]] = {
 
 @dataclass(frozen=True)
 class StepReport:
-    """A verdict on a step: the comparison, `born`: names that are wrong by themselves, `causes`: keys of MISTAKES.
+    """A verdict on a step: the `report` of a comparison, and where it differs, what is known of the errors.
 
-    `absent`: how many of the golden's tensors the judged side does not have, which no verdict depends on.
+    `born`: the tensors whose error was born there. `causes`: keys of MISTAKES. `absent`: how many of the golden's
+    tensors the judged side does not have; the verdict does not depend on them.
     """
 
     report: Report
@@ -101,10 +103,10 @@ def check_step(model: Forward, golden: str | Path | StepGolden, dtype: str | Non
 def judge(
     trace: Mapping[str, Any], truth: StepGolden, dtype: str, model: Forward, own_feed: Mapping[str, Any] | None = None
 ) -> StepReport:
-    """Judges somebody's step by the golden. `model` computes what follows from its gradients, and the mistakes.
+    """Judges somebody's step by the golden. `model` takes the step again: fed with its gradients, and with mistakes.
 
-    `own_feed`: where the judged run is this package's own, it is fed with the golden's gradients instead, and no
-    cause is looked for: a fault of ours must not judge itself.
+    `own_feed`: the golden's tensors, if the judged run is this package's own. The run is fed with their gradients, and
+    no cause is looked for, because a fault of this package cannot judge itself.
     """
     reference = truth.trace(dtype)
     allowed = {name: Tolerance(**stored) for name, stored in reference.meta["tolerance"].items()}

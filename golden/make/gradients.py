@@ -1,12 +1,13 @@
 """Gradients from PyTorch's autograd: of every parameter under its checkpoint's name, and of every tap.
 
 The model's parameters are made of the checkpoint's tensors by operations that autograd sees: W_pack cut into q, k and
-v, a head's rows divided by their lengths, a head that is the embedding. So the gradients are those of what is stored.
+v, a head's rows divided by their lengths, a head that is the embedding. So the gradients are those of the stored
+tensors.
 
-How a tap's gradient is seen: a hook on the tensor that shows the tap in the forward is given the gradient by it, before
-anything changes the tensor in place. "derived" are those of tensors that no class of transformers has as such: W_pack's
-from q, k and v; a key's and a value's, summed over the query heads that share them; the scores', which are those of the
-product before it is divided by the root of the head dimension; in a fused attention those of scores and probabilities.
+A hook gets the gradient of a tap. It is set on the tensor that shows the tap in the forward, before anything changes
+that tensor in place. Gradients of tensors that no class of transformers has are "derived": W_pack's, from q, k and v; a
+key's and a value's, summed over the query heads that share them; the scores', from the product of query and key before
+it is divided by the root of the head dimension; and, in a fused attention, those of scores and probabilities.
 """
 
 from __future__ import annotations
@@ -44,11 +45,11 @@ class Training:
         self.source = pytorch._source(folder, self.config, implementation, trusted)
         number = getattr(torch, dtype)
         stored, self.files = pytorch._checkpoint(folder)
-        # Training mode: the official NormHead divides at each step there, and elsewhere once and for all.
+        # In training mode the official NormHead divides at each step; otherwise it divides only once.
         with environment(dtype):
             self.model = cast(Any, pytorch._build(self.source, self.config, stored, dtype)).train()
         self.model.get_input_embeddings().padding_idx = self.config.pad_token_id
-        # in the order of the way back; without saved buffers, and the head that is the embedding
+        # in the order of the backward pass, without saved buffers and without a head that is the embedding
         known = [name for name in reversed(expected_shapes(self.config)) if name in stored]
         self.leaves = {name: stored[name].to(number, copy=True).requires_grad_() for name in known}
 
@@ -62,7 +63,7 @@ class Training:
     def gradients(self, case: Case, labels: np.ndarray, z_loss_weight: float = 0.0) -> tuple[float, Trace]:
         """The loss, and its gradients: of the taps from last to first, then of the parameters.
 
-        `meta["forward"]` of the trace is that of the forward.
+        `meta["forward"]` of the trace is the trace of the forward.
         """
         seen: dict[str, torch.Tensor] = {}
         forward: dict[str, torch.Tensor] = {}
@@ -89,7 +90,7 @@ class Training:
         return loss.detach().item(), trace
 
     def optimizer(self, adamw: AdamW) -> torch.optim.Optimizer:
-        """PyTorch's AdamW over the leaves, of which matrices decay."""
+        """PyTorch's AdamW over the leaves; only matrices decay."""
         groups = [
             {"params": [x for x in self.leaves.values() if (x.ndim == 2) == matrices],
              "weight_decay": adamw.weight_decay if matrices else 0.0}
@@ -101,7 +102,7 @@ class Training:
         self, batches: Sequence[tuple[Case, np.ndarray]], optimizer: torch.optim.Optimizer, adamw: AdamW,
         z_loss_weight: float = 0.0,
     ) -> tuple[float, float]:  # fmt: skip
-        """One step on the mean of the losses of some batches, as `Trainer` does it; gives the loss and the norm."""
+        """One step on the mean loss of some batches, as `Trainer` takes it; gives the loss and the norm."""
         optimizer.zero_grad()
         total = 0.0
         for case, labels in batches:
@@ -156,7 +157,7 @@ class Training:
 
 
 class GradientWatch(Watch):
-    """What reaches the operands and the result of the products inside attention: layer -> name -> gradient."""
+    """Keeps the gradients of operands and results of the products inside attention: layer -> name -> gradient."""
 
     NAMES = (("query", "key", "scores"), ("probs", "value", ""))
 
@@ -186,7 +187,7 @@ class GradientWatch(Watch):
 
 @contextmanager
 def environment(dtype: str, seed: int = 0) -> Iterator[None]:
-    """One thread, deterministic algorithms, float64 throughout where that is asked for, and autograd."""
+    """One thread, deterministic algorithms, autograd, and float64 throughout if `dtype` is that."""
     with pytorch._deterministic(seed), pytorch._precision(dtype), torch.enable_grad():
         yield
 
@@ -207,7 +208,7 @@ def make_step(
 ) -> StepGolden:  # fmt: skip
     """Takes a training step in PyTorch, and stores its tensors in `out`, a new folder: see `golden.step`.
 
-    Raises InputError for what is missing, does not fit or is not trusted.
+    Raises InputError if something is missing, does not fit or is not trusted.
     """
     folder, out, setting = Path(folder), Path(out), setting or Setting()
     expect_new(out)
@@ -226,7 +227,7 @@ def make_step(
 
 
 def _steps(training: Training, batches: Sequence[Batch], setting: Setting, steps: int) -> Trace:
-    """The tensors of `golden.step`, as PyTorch's autograd, its clipping and its AdamW have them."""
+    """The tensors of `golden.step`, computed by PyTorch's autograd, gradient clipping and AdamW."""
     found, origin = {}, {}  # type: dict[str, np.ndarray], dict[str, str]
     optimizer, leaves = training.optimizer(setting.adamw), training.leaves
     for s in range(steps):

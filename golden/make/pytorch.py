@@ -112,7 +112,7 @@ def make(
 
 
 def _expect_finite(trace: Trace, case: Case, which: str) -> None:
-    """Raises InputError for logits that are no numbers; those of padding may be."""
+    """Raises InputError if a logit is NaN or infinite, unless it belongs to padding."""
     logits = trace.get("lm_head")
     seen = np.ones(case.ids.shape, bool) if case.attention_mask is None else case.attention_mask.astype(bool)
     if logits is not None and not np.isfinite(logits[seen].astype(np.float64)).all():
@@ -388,7 +388,7 @@ class Watch(TorchFunctionMode):
 
 
 def _record(model: torch.nn.Module, config: Config, case: Case, dtype: str, pattern: str | None) -> Trace:
-    """Runs the model on a case; the trace of what was seen, in the table's order, with `origin` in its meta."""
+    """Runs the model on a case; gives the trace of what was seen, in the table's order, with `origin` in its meta."""
     seen: dict[str, torch.Tensor] = {}
 
     def note(name: str, x: torch.Tensor) -> None:
@@ -404,8 +404,8 @@ def _record(model: torch.nn.Module, config: Config, case: Case, dtype: str, patt
 def observing(
     model: torch.nn.Module, config: Config, note: Callable[[str, torch.Tensor], None], watch: Watch
 ) -> Iterator[None]:
-    """While it lasts, `note(name, tensor)` sees each tensor of the tap table that goes into or out of a module, and
-    `watch` what is multiplied in attention."""
+    """Until it ends, `note(name, tensor)` gets each tensor of the tap table that goes into or out of a module, and
+    `watch` sees what is multiplied in attention."""
     modules, handles = dict(model.named_modules()), []
 
     def first(values: Any) -> torch.Tensor:
@@ -444,7 +444,7 @@ def observing(
 
 
 def run(model: torch.nn.Module, config: Config, case: Case, call: Callable[..., Any] | None = None) -> Any:
-    """What the model answers to a case, or what `call` answers in its place. Raises InputError if its code fails."""
+    """The output of the model for a case, or of `call` in its place. Raises InputError if the model's code fails."""
     options: dict[str, Any] = {"use_cache": False}
     if case.attention_mask is not None:
         options["attention_mask"] = torch.from_numpy(case.attention_mask)

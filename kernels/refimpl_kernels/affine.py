@@ -1,4 +1,4 @@
-"""Affine quantization as AIMET-ONNX simulates it, to the bit: what stands between a float and the phone's integers.
+"""Affine quantization, from floats to the phone's integers and back: to the bit as AIMET-ONNX simulates it.
 
     code = clip(round(x / scale - offset), 0, 2^bits - 1)          x' = scale * (code + offset)
 
@@ -9,7 +9,8 @@ a uint16 is -offset. All arithmetic is float32, although files keep scale and of
 - the offset is subtracted before rounding, and the difference itself is rounded to float32. Rounding x / scale first
   gives another code for one uint16 value in 500;
 - half a step is rounded up, as C's `round` does with positive numbers; `rint` would round it to even;
-- `floor(v + 0.5)` rounds otherwise: for v = 0.49999997 the sum is 1.0 in float32. v - floor(v) is exact.
+- `floor(v + 0.5)` would round v = 0.49999997 up, because the sum is 1.0 in float32. v - floor(v) is exact, and is
+  compared with a half instead.
 
 Falling into one of these traps changes codes by one. `rounding="even"` is the other convention, that of ONNX's
 QuantizeLinear: rint(x / scale) - offset. (NaN, which AIMET leaves undefined, stays NaN here.)
@@ -31,7 +32,7 @@ from typing import Literal
 
 import numpy as np
 
-SMALLEST_STEP = float(np.finfo(np.float32).eps)  # of a range so narrow that no other step fits it
+SMALLEST_STEP = float(np.finfo(np.float32).eps)  # no step is smaller, however narrow the range
 LPBQ_STEPS = 16  # a block's step is 1 to 16 of its row's
 Rounding = Literal["away", "even"]
 
@@ -41,8 +42,8 @@ class Encoding:
     """A grid for a tensor, or for each row or block of a matrix.
 
     `scale` and `offset`: float64, () for a tensor, (O,) for the rows of (O, I), (O, I / block_size) for its blocks.
-    `symmetric` says how the range was chosen. `block_scale`, in LPBQ alone, are integers (O, I / block_size) that
-    multiply the scales (O,) of rows.
+    `symmetric` says how the range was chosen. `block_scale`, which only LPBQ has: integers (O, I / block_size) that
+    multiply the rows' scales (O,).
     """
 
     bits: int
@@ -92,8 +93,8 @@ class Encoding:
 def from_range(low, high, bits: int, symmetric: bool = False) -> Encoding:
     """The grid that covers [low, high] and 0, computed in float64; arrays give a grid for each element.
 
-    A symmetric grid has one code more below 0 than above; its step is the larger of what the two sides need. Any other
-    grid is moved until 0 is on a code, so its ends are up to half a step away from `low` and `high`.
+    A symmetric grid has one code more below 0 than above; its step is the larger of the steps that the two sides need.
+    Any other grid is moved until 0 is on a code, so its ends are up to half a step away from `low` and `high`.
 
     Raises ValueError for a range that is not finite.
     """
@@ -111,8 +112,8 @@ def from_range(low, high, bits: int, symmetric: bool = False) -> Encoding:
 def for_weight(weight: np.ndarray, bits: int, block_size: int | None = None, lpbq: bool = False) -> Encoding:
     """Symmetric grids for a float matrix (O, I): for each row, each block of a row, or LPBQ's two levels.
 
-    LPBQ (low-power blockwise) keeps for each row a float, a sixteenth of its largest block's step, and for each
-    block the integer from 1 to 16 that comes nearest to the step it would have had.
+    LPBQ (low-power blockwise) keeps a float for each row: a sixteenth of the step that its coarsest block needs. For
+    each block it keeps an integer from 1 to 16: the multiple of that float nearest to the step that the block needs.
 
     Raises ValueError if the rows are not made of whole blocks.
     """
@@ -147,7 +148,7 @@ def quantize(x: np.ndarray, encoding: Encoding, rounding: Rounding = "away") -> 
 
 
 def integers(x: np.ndarray, encoding: Encoding, rounding: Rounding = "away") -> np.ndarray:
-    """The codes of x with the offset added, int32: what an exact product multiplies. 0 stands for 0."""
+    """The codes of x plus the offset, int32, so that 0 stands for 0: the integers that an exact product multiplies."""
     codes, _, offset = _codes(x, encoding, rounding)
     return (codes + offset).astype(np.int32).reshape(x.shape)
 
@@ -184,7 +185,7 @@ def _blocked(x: np.ndarray, encoding: Encoding) -> np.ndarray:
 
 
 def _grid(x: np.ndarray, encoding: Encoding) -> tuple[np.ndarray, np.ndarray]:
-    """Scale and offset in float32, with an axis of length 1 wherever `_blocked(x)` has one more."""
+    """Scale and offset in float32, with a last axis of length 1 unless they are scalars."""
     steps = encoding.steps
     grid = (steps.astype(np.float32), _spread(encoding.offset, steps).astype(np.float32))
     return grid if not steps.ndim else (grid[0][..., None], grid[1][..., None])

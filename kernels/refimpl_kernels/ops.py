@@ -1,6 +1,6 @@
 """The NumPy meaning of each operation that the decoder is written in.
 
-`NumPyOps(dtype)` computes at one of four number formats:
+`NumPyOps(dtype)` computes in one of four number formats:
 
 - float64, the oracle, and float32: every operation in that format;
 - bfloat16 and float16, the emulation: tensors are kept in 16 bits, and each operation computes in float32 and rounds
@@ -71,7 +71,7 @@ class NumPyOps:
         return weight.read(self.dtype)
 
     def take(self, weight: Readable, ids: np.ndarray) -> np.ndarray:
-        """Rows of a (V, C) matrix: ids (B, T) -> (B, T, C). Reads nothing but those rows."""
+        """Rows of a (V, C) matrix: ids (B, T) -> (B, T, C). Only those rows are read."""
         rows, where = np.unique(ids, return_inverse=True)
         return weight.read(self.dtype, rows)[where.reshape(ids.shape)]
 
@@ -100,9 +100,10 @@ class NumPyOps:
     def weighted_sum(self, probs: np.ndarray, value: np.ndarray) -> np.ndarray:
         """probs (..., R, S) @ value (..., S, D) in the format of `value`: the end of attention.
 
-        Wide probs over a 16-bit value are those of a fused attention. PyTorch's CPU kernel multiplies the numerators
-        exp(score - max), rounded to 16 bits, and divides by their unrounded sum afterwards; the row's largest prob is
-        one over that sum. (Source: flash attention in PyTorch's aten/src/ATen/native/cpu/FlashAttentionKernel.cpp.)
+        Wide probs over a 16-bit value come from a fused attention. PyTorch's CPU kernel multiplies the value by the
+        numerators exp(score - max), rounded to 16 bits, and divides by their unrounded sum afterwards. The row's
+        largest prob is one over that sum, because its numerator is 1. (Source: flash attention in PyTorch's
+        aten/src/ATen/native/cpu/FlashAttentionKernel.cpp.)
         """
         if probs.dtype == value.dtype or self.dtype == self.wide:  # a cache may keep wide values in float16
             return self.matmul(probs, value)
@@ -111,7 +112,7 @@ class NumPyOps:
         return (np.matmul(self.upcast(numerators), self.upcast(value)) * top).astype(value.dtype)
 
     def mean(self, x: np.ndarray) -> np.ndarray:
-        """Over the last axis, which stays as 1."""
+        """The mean over the last axis, which is kept with length 1."""
         return x.mean(-1, keepdims=True)
 
     def rsqrt(self, x: np.ndarray) -> np.ndarray:
@@ -123,7 +124,7 @@ class NumPyOps:
         return np.where(x >= 0, 1.0, e) / (1.0 + e)
 
     def softmax(self, x: np.ndarray) -> np.ndarray:
-        """Over the last axis."""
+        """The softmax over the last axis."""
         return softmax(x)
 
     def split(self, x: np.ndarray, sizes: Sequence[int]) -> list[np.ndarray]:

@@ -3,24 +3,24 @@
     scores[r, s]  = sum over d of query[r, d] * key[s, d]
     context[r, d] = sum over s of probs[r, s] * value[s, d]
 
-Float16, and code * scale of `Q8Rows`, are read as the float32 that they stand for, exactly. Queries, probs and sums are
-float32, whatever the cache keeps. fma(a, b, c) is a * b + c in float32, rounded once.
+Float16, and code * scale of `Q8Rows`, become float32 without rounding. Queries, probs and sums are float32, whatever
+the cache keeps. fma(a, b, c) is a * b + c in float32, rounded once.
 
 For scores, lanes are neighbours d, in vectors of 16:
 
     lane[l]      = fma(key[s, 16 v + l], query[r, 16 v + l], lane[l])        v = 0, 1, …, from 0
     scores[r, s] = lane l + lane l+8, of these l + l+4, then l + l+2, then l + l+1
 
-so that a product takes part in at most D/16 + 4 roundings. For the context, too, lanes are neighbours d, and keys are
-taken in blocks of 64, so that rounding errors grow with S/64 and not with S:
+So a product takes part in at most D/16 + 4 roundings. For the context, lanes are neighbours d, too. Keys are taken in
+blocks of 64, so that rounding errors grow with S/64 and not with S:
 
     part[d]    = fma(probs[r, s], value[s, d], part[d])              s = 64 b, 64 b + 1, … 64 b + 63, from 0
     context[d] = context[d] + part[d]                                b = 0, 1, 2, …, from 0
 
 A product takes part in at most min(S, 64) + S/64 + 1 roundings.
 
-For one row of queries memory is the limit: keys and values are read once, in the order in which they lie, and are
-prefetched. Of several rows, four share each number that was read; the last is taken again where there are fewer.
+For one row of queries memory is the limit, so keys and values are read once, in the order in which they lie, and are
+prefetched. Of several rows, four share each number that is read; where fewer than four are left, the last is repeated.
 """
 
 from __future__ import annotations
@@ -36,16 +36,16 @@ from refimpl_kernels.fast.vector import F32, FLOATS, I64, LANES, Emitter
 PART = 32  # numbers that are read together, with the scale that they may share
 SIDE = 4  # keys, and rows of queries or of probs, whose sums are in registers together
 TASK = 256  # keys that a thread takes at a time
-AHEAD = 8192  # bytes: how early keys and values are asked for; 2048 and 4096 are slower
+AHEAD = 8192  # keys and values are prefetched so many bytes ahead; 2048 and 4096 are slower
 BLOCK = 64  # keys whose products are added up before the sum goes on
 NARROW, WIDE = 4, 8  # vectors of the head dimension whose sums are in registers: for four rows, and for one
 COLUMNS = NARROW * LANES
 
 
 class Kept:
-    """Rows of numbers as a cache keeps them: `parts` of 32 in each, and a scale for each part if the layout has scales.
+    """Rows of numbers as a cache keeps them: `parts` parts of 32 in each, with a scale each if the layout has scales.
 
-    A place is where a part lies, and where its scale does.
+    A place is two addresses: of a part, and of its scale.
     """
 
     def __init__(self, emit: Emitter, layout: Layout, kinds, arrays, parts: ir.Value):
@@ -55,16 +55,16 @@ class Kept:
         self.starts = [emit.address(kind, array, zero) for kind, array in zip(kinds, arrays, strict=True)]
 
     def place(self, row: ir.Value, part: ir.Value) -> list[ir.Value]:
-        """Where a part of a row lies."""
+        """The place of a part of a row."""
         return self.forward(self.starts, self.emit.builder.add(self.emit.builder.mul(row, self.parts), part))
 
     def forward(self, place: list[ir.Value], parts: ir.Value) -> list[ir.Value]:
-        """A place so many parts further on."""
+        """The place that lies `parts` parts further on."""
         steps = self.emit.times(parts, PART * self.size), self.emit.times(parts, 2)
         return [self.emit.forward(start, step) for start, step in zip(place, steps, strict=True)]
 
     def vectors(self, place: list[ir.Value], part: int = 0) -> list[ir.Value]:
-        """The numbers of the part so many parts after a place."""
+        """The numbers of the part that lies `part` parts after a place."""
         emit, (codes, scales) = self.emit, place
         offsets = (PART * self.size * part + LANES * self.size * n for n in range(PART // LANES))
         vectors = [load_floats(emit, self.codes, LANES, emit.forward(codes, offset)) for offset in offsets]
@@ -74,7 +74,7 @@ class Kept:
         return [emit.builder.fmul(vector, scale) for vector in vectors]
 
     def prefetch(self, place: list[ir.Value], parts: int) -> None:
-        """Asks for as many bytes as `parts` have, AHEAD of a place."""
+        """Asks for the bytes of so many parts, AHEAD bytes after a place."""
         for offset in range(0, parts * PART * self.size, LINE):
             self.emit.prefetch(place[0], AHEAD + offset)
 
@@ -83,7 +83,8 @@ class Kept:
 def _scores(typingctx, layout, keys, scales, key, last, width, queries, query, final, rows, out, at, apart):
     """The products of 4 keys by 1 or by 4 queries (`rows`, a literal): out[at + apart * r + k].
 
-    Keys from number `key` on, none beyond `last`; queries from number `query` on, none beyond `final`.
+    Keys are those from number `key` on, queries those from `query` on. Beyond key `last` and query `final`, these two
+    are repeated.
     """
     form = layout.layout
     if not isinstance(rows, types.Literal):
@@ -124,8 +125,8 @@ def _scores(typingctx, layout, keys, scales, key, last, width, queries, query, f
 def scores(layout, keys, scales, queries, out, heads_apart):
     """out (N, R, S) = the queries of a head by its keys. For Numba.
 
-    `keys`, `scales`: bytes, views whose first is the first of head 0; head n's keys are the rows from n * `heads_apart`
-    on. `queries` (N * R, D), where D is a multiple of 32.
+    `keys`, `scales`: views of bytes that begin with head 0. The keys of head n are the rows from n * `heads_apart` on.
+    `queries` (N * R, D), where D is a multiple of 32.
     """
     heads, rows, size = out.shape
     width, flat = queries.shape[1], out.reshape(-1)
@@ -159,10 +160,11 @@ def scores(layout, keys, scales, queries, out, heads_apart):
 @intrinsic(prefer_literal=True)
 def _add_block(typingctx, layout, values, scales, first, count, column, width, probs, row, final, key, size, rows,
                vectors, sums):  # fmt: skip
-    """Adds `count` keys, values from number `first` on, to sums (rows, 16 vectors) from number `column` on.
+    """Adds `count` values times their probs to sums (rows, 16 * vectors).
 
-    `rows` of probs from number `row` on (none beyond `final`) and in them, of `size`, from `key` on. `rows` and
-    `vectors` are literals.
+    The values are the rows from number `first` on, and in them the columns from `column` on. The probs are the rows
+    from number `row` on, `size` in each, and in them the columns from `key` on. Beyond row `final`, that
+    row is repeated. `rows` and `vectors` are literals.
     """
     form = layout.layout
     if not isinstance(rows, types.Literal) or not isinstance(vectors, types.Literal):

@@ -9,15 +9,16 @@ A block's products are summed in integers, exactly. Blocks are added in float32,
     sum = sum over a block of (code - zero point) * q        below 2^24, so that float32 holds it
     out = fma(sum, weight's scale * x's scale, out)          block after block, from 0
 
-As in linear.py, the result depends on no thread, machine, or way to cut a prompt. Its error is the sum of half a unit
-of q times |w|, and n = I/32 + 2 roundings of the sum.
+As in linear.py, the result depends neither on threads nor on the machine, nor on how a prompt is cut. Its error has two
+parts: the sum of |w| times half a unit of q, and n = I/32 + 2 roundings of the sum.
 
-One instruction multiplies four bytes in each of 16 lanes and adds them up, where a lane is a row. So the codes of 16
+One instruction multiplies four bytes in each of 16 lanes and adds the products up. A lane is a row. So the codes of 16
 rows and a line, 128 numbers, are transposed in registers, and for several tokens kept in the first cache (2 KiB):
 
     16 rows, 64 bytes each  →  16 words of all rows  →  32 vectors, lane r: 4 codes of row r, a byte each
 
-int8 is one byte of x, int16 two: q = 256 high + low, with low in -128 … 127, and so twice as many instructions.
+An activation takes one byte in int8. In int16 it takes two, q = 256 high + low with low in -128 … 127, and so twice as
+many instructions.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ LARGEST = {1: 127, 2: 32512}  # by bytes of an activation; 32512 is 127 * 256
 ROWS = 2 * LANES  # rows that go together
 COLUMNS = 8  # tokens of one byte that go together; of two bytes, half as many
 LINE_BLOCKS = 4
-# The order of the numbers of a block in the vectors of `_unpack`, which have four each.
+# The order of a block's numbers in the vectors of `_unpack`, which have four of them in each lane.
 ORDER = {
     "q4_0": np.arange(BLOCK),
     "int4": np.arange(BLOCK).reshape(4, 4, 2).transpose(2, 0, 1).reshape(-1),
@@ -48,7 +49,7 @@ ORDER["matmulnbits"] = ORDER["int4"]
 
 
 def multiplies(layout: Layout) -> bool:
-    """Whether weights in this layout can be summed so: codes of 4 bits that count, and blocks of 32 or more."""
+    """Whether products can be summed in integers: with 4-bit codes of whole numbers, and blocks of a multiple of 32."""
     return layout.codes in ORDER and layout.block % BLOCK == 0 and layout.rounded is None
 
 
@@ -67,7 +68,7 @@ INTEGERS = types.NamedTuple([types.Array(types.int8, 4, "C"), types.Array(types.
 
 
 def blocks_of(emit: Emitter, rows: Rows, line: ir.Value) -> Iterator[tuple[list[ir.Value], ir.Value, ir.Value]]:
-    """The blocks of a line of 16 rows: 8 vectors of codes, their scales, and which code is 0."""
+    """The blocks of a line of 16 rows: 8 vectors of codes, their scales, and the codes that stand for 0."""
     layout = rows.layout
     codes, scale_rows, zero_rows = rows.starts
 
@@ -97,7 +98,7 @@ def blocks_of(emit: Emitter, rows: Rows, line: ir.Value) -> Iterator[tuple[list[
 
 
 def add_block(emit: Emitter, total: ir.Value, planes: list[ir.Value], scale, centre, fact: ir.Value) -> ir.Value:
-    """`total` and a block, whose products with the bytes of x, low and high, are summed in `planes`."""
+    """`total` plus a block. `planes`: the sums of the block's products with the low and the high bytes of x."""
     builder = emit.builder
     low, *high = planes
     if high:
@@ -176,9 +177,9 @@ def _unpack(typingctx, matrix, row, line, tile, at):
 
 @intrinsic(prefer_literal=True)
 def _multiply(typingctx, layout, tile, x, block, token, size, sums):
-    """Adds a line's 4 blocks, from `block` on, to those of sums (T, 32 rows) that belong to 8 / `size` tokens.
+    """Adds a line's 4 blocks, from `block` on, to sums (T, 32 rows), for the 8 / `size` tokens from `token` on.
 
-    These are from `token` on; for tokens beyond the last, the last is taken. `size`, a literal: bytes of a number.
+    Beyond the last token, that is repeated. `size`, a literal: bytes of a number.
     """
     form = layout.layout
     if not isinstance(size, types.Literal):

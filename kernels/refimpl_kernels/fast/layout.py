@@ -16,8 +16,8 @@ vectors of 16 floats. Activations are laid out to match (`Layout.arranged`), so 
     value = float32(float32(number of the code * scale) + minimum)        for q4_1 and q4_k, to the bit
 
 Each block of neighbours may have a scale, and a zero point or a minimum, in arrays of their own. A block divides a
-line, and the neighbours that a lane has are of one block: 8 to 128 numbers of 4 bits. Q4_K's scales and minima are
-"nested": of each line a float16 number, and by how much it is multiplied for each of four blocks, uint8; 6 bytes.
+line, and a lane's numbers belong to one block, so a block has 8 to 128 numbers of 4 bits. Q4_K's scales and minima are
+"nested": each line has a float16 number and, for each of its four blocks, a uint8 that multiplies it; 6 bytes.
 
     codes     row 0: 64 bytes | 64 bytes | …        row 1: …           scales    row 0: s0 s1 s2 s3 | …    row 1: …
 """
@@ -35,27 +35,29 @@ from refimpl_kernels.fast.vector import F32, I8, I16, INTS, LANES, Emitter, with
 from refimpl_kernels.formats import fp4, nf4
 
 LINE = 64  # bytes
-# What each code of four bits stands for.
+# The numbers that the codes of four bits stand for.
 NIBBLES = {
     "int4": [float(n - 16 * (n > 7)) for n in range(16)],
     "q4_0": [float(n - 8) for n in range(16)],
     "q4_1": [float(n) for n in range(16)],
     "q4_k": [float(n) for n in range(16)],
-    "matmulnbits": [float(n - 8) for n in range(16)],  # which is 8 less than its zero points say
+    "matmulnbits": [float(n - 8) for n in range(16)],  # `ops._blocks` takes 8 from its zero points, too
     "nf4": nf4.VALUES.tolist(),
     "fp4": fp4.VALUES.tolist(),
 }
 BITS = {**dict.fromkeys(NIBBLES, 4), "int8": 8, "bfloat16": 16, "float16": 16, "float32": 32, "nested": 12}
-# Bytes whose low four bits come first, and then their high ones; elsewhere the two of a byte are neighbours.
+# In these formats the low four bits of so many bytes come first, then their high ones. In all others the two numbers of
+# a byte are neighbours.
 HALVES = {"q4_0": 16, "q4_1": 16, "q4_k": 32}
 
 
 @dataclass(frozen=True)
 class Layout:
-    """The numbers of a row: `codes`, a key of BITS, and of what dtype each `block` has a scale and a zero point.
+    """How the numbers of a row are stored: `codes`, a key of BITS, and the dtypes of each block's scale and zero point.
 
-    `mins`: of what dtype are minima, instead of zero points. `rounded`: "float16" or "bfloat16", to which each value is
-    rounded once more. `portable`: without the instructions that only some machines have.
+    `mins`: the dtype of minima, in place of zero points. `block`: numbers of a block. `rounded`: "float16" or
+    "bfloat16" if each value is rounded to that once more. `portable`: without instructions that only some machines
+    have.
     """
 
     codes: str
@@ -100,7 +102,7 @@ class Layout:
     def values(
         self, emit: Emitter, line: ir.Value, scales: ir.Value, zeros: ir.Value
     ) -> tuple[list[ir.Value], ir.Value | None]:
-        """The vectors of a line, and a vector of scales if there is one by which their sums are still to be multiplied.
+        """The vectors of a line, and a vector of scales if their sums are still to be multiplied by scales.
 
         `line`, `scales` and `zeros` (or minima) are addresses. A lane has numbers of one block, so its scale can wait
         until they are summed, unless each value has a minimum or is rounded.

@@ -12,8 +12,8 @@ which layout.py explains; fma(a, b, c) is a * b + c in float32, rounded once:
     out      = lane l + lane l+8 of the total, of these l + l+4, then l + l+2, then l + l+1
 
 Where there are no scales, or where there are minima, w is the number itself, and lane[l] = fma(w, x, lane[l]) vector
-after vector. So a product takes part in at most n = 32 + I/512 + 4 roundings, w's own among them, and the error is at
-most n u / (1 - n u) times the sum of |w x|, with u = 2^-24.
+after vector. So a product takes part in at most n = 32 + I/512 + 4 roundings, including w's own. The error is at most
+n u / (1 - n u) times the sum of |w x|, with u = 2^-24.
 
 **One token** reads each weight once, so memory is the limit. Four rows go together through their lines: one load of x
 serves all four. The next four rows are prefetched in the order in which they lie.
@@ -65,7 +65,7 @@ class Sum:
 
 @intrinsic
 def _one_token(typingctx, matrix, row, x, sums):
-    """sums (16): those of 4 rows from `row` on by x, arranged; each stands there four times."""
+    """sums (16): the sums of 4 rows from `row` on by x (arranged), each of them four times."""
 
     def generate(context, builder, signature, arguments):
         packed, row, x, sums = arguments
@@ -108,7 +108,7 @@ def one_token(matrix, x, start, out):
 
 
 def _places(emit: Emitter, layout: Layout, kind, tile: ir.Value, row: ir.Value) -> tuple[ir.Value, ir.Value]:
-    """Where the floats of a row of the tile are, and its scales, one vector a line: these lie behind all floats."""
+    """The addresses of a tile's row: of its floats, and of its scales (a vector for each line), behind all floats."""
     scales = emit.times(row, CHUNK // layout.line * LANES)
     behind = emit.builder.add(scales, ir.Constant(I64, TILE * CHUNK))
     return emit.address(kind, tile, emit.times(row, CHUNK)), emit.address(kind, tile, behind)
@@ -138,9 +138,9 @@ def _unpack(typingctx, matrix, row, first, count, tile, r):
 
 @intrinsic
 def _multiply(typingctx, layout, tile, row, x, token, count, sums):
-    """Adds `count` lines of 4 rows of the tile from `row` on by 4 tokens of x (T, width) from `token` on to sums.
+    """Multiplies `count` lines of the tile's 4 rows from `row` on by the 4 tokens from `token` on of x (T, width).
 
-    sums (T / 4, TILE / 4, 4 rows, 4 tokens, LANES). For tokens beyond the last, the last is taken.
+    The products are added to sums (T / 4, TILE / 4, 4 rows, 4 tokens, LANES). Beyond the last token, that is repeated.
     """
     form = layout.layout
 
@@ -154,7 +154,7 @@ def _multiply(typingctx, layout, tile, row, x, token, count, sums):
         sums = emit.address(signature.args[6], sums, at)
         last = builder.sub(tokens, ir.Constant(I64, 1))
         tokens = [emit.forward(x, builder.mul(n, width)) for n in numbers(emit, token, last, SIDE)]
-        # While 16 rows take their turns over these 4 tokens, each 4 rows ask for one of the next 4.
+        # While 16 rows take their turns over these 4 tokens, each 4 rows prefetch one of the next 4 tokens.
         turn = builder.urem(builder.udiv(row, ir.Constant(I64, SIDE)), ir.Constant(I64, SIDE))
         ahead = emit.forward(tokens[0], builder.mul(builder.add(turn, ir.Constant(I64, SIDE)), width))
         lanes = [[Sum(emit, form.scaled) for _ in range(SIDE)] for _ in range(SIDE)]
@@ -229,8 +229,8 @@ def many_tokens(matrix, x, start, out):
 def chunked(x: np.ndarray, layout: Layout, lines: int) -> np.ndarray:
     """x (T, I), filled up with zeros to whole lines and arranged for a layout, as (chunks, T, width), aligned.
 
-    One token is one chunk of all lines. Of several tokens, each chunk of 512 numbers lies together; beyond its lines,
-    the last chunk holds nothing that is read.
+    One token is one chunk of all lines. Of several tokens, each chunk of 512 numbers lies together. The last chunk may
+    have fewer lines; the numbers after them are not read.
     """
     tokens, columns = x.shape
     length = lines * layout.line

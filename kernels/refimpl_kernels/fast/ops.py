@@ -66,7 +66,7 @@ class NumbaOps(NumPyOps):
         return out.reshape(*x.shape[:-1], -1)
 
     def upcast(self, x: np.ndarray) -> np.ndarray:
-        """Float16 and 8 bits, which only a cache holds, stay as they are: the products below read them as float32."""
+        """Float16 and 8 bits, which only a cache holds, are not converted: the products below read them as float32."""
         return x if x.dtype in (np.float16, np.int8) else super().upcast(x)
 
     def matmul(self, a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -83,7 +83,7 @@ class NumbaOps(NumPyOps):
         return self._attention(attention.context, value, probs, (*probs.shape[:-1], value.shape[-1]))
 
     def softmax(self, x: np.ndarray) -> np.ndarray:
-        """Over the last axis."""
+        """The softmax over the last axis."""
         if x.dtype != np.float32 or not x.size:
             return super().softmax(x)
         rows = np.ascontiguousarray(x).reshape(-1, x.shape[-1])
@@ -101,7 +101,7 @@ class NumbaOps(NumPyOps):
         return out.reshape(x.shape)
 
     def mean(self, x: np.ndarray) -> np.ndarray:
-        """Over the last axis, which stays as 1: the sum of x.mean, without its checks."""
+        """The mean over the last axis, which is kept with length 1: the sum of x.mean, without its checks."""
         return np.add.reduce(x, -1, keepdims=True) / np.float32(x.shape[-1])
 
     def split(self, x: np.ndarray, sizes: Sequence[int]) -> list[np.ndarray]:
@@ -125,9 +125,9 @@ def _attends(a: np.ndarray, kept: Any, fit: bool) -> bool:
 
 
 def _evenly(kept: Any) -> tuple[list[np.ndarray], int]:
-    """The bytes of keys or values (B, K, S, D) and of their scales, and how many rows lie between two heads.
+    """The bytes of keys or values (B, K, S, D) and of their scales, and how many rows lie from one head to the next.
 
-    They are those of the cache itself if its heads lie evenly, else of a copy.
+    If the heads lie evenly in the cache, the bytes are the cache's own, else those of a copy.
     """
     parts = [kept.codes, kept.scales] if isinstance(kept, Q8Rows) else [kept]
     apart = [_rows_apart(part) for part in parts]
@@ -146,7 +146,7 @@ def _rows_apart(array: np.ndarray) -> int:
 
 @dataclass(frozen=True)
 class Matrix:
-    """A matrix (O, I) that kernels multiply by; `divisors` (O,), if there are any, divide what comes out."""
+    """A matrix (O, I) that kernels multiply by; `divisors` (O,), if there are any, divide the result."""
 
     packed: Packed
     divisors: np.ndarray | None = None
@@ -159,7 +159,7 @@ class Matrix:
         return out if self.divisors is None else np.divide(out, self.divisors, out=out)
 
     def rounded_product(self, x: np.ndarray, size: int) -> np.ndarray:
-        """The same with activations rounded to integers of `size` bytes."""
+        """The same product, with activations rounded to integers of `size` bytes."""
         layout, codes, *_ = self.packed
         blocks, out = codes.shape[1] // LINE * integer.LINE_BLOCKS, np.empty((len(x), len(codes)), np.float32)
         rounded = integer.Integers(
@@ -175,7 +175,7 @@ class Matrix:
         return _product(self.packed.layout, types.Array(types.float32, 3, "C", readonly=True))
 
 
-MANY = 1 << 18  # numbers; fewer take one thread less time (0.05 ms) than waking the others
+MANY = 1 << 18  # numbers; for fewer, one thread takes less time (0.05 ms) than waking the others does
 
 _NOTHING = np.zeros((1, 0), np.uint8)
 _NO_SCALES = np.zeros((1, 1, 1, 0), np.uint8)
@@ -209,9 +209,9 @@ _CODES = {"lpbq": "int4", "qlinear4": "int4", "q8_0": "int8", "qlinear8": "int8"
 
 
 def _blocks(blocks: Blocks, rounded: np.dtype | None) -> Matrix | None:
-    """Blocks as `Layout` needs them; None if they run on from row to row, or cut the numbers of a lane.
+    """Blocks as `Layout` needs them; None if a block runs on from row to row, or divides the numbers of a lane.
 
-    Where blocks do not divide a line, each is taken as several that do, with the same scale.
+    A block that does not divide a line is taken as several that do, with the same scale.
     """
     (rows, columns), size, extra = blocks.shape, blocks.block_size, dict(blocks.extra)
     if blocks.format not in _CODES or blocks.axis == 0 or (blocks.axis is None and columns % size):
@@ -229,7 +229,7 @@ def _blocks(blocks: Blocks, rounded: np.dtype | None) -> Matrix | None:
         scales = nested_bytes(scales, extra.pop("sub_scales"))
         mins = nested_bytes(-extra.pop("dmins"), extra.pop("sub_mins"))
         size, kinds = 32, ["nested", "nested"]
-    if extra:  # a table of its own
+    if extra:  # it has a table of values of its own
         return None
     layout = Layout(_CODES[blocks.format], kinds[0], None if zeros is None else "int8", kinds[1])
     narrow = None if rounded is None or rounded == np.float32 else rounded.name
@@ -296,7 +296,7 @@ SOURCES = sha256(b"".join(path.read_bytes() for path in sorted(Path(__file__).pa
 
 @cache
 def compiled(function, signature, parallel: bool = True, **options):
-    """`function` compiled for one signature by Numba with `options`, or, of the same sources, from the disk."""
+    """`function` compiled by Numba for one signature with `options`, or loaded from the disk for the same sources."""
     kind = "parallel" if parallel else "serial"  # on the disk, Numba does not keep these apart
     function.__qualname__ = f"{function.__name__}_{kind}_{SOURCES}"  # its name on the disk
     known = signature.args[0].types[0] if isinstance(signature.args[0], types.NamedTuple) else signature.args[0]

@@ -13,7 +13,7 @@ TASK = 32  # rows that a thread takes at a time
 def product(matrix, x, out):
     """out (T, O) = x by the transposed matrix, a `Packed`. For Numba.
 
-    x decides how it is summed: an array of floats as in linear.py (see `linear.chunked`), `integer.Integers` as in
+    x decides how sums are made: an array of floats (see `linear.chunked`) as in linear.py, `integer.Integers` as in
     integer.py.
     """
     for task in prange((out.shape[1] + TASK - 1) // TASK):

@@ -1,4 +1,4 @@
-"""How fast memory can be read, which kernels are measured against: each byte of an array, once, by all threads."""
+"""How fast memory can be read: all threads together read each byte of an array once. Kernels are measured by this."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def _read(typingctx, array, start, steps):
 
 
 def read_all(array, parts, steps):
-    """Reads `parts` times `steps` times 256 bytes of a flat uint8 array; the sum proves that. For Numba."""
+    """Reads `parts` times `steps` times 256 bytes of a flat uint8 array; the sum proves it. For Numba."""
     total = 0
     for part in prange(parts):
         total += _read(array, part * steps * STEP, steps)
@@ -46,7 +46,7 @@ def read_all(array, parts, steps):
 
 
 def read(array: np.ndarray) -> int:
-    """Reads an array, but for up to 4 KiB at its end; returns how many bytes that were."""
+    """Reads an array, except for up to 4 KiB at its end; returns how many bytes were read."""
     steps = array.nbytes // (PARTS * STEP)
     signature = types.int64(types.Array(types.uint8, 1, "C", readonly=True), types.intp, types.intp)
     compiled(read_all, signature)(array.reshape(-1).view(np.uint8), PARTS, steps)

@@ -13,9 +13,9 @@ from refimpl_kernels.fast.vector import I64, Emitter
 
 
 class Packed(NamedTuple):
-    """The bytes of a matrix (O, I): uint8 (O, …) each, or (1, 0) for scales and zeros that the layout lacks.
+    """The bytes of a matrix (O, I): each array is uint8 (O, …), or (1, 0) for scales and zeros that the layout lacks.
 
-    `codes` are whole lines. `zeros` are zero points or minima.
+    A row of `codes` is made of whole lines. `zeros` are zero points or minima.
     """
 
     layout: Layout
@@ -31,7 +31,7 @@ def packed_type(layout: Layout) -> types.NamedTuple:
 
 
 class Rows:
-    """`count` rows of a matrix from number `first` on; for those beyond the last, the last. Each has `lines` lines."""
+    """`count` rows of a matrix from number `first` on; beyond the last, it is repeated. Each has `lines` lines."""
 
     def __init__(self, emit: Emitter, kind: types.NamedTuple, matrix: ir.Value, first: ir.Value, count: int):
         self.emit, self.layout, self.starts = emit, kind.types[0].layout, []
@@ -61,14 +61,14 @@ class Rows:
 
 
 def numbers(emit: Emitter, first: ir.Value, last: ir.Value, count: int) -> list[ir.Value]:
-    """`count` numbers from `first` on; for those beyond `last`, `last`."""
+    """`count` numbers from `first` on; numbers beyond `last` become `last`."""
     ahead = [emit.builder.add(first, ir.Constant(I64, n)) for n in range(count)]
     return [emit.builder.select(emit.builder.icmp_signed("<", n, last), n, last) for n in ahead]
 
 
 @njit(inline="never")
 def aligned(size):
-    """Uninitialized floats that begin where a cache line does: else every load of a vector touches two lines."""
+    """Uninitialized floats that begin with a cache line, because otherwise every load of a vector touches two lines."""
     room = np.empty(size + 16, np.float32)
     start = -(room.ctypes.data // 4) % 16
     return room[start : start + size]

@@ -1,10 +1,11 @@
 """The Numba twin of `search.py`, byte for byte: the same functions, for `formats.quantize(…, backend=fast_search)`.
 
 128 blocks are computed at a time. They are laid out so that the first weights of all of them are neighbours in memory,
-then the second ones, and so on: what is done to one weight is done to 128 by a loop that Numba turns into vector
-instructions, though each block's sums are added up one after the other, as `search.py` has it written down.
+then the second ones, and so on. A loop over 128 neighbours is what Numba turns into vector instructions, while the
+terms of each block's sum are still added one after the other, in the order that `search.py` states.
 
-The formats' rounders are compiled as they are, for numbers instead of arrays; the words they are written in are below.
+The formats' rounders are compiled unchanged, for numbers instead of arrays. The functions that rounders are made of
+stand at the end of this file.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ LONGEST = 1 << 12  # weights of a block; longer ones are few, and NumPy is as fa
 
 @without_bytes
 class RounderType(types.Type):
-    """A rounder as Numba sees it: each is a type of its own, for which kernels are compiled; no bytes at run time."""
+    """A rounder as Numba's type: kernels are compiled for each rounder, and its values have no bytes."""
 
     def __init__(self, rounder: Rounder):
         self.rounder = rounder
@@ -85,19 +86,19 @@ def _found(kernel, x: np.ndarray) -> np.ndarray:
 
 @cache
 def _finding(kernel):
-    """A kernel that finds something in each block, compiled, or from the disk."""
+    """The kernel `_largest` or `_ends`, compiled or loaded from the disk."""
     blocks = types.Array(types.float32, 2, "C", readonly=True), types.Array(types.int32, 2, "C", readonly=True)
     with _LOCK:
         signature = types.void(*blocks, types.Array(types.float32, 3, "C"))
         return compiled(kernel, signature, parallel=False, nogil=True)
 
 
-# What `_best_lines` is compiled for; it has its rounder in itself.
+# `_best_lines` is compiled for this rounder but does not call it: the rounding is written out in the kernel.
 LINE = Rounder("blocks with a minimum", grid=search.reciprocal, level=search.line_code)
 
 
 def _run(kernel, rounder: Rounder, arrays: list[np.ndarray], importance, fits: int, *limit: float) -> Rounded:
-    """What a kernel fills in."""
+    """Runs a kernel, and gives the arrays that it has filled."""
     x, each = arrays[0], (len(arrays[0]), 1)
     codes, *parts = np.empty(x.shape, rounder.dtype), *(np.empty(each, t) for t in (np.float32, np.float32, np.intp))
     given = [*arrays, np.empty((0, 0)) if importance is None else importance]
@@ -204,20 +205,20 @@ def _best_lines(rounder, x, trials, lows, costs, fits, highest, codes, scales, m
 
 
 def _largest(x, bits, found):
-    """Bits of float32 without their sign are in the order of magnitudes."""
+    """Without their sign, the bits of float32 numbers have the order of the numbers' magnitudes."""
     count, size = bits.shape
     for block in range(count):
         most, first = np.int32(0), np.int32(size)
         for i in range(size):
             most = max(most, np.int32(bits[block, i] & np.int32(0x7FFFFFFF)))
-        for i in range(size):  # no branch, which could not be foreseen
+        for i in range(size):  # no branch, because it could not be predicted
             here = bits[block, i] & np.int32(0x7FFFFFFF) == most
             first = min(first, np.int32(i) if here else np.int32(size))
         found[0, block, 0] = x[block, first]
 
 
 def _ends(x, bits, found):
-    """Bits of float32 are in the order of numbers if those of a negative one are turned, and -0 is made 0."""
+    """Bits of float32 numbers have the order of the numbers, once those of negative ones are flipped and -0 is 0."""
     count, size = bits.shape
     for block in range(count):
         low = high = _ordered(bits[block, 0])
@@ -289,12 +290,12 @@ def _sum(a, b, weigh, total):
                 total[lane] += np.float64(a[i, lane]) * np.float64(b[i, lane])
 
 
-_LOCK = threading.Lock()  # or each thread would compile what the first one does
+_LOCK = threading.Lock()  # without it, each thread would compile the same kernel
 
 
 @cache
 def _compiled(kernel, rounder: Rounder, limits: int):
-    """A kernel compiled for a rounder, or from the disk if it was before."""
+    """A kernel compiled for a rounder, loaded from the disk if it was compiled before."""
     matrix = types.Array(types.float32, 2, "C", readonly=True)
     floats, numbers = types.Array(types.float32, 1, "C"), types.Array(types.intp, 1, "C")
     out = types.Array(types.uint8, 2, "C"), floats, floats, numbers
@@ -303,7 +304,7 @@ def _compiled(kernel, rounder: Rounder, limits: int):
         return compiled(kernel, signature, parallel=False, nogil=True, error_model="numpy")
 
 
-# What rounders are written in, for numbers ----------------------------------------------------------------------------
+# The functions that rounders are made of, for numbers -----------------------------------------------------------------
 
 
 @cache
@@ -351,7 +352,7 @@ def _code(rounder, x, by, zero):
 
 
 def _nearest(values: np.ndarray, worth: bool) -> Any:
-    """The nearest of values of [-1, 1], or its number: one comparison with each of the midpoints, without a branch."""
+    """A function for the nearest of the values (`worth`) or its code: a comparison with each midpoint, no branch."""
     order = np.argsort(values, kind="stable")
     middles = (values[order[:-1]] + values[order[1:]]) / np.float32(2)
     given = values[order] if worth else order.astype(np.float32)
@@ -392,7 +393,7 @@ def _reciprocal(scales):
 
 @overload(search.half)
 def _half(x):
-    """As float16 counts: 11 bits below 65520; below 2^-14 in steps of 2^-24, as float32 does between 1/2 and 1."""
+    """Rounds as float16 does: to 11 bits below 65520, to steps of 2^-24 below 2^-14, as float32 in 1/2 … 1."""
 
     def rounded(x):
         bits = np.float32(x).view(np.int32)

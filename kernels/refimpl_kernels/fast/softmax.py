@@ -1,6 +1,6 @@
 """Softmax and sigmoid of float32, with an exponential that is the same everywhere.
 
-Softmax takes a row at a time on each thread:
+For a softmax, each thread takes a row at a time:
 
     e[s] = exp(x[s] - the row's largest)                  probs[s] = e[s] / sum
 
@@ -10,14 +10,14 @@ A row is taken in vectors of 16 lanes, and in chunks of 512 numbers, so that rou
     total[l] = total[l] + part[l]           chunk after chunk, from 0
     sum      = lane l + lane l+8, of these l + l+4, then l + l+2, then l + l+1
 
-So a number takes part in at most n = min(S/16, 32) + S/512 + 5 roundings of the sum, and what is masked (0 after exp)
-changes no bit: a prompt in pieces gives what it gives at once.
+So a number takes part in at most n = min(S/16, 32) + S/512 + 5 roundings of the sum. A masked number is 0 after exp and
+changes no bit, so a prompt in pieces gives the same as at once.
 
 A sigmoid is 1 / (1 + exp(-x)), or for x below 0 exp(x) / (1 + exp(x)): within six roundings.
 
 exp(x), for x up to 0, is 2^k p(r), where k is the whole number nearest to x / ln 2, r = x - k ln 2 with ln 2 in two
-parts, and p the Taylor polynomial of degree 7, whose remainder is below 6e-9 for |r| <= ln 2 / 2. With its roundings it
-is within 2^-23 of the exponential, relatively. Below the smallest normal number it is 0.
+parts, and p the Taylor polynomial of degree 7, whose remainder is below 6e-9 for |r| <= ln 2 / 2. With all roundings,
+the relative error is at most 2^-23. Below the smallest normal number the result is 0.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ from refimpl_kernels.fast.vector import FLOATS, I32, I64, INTS, LANES, Emitter
 CHUNK = 512 // LANES  # vectors that are added up before their sum joins the others
 TASK = 1024  # vectors that a thread takes at a time
 LOWEST = math.log(2.0**-126)
-LN2_HIGH, LN2_LOW = 0.693359375, math.log(2) - 0.693359375  # of 10 bits: its products by k are exact
-ROUNDER = 1.5 * 2.0**23  # a float that counts in ones: what is added to it becomes a whole number
+LN2_HIGH, LN2_LOW = 0.693359375, math.log(2) - 0.693359375  # the first has 10 bits: k times it is exact
+ROUNDER = 1.5 * 2.0**23  # a float that counts in ones: a number that is added to it is rounded to a whole one
 
 
 def exp(emit: Emitter, x: ir.Value) -> ir.Value:
@@ -50,7 +50,7 @@ def exp(emit: Emitter, x: ir.Value) -> ir.Value:
     p = emit.floats(1 / math.factorial(7))
     for n in range(6, -1, -1):
         p = emit.fma(p, r, emit.floats(1 / math.factorial(n)))
-    # Its last bits are k: shifted to where the exponent is, they are 2^k.
+    # The last bits of `counted` are k: plus 127, and shifted to where the exponent is, they are 2^k.
     exponent = b.shl(b.add(b.bitcast(counted, INTS), emit.ints(127)), emit.ints(23))
     return b.select(tiny, emit.floats(0.0), b.fmul(p, b.bitcast(exponent, FLOATS)))
 
@@ -64,7 +64,7 @@ def folded(emit: Emitter, vector: ir.Value, combine: Callable[[ir.Value, ir.Valu
 
 @intrinsic
 def _softmax(typingctx, x, row, size, tail, out):
-    """Row `row` of x, `size` numbers, to that of `out`. `tail` (16): room for what does not fill a vector."""
+    """The softmax of row `row` of x, `size` numbers, to `out`. `tail` (16): room for numbers that fill no vector."""
 
     def generate(context, builder, signature, arguments):
         emit, kinds, zero = Emitter(context, builder, portable=True), signature.args, ir.Constant(I64, 0)

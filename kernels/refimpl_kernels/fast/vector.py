@@ -1,12 +1,13 @@
 """Vectors of 16 lanes inside Numba functions: LLVM instructions without a C compiler.
 
-Numba turns scalar loops into vectors when it can prove that nothing changes; floating point sums it cannot. Here the
-lanes, and so the order of every sum, are written down. An `Emitter` adds LLVM instructions to a function that Numba is
-compiling: a kernel is a Python function that runs once, at compile time, so that its Python loops are unrolled.
+Numba turns scalar loops into vectors only where it can prove that no result changes, which excludes floating-point
+sums. So here the lanes are written down, and with them the order of every sum. An `Emitter` adds LLVM instructions to a
+function that Numba is compiling. A kernel is a Python function that runs once, at compile time, so its Python loops are
+unrolled.
 
-Everything is plain LLVM vector arithmetic, which lowers on every machine, but for `nibble`, `half`, `rounded` and
-`dot4`: with AVX-512 they take one instruction instead of several. Both ways give the same bits (`rounded`: up to
-float16's overflow), and `portable=True` forces the plain one.
+Plain LLVM vector arithmetic compiles for every machine. With AVX-512, `nibble`, `half`, `rounded` and `dot4` take one
+instruction instead of several. Both ways give the same bits (`rounded`: up to float16's overflow), and `portable=True`
+forces the plain one.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ from numba.extending import NativeValue, models, register_model, unbox
 LANES = 16
 I8, I16, I32, I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
 F16, F32 = ir.HalfType(), ir.FloatType()
-# Pairs of ways to make a vector of lanes of two vectors, counted 0 … 15 and 16 … 31: see `totals` and `transposed`.
+# Pairs of shuffles, each of which picks a vector from the lanes of two vectors, 0 … 15 and 16 … 31. `totals` and
+# `transposed` use them.
 _HALVES = [[n + 16 * v + side for v in (0, 1) for n in range(8)] for side in (0, 8)]
 _QUARTERS = [[n + 16 * v + q + side for v in (0, 1) for q in (0, 8) for n in range(4)] for side in (0, 4)]
 _PAIRS = [[n + 16 * v + q + side for q in (0, 4, 8, 12) for v in (0, 1) for n in (0, 1)] for side in (0, 2)]
@@ -36,13 +38,13 @@ class Emitter:
 
     def __init__(self, context: Any, builder: ir.IRBuilder, portable: bool):
         self.context, self.builder = context, builder
-        # What Numba compiles for, which NUMBA_CPU_NAME may set to less than this machine has.
+        # The features that Numba compiles for. NUMBA_CPU_NAME may leave out some that this machine has.
         features = context.codegen().magic_tuple()[2].split(",")
         self.avx512 = not portable and "+avx512f" in features
         self.vnni = self.avx512 and "+avx512vnni" in features
 
     def address(self, array_type: types.Array, array: ir.Value, element: ir.Value) -> ir.Value:
-        """Where an element of a C-contiguous array lies, counted as if it were flat."""
+        """The address of an element of a C-contiguous array, counted as if the array were flat."""
         data = self.context.make_array(array_type)(self.context, self.builder, array).data
         size = self.context.get_abi_sizeof(self.context.get_data_type(array_type.dtype))
         return self.forward(self.builder.bitcast(data, I8.as_pointer()), self.times(element, size))
@@ -71,7 +73,7 @@ class Emitter:
         self.builder.store(value, target).align = 1
 
     def prefetch(self, pointer: ir.Value, offset: ir.Value | int) -> None:
-        """Asks for the cache line there, which need not exist."""
+        """Asks for the cache line there. The address need not be valid."""
         read, keep, data = (ir.Constant(I32, n) for n in (0, 3, 1))
         place = self.forward(pointer, offset)
         kind = ir.FunctionType(ir.VoidType(), [place.type, I32, I32, I32])
@@ -90,7 +92,7 @@ class Emitter:
 
     @contextmanager
     def pieces(self, count: ir.Value, size: int):
-        """A loop over pieces of `size` of what is counted: where each begins, and how many are in it."""
+        """A loop that cuts `count` into pieces of `size`: gives where each begins, and how many are in it."""
         whole = ir.Constant(count.type, size)
         pieces = self.builder.udiv(self.builder.add(count, ir.Constant(count.type, size - 1)), whole)
         with self.loop(pieces) as piece:
@@ -106,7 +108,7 @@ class Emitter:
         return ir.Constant(ir.VectorType(I32, lanes), [value] * lanes)
 
     def spread(self, values: ir.Value) -> ir.Value:
-        """A scalar to all lanes, or n values to 16/n neighbouring lanes each."""
+        """A scalar in all lanes, or each of n values in 16/n neighbouring lanes."""
         if not isinstance(values.type, ir.VectorType):
             one = ir.Constant(ir.VectorType(values.type, 1), ir.Undefined)
             values = self.builder.insert_element(one, values, ir.Constant(I32, 0))
@@ -119,9 +121,10 @@ class Emitter:
         return self._call("llvm.fma.v16f32", FLOATS, a, b, c)
 
     def totals(self, vectors: Sequence[ir.Value]) -> ir.Value:
-        """The sums of the lanes of 16 vectors, as the lanes of one; of 4 vectors, as its quarters.
+        """The sum of each vector's lanes: of 16 vectors as the lanes of one vector, of 4 vectors as its quarters.
 
-        Each is lane l + lane l+8, of those l + l+4, then l + l+2, then l + l+1: several vectors are folded together.
+        Each sum is lane l + lane l+8, of those l + l+4, then l + l+2, then l + l+1. Several vectors are folded
+        together.
         """
         fold, step = self._folded, len(vectors) // 4
         groups = [vectors[first::step] for first in range(step)]
@@ -138,7 +141,7 @@ class Emitter:
         return self.builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(I32, len(mask)), list(mask)))
 
     def transposed(self, rows: Sequence[ir.Value]) -> list[ir.Value]:
-        """16 vectors, of which lane r of vector c is lane c of `rows[r]`: 64 shuffles of two vectors each."""
+        """16 vectors: lane r of vector c is lane c of `rows[r]`. It takes 64 shuffles of two vectors each."""
         fours = []
         for a, b, c, d in (rows[first : first + 4] for first in range(0, LANES, 4)):
             ab, cd = ([self.shuffle(*pair, mask) for mask in _NEIGHBOURS] for pair in ((a, b), (c, d)))
@@ -148,7 +151,7 @@ class Emitter:
         return [columns[c][q] for q in range(4) for c in range(4)]
 
     def quarters(self, vectors: Sequence[ir.Value]) -> list[ir.Value]:
-        """4 vectors, of which quarter g of vector q is quarter q of `vectors[g]`."""
+        """4 vectors: quarter g of vector q is quarter q of `vectors[g]`."""
         a, b, c, d = vectors
         halves = [(self.shuffle(a, b, mask), self.shuffle(c, d, mask)) for mask in _HALVES]
         return [self.shuffle(*pair, mask) for pair in halves for mask in _QUARTERS]
@@ -161,7 +164,7 @@ class Emitter:
         return vectors[0]
 
     def dot4(self, total: ir.Value, codes: ir.Value, numbers: ir.Value) -> ir.Value:
-        """total + the sum of four products, in integers, in each lane: bytes 0 … 255 by bytes -128 … 127."""
+        """In each lane, `total` plus four products of integers: `codes` (bytes 0 … 255) by `numbers` (-128 … 127)."""
         if self.vnni:
             return self._call("llvm.x86.avx512.vpdpbusd.512", INTS, total, codes, numbers)
         for n in range(4):
@@ -173,14 +176,14 @@ class Emitter:
     def nibble(self, words: ir.Value, bit: int, values: Sequence[float]) -> ir.Value:
         """`values[n]` as float32 in each lane, where n is the number in its four bits from `bit` on.
 
-        With AVX-512 there are two ways for numbers that count, which keep different units of a core busy. A permutation
-        is the shorter one where no shift is needed, or one in any case.
+        With AVX-512 there are two ways to make values that are consecutive whole numbers, which keep different units of
+        a core busy. The permutation is shorter where it needs no shift, and where the other way needs one, too.
         """
         permuted = self.avx512 and not 0 < bit <= 16
         if not permuted and all(value - values[0] == n for n, value in enumerate(values)):
             return self._counted(words, bit, flip=0, lowest=values[0])
         if not permuted and list(values) == [*range(8), *range(-8, 0)]:
-            # Two's complement: with its upper bit turned, it counts.
+            # Two's complement: with the upper bit flipped, the codes stand for consecutive numbers.
             return self._counted(words, bit, flip=8, lowest=-8.0)
         if self.avx512:  # the permutation looks at the low four bits of each lane
             shifted = self.builder.lshr(words, self.ints(bit)) if bit else words
@@ -192,9 +195,10 @@ class Emitter:
         return chosen[0]
 
     def _counted(self, words: ir.Value, bit: int, flip: int, lowest: float) -> ir.Value:
-        """n + lowest, for n in four bits, without a conversion: they become bits of a float that counts in ones there.
+        """n + lowest, for n in four bits, without a conversion: the bits are put where a float counts in ones.
 
-        In the float 2^(23 - bit), bit `bit` stands for 1: with n from there on, and nothing below, it is that plus n.
+        In the float 2^(23 - bit), bit `bit` stands for 1. With n in the bits from there on, and zeros below, the float
+        is 2^(23 - bit) + n.
         """
         if bit > 16:
             words, bit = self.builder.lshr(words, self.ints(12)), bit - 12
@@ -229,18 +233,18 @@ class Emitter:
         return b.bitcast(b.or_(magnitude, sign), floats)
 
     def rounded(self, values: ir.Value, dtype: str) -> ir.Value:
-        """Floats rounded to the nearest bfloat16 or float16, ties to even. Float16: below its overflow."""
+        """Floats rounded to the nearest bfloat16 or float16, ties to even; to float16 only below its overflow."""
         b = self.builder
         if dtype == "float16" and self.avx512:
             return b.fpext(b.fptrunc(values, ir.VectorType(F16, LANES)), FLOATS)
-        lost = 16 if dtype == "bfloat16" else 13  # bits at the end of a float
+        lost = 16 if dtype == "bfloat16" else 13  # bits at the end of a float that are rounded away
         bits = b.bitcast(values, INTS)
         odd = b.and_(b.lshr(bits, self.ints(lost)), self.ints(1))
         bits = b.add(bits, b.add(odd, self.ints((1 << lost - 1) - 1)))
         near = b.bitcast(b.and_(bits, self.ints(-1 << lost)), FLOATS)
         if dtype == "bfloat16":
             return near
-        # Float16 counts in 2^-24 below 2^-14, as float32 does between 1/2 and 1.
+        # Below 2^-14 float16 has steps of 2^-24, as float32 has between 1/2 and 1.
         tiny = b.fsub(b.fadd(values, self.floats(0.75)), self.floats(0.75))
         size = b.bitcast(b.and_(b.bitcast(values, INTS), self.ints(0x7FFFFFFF)), FLOATS)
         return b.select(b.fcmp_ordered("<", size, self.floats(2.0**-14)), tiny, near)
@@ -265,7 +269,7 @@ class Variable:
 
 
 def without_bytes(kind: type[types.Type]) -> type[types.Type]:
-    """Makes a type whose values have no bytes at run time: kernels are compiled for each by itself."""
+    """Makes a type whose values have no bytes at run time, because kernels are compiled for each type separately."""
     register_model(kind)(models.OpaqueModel)
     unbox(kind)(lambda kind, value, c: NativeValue(c.context.get_dummy_value()))
     return kind

@@ -1,4 +1,4 @@
-"""Number formats of weights: a file a format, one visible table of them, and the search for better scales."""
+"""Number formats of weights: a file for each format, one table of them all, and the search for better scales."""
 
 from refimpl_kernels.formats.table import (
     FORMATS,

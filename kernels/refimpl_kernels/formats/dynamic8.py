@@ -1,11 +1,11 @@
 """bitsandbytes' dynamic 8-bit numbers, the second quantization of NF4's and FP4's block scales ("double quantization").
 
-A code is an index into 256 values between -1 and 1, dense near zero, that are fixed once and for all:
+A code is an index into a fixed table of 256 values between -1 and 1, dense near zero:
 
     decade i = 0 … 6, one for each power 10^(i-6):  2^i midpoints of 2^i equal steps between 0.1 and 1, both signs
     and 0 and 1                                     127 + 127 + 2 = 256 values, sorted
 
-The scales of all 4-bit blocks of a matrix, one float32 each, are stored so:
+The scales of all 4-bit blocks of a matrix, one float32 each, are stored like this:
 
     scales of 4-bit blocks   a0 … a255 | a256 … a511 | …        float32, all positive
     offset                   mean(a)                            float32, one a matrix
@@ -14,9 +14,9 @@ The scales of all 4-bit blocks of a matrix, one float32 each, are stored so:
 
     a' = value[code] * nested scale + offset                    8 + 32/256 bits instead of 32
 
-Nearest, but for this: on a CPU the relative number is first rounded to one of 65536 even steps between -1 and 1, so
-that a table answers, and a block of zeros gets code 0 (-0.993, times a scale of 0). On a GPU it is the nearest
-value.
+On a GPU the code is that of the nearest value. A CPU differs in two ways, and so does this file: the relative number
+is first rounded to one of 65536 even steps between -1 and 1, so that a table gives its code; and a block of zeros gets
+code 0 (-0.993, times a scale of 0).
 
 The offset's last bit depends on the order of the sum. `mean` below is the order of PyTorch's CPU sum on one thread,
 with 8 float32 lanes. (Above 32768 scales PyTorch splits the sum among its threads.)

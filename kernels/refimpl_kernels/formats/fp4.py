@@ -6,9 +6,9 @@
 
     w' = VALUES[code] * scale                         4 + 32/block_size bits a weight
 
-The largest value is 1, so that a block's scale is its largest magnitude. There are two zeros, codes 0 and 8: exact
-zeros and what rounds up to zero are 0, what rounds down to it is 8. Compare what FP4 stands for rather than its
-codes. Padding is a 0.
+The largest value is 1, so that a block's scale is its largest magnitude. There are two zeros, codes 0 and 8. An exact
+zero and a negative weight that rounds to zero get code 0; a positive weight that rounds to zero gets code 8. So compare
+the values of two FP4 matrices, not their codes. Padding is code 0.
 
 **Source**: bitsandbytes backends/default/ops.py: quantize_4bit; functional.py: get_4bit_type.
 

@@ -1,7 +1,7 @@
-"""Rows of Q4_0, Q4_1, Q4_K, Q8_0, MXFP4 and NVFP4 as the bytes that a GGUF file has, and back.
+"""Rows of Q4_0, Q4_1, Q4_K, Q8_0, MXFP4 and NVFP4 to the bytes of a GGUF file, and back.
 
-A row is its blocks one after the other, each with the fields of the format's `BLOCK`, which is a NumPy structure: see
-the pictures in q4_0.py and so on.
+A row is a sequence of blocks. Each has the fields of the format's `BLOCK`, a NumPy structure; the files of the formats
+(q4_0.py and so on) draw it.
 
 **Source**: gguf-py quants.py; ggml-common.h: block_q4_0, block_q4_1, block_q4_K, block_q8_0.
 
@@ -61,7 +61,7 @@ def from_bytes(raw: np.ndarray, format: str) -> formats.Blocks:
 
 
 def _weights(structure: np.dtype, format: str) -> int:
-    """How many weights a structure has: a block's, and of NVFP4 those of four."""
+    """How many weights a structure holds: those of one block, or for NVFP4 those of four blocks."""
     return structure["packed"].itemsize * (1 if formats.FORMATS[format].code_dtype == "int8" else 2)
 
 

@@ -1,4 +1,4 @@
-"""INT4 of ONNX: codes -8 … 7, one float32 scale a block and, where it is asymmetric, one zero point a block.
+"""INT4 of ONNX: codes -8 … 7, a float32 scale for each block and, if asymmetric, a zero point for each block.
 
     a row             w0 w1 … w31 | w32 …              blocks of `block_size` neighbours, here 32
     bytes             w1 w0 | w3 w2 | …                two codes a byte, FIRST in the LOW four bits, two's complement
@@ -13,13 +13,13 @@
 A scale of max/7 keeps the largest weight exact whatever its sign; max/8 would be finer by an eighth and clip one of
 two signs. One outlier makes the whole block coarse: that is why blocks are small.
 
-`round` takes ties to even. Symmetric codes of round-to-nearest stay within -7 … 7. Of the granularities of ONNX,
-blocks are `block_size`=32 and so on, per channel is one block a row, per tensor one block a matrix. Blocks may also
-run down the columns (axis 0), which is what a MatMul's (I, O) weight needs. UINT4 is the same with 8 added to codes
-and zero points.
+`round` takes ties to even. Symmetric codes of round-to-nearest stay within -7 … 7. ONNX has three granularities:
+blocks (`block_size`=32 and so on), channels (a row is one block) and tensors (the matrix is one block). Blocks may also
+run down the columns (axis 0), as a MatMul's (I, O) weight needs. UINT4 is the same with 8 added to codes and zero
+points.
 
-**Source**: onnx operators QuantizeLinear and DequantizeLinear, opset 21. Quantizing with the scales given here,
-onnxruntime and onnx's ReferenceEvaluator give the same codes, and dequantizing the same float32, to the bit.
+**Source**: onnx operators QuantizeLinear and DequantizeLinear, opset 21. With the scales given here, onnxruntime and
+onnx's ReferenceEvaluator give the same codes, and dequantize them to the same float32, to the bit.
 
 >>> parts = quantize(np.array([[0.7, -0.2, 0.1, 0.0], [8.0, 1.0, -7.0, 3.0]], np.float32))
 >>> parts["codes"], parts["scales"].round(3)
@@ -63,9 +63,10 @@ def quantize(
     importance: np.ndarray | None = None,
     backend: ModuleType = numpy_search,
 ) -> dict[str, np.ndarray]:
-    """Blocks (n, b) of float32 as `codes` (n, b) int8, `scales` (n, 1) float32; asymmetric, `zero_points` (n, 1) int8.
+    """Blocks (n, b) of float32 as `codes` (n, b) int8 and `scales` (n, 1) float32.
 
-    A block of zeros has scale 0 and codes 0. `search`, `importance`: see search.py.
+    If asymmetric, also as `zero_points` (n, 1) int8. A block of zeros has scale 0 and codes 0. `search`, `importance`:
+    see search.py.
     """
     if symmetric:
         scales = np.abs(backend.largest(x)) / np.float32(7)
@@ -79,7 +80,7 @@ def quantize(
 
 
 def dequantize(codes: np.ndarray, scales: np.ndarray, zero_points: np.ndarray | None = None) -> np.ndarray:
-    """DequantizeLinear: blocks (n, b) of float32, one rounding each, of (code - zero point) * scale."""
+    """DequantizeLinear: blocks (n, b) of float32, (code - zero point) * scale, rounded once."""
     centred = codes if zero_points is None else codes - zero_points
     return centred.astype(np.float32) * scales
 
@@ -87,7 +88,7 @@ def dequantize(codes: np.ndarray, scales: np.ndarray, zero_points: np.ndarray | 
 def pack(codes: np.ndarray) -> np.ndarray:
     """Codes (R, I) -> bytes (R, ceil(I/2)), the first of two in the low four bits.
 
-    A row starts on a byte here. ONNX runs on from row to row, which differs where I is odd: pack one long row there.
+    Here each row starts on a byte. ONNX runs on from row to row, which differs if I is odd; then pack one long row.
     """
     nibbles = codes.view(np.uint8) & 15
     if codes.shape[1] % 2:

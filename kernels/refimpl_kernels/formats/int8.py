@@ -3,13 +3,13 @@
     weight, as float16 (O, I)   codes (O, I) int8 = round(w * (1/scale * 127))    scale = max|row|, float32 ("SCB")
     w' = code * scale / 127                                                      8 + 32/I bits a weight
 
-The linear quantizes its input as well, row by row, and puts the columns that have an outlier aside:
+The linear quantizes its input as well, row by row, and multiplies the columns that have an outlier separately:
 
     x as float16 (T, I)   outlier columns: those with any |x| >= threshold (6.0)
     output = (codes of x without them  @  codes of w.T, exact integers) * x scale * w scale * 6.200124e-05
              + outlier columns of x @ their columns of w'.T, in the dtype of x
 
-1/127² is 6.2000124e-05: the constant is bitsandbytes' own slip, 1.8e-5 too large (relative), kept here. Only the
+1/127² is 6.2000124e-05. bitsandbytes' constant is too large by 1.8e-5 (relative), a slip that is kept here. Only the
 outliers themselves are left out of a row's largest magnitude; the other numbers of their columns still count there.
 A row of zeros has scale 0 and codes 0.
 
@@ -51,8 +51,8 @@ def linear(
 ) -> np.ndarray:
     """x (…, I) by the codes (O, I) and scales (O, 1) of a weight -> (…, O) in the dtype of x (float32 or 16 bits).
 
-    A threshold of 0 keeps no outliers apart. What bitsandbytes computes, but for the order in which the outliers'
-    16-bit products are summed: here in float32, rounded once.
+    With a threshold of 0 there are no outliers. The result is bitsandbytes', except for the order in which the
+    outliers' 16-bit products are summed: here they are summed in float32 and rounded once.
     """
     rows = x.astype(np.float16).reshape(-1, x.shape[-1]).astype(np.float32)
     columns = outlier_columns(rows, threshold)
@@ -83,10 +83,10 @@ def _rows(x: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def pack(codes: np.ndarray) -> np.ndarray:
-    """The codes as they are."""
+    """The codes, unchanged."""
     return codes
 
 
 def unpack(packed: np.ndarray, count: int) -> np.ndarray:
-    """The codes as they are."""
+    """The codes, unchanged."""
     return packed[:, :count]

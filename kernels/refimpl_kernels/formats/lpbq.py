@@ -9,12 +9,13 @@
     k = clip(round(step / s), 1, 16)                                        code = clip(round(w / (k s)), -8, 7)
     w' = code * float32(k * s)                        4 + 4/block_size + 64/I bits a weight
 
-So a device can sum a row's blocks in integers: the 4-bit code times the 4-bit block scale is an 8-bit weight with
-one scale a row, which is why AIMET's encodings call it compressed_bw 4, bw 8. These count codes from 0, with an
+So a device can sum a row's blocks in integers: the 4-bit code times the 4-bit block scale is an 8-bit weight with one
+scale a row. This is why AIMET's encodings say compressed_bw 4 and bw 8. These encodings count codes from 0, with an
 offset.
 
-Grids and rounding are AIMET's, as in affine.py: halves go up, after 8 was added in float32. A row's scale is a double,
-as in its encodings files: only k * s is rounded to float32. Rounding s first would give another last bit.
+Grids and rounding are AIMET's, as in affine.py: 8 is added in float32, then halves are rounded up. A row's scale is a
+double, as in AIMET's encodings files. Only k * s is rounded to float32, because rounding s first would change the last
+bit.
 
 **Source**: aimet_onnx: encodings of enc_type LPBQ; the arithmetic of its CPU kernel, observed from outside.
 
@@ -41,7 +42,7 @@ def _grid(scale, low):
 
 
 def _level(x, by, zero):
-    return half_up(x / by + np.float32(8)) - np.float32(8)  # affine.py has it in general
+    return half_up(x / by + np.float32(8)) - np.float32(8)  # affine.py has the general form
 
 
 ROUNDER = Rounder("lpbq", _grid, _level, "int8")
@@ -56,7 +57,8 @@ def quantize(
 ) -> dict[str, np.ndarray]:
     """Rows (n, I) of float32 as `codes` (n, I) int8, `scales` (n, 1) float64, `block_scales` (n, I/block_size) uint8.
 
-    Any `search` tries all 16 integers for each block and takes that of the least error, weighted by `importance`.
+    If `search` is not 0, all 16 integers are tried for each block. The one with the least error, weighted by
+    `importance`, is kept.
     """
     grid = affine.for_weight(x, 4, block_size, lpbq=True)
     assert grid.block_scale is not None
@@ -72,7 +74,7 @@ def quantize(
 
 
 def dequantize(codes: np.ndarray, scales: np.ndarray, block_scales: np.ndarray) -> np.ndarray:
-    """Rows (n, I) of float32: code * (block scale * row scale), rounded after either product."""
+    """Rows (n, I) of float32: code * (block scale * row scale), rounded after each product."""
     scale = (block_scales * scales).astype(np.float32)
     return (codes.reshape(*scale.shape, -1).astype(np.float32) * scale[..., None]).reshape(codes.shape)
 

@@ -10,8 +10,8 @@
     code = clip(round(w * (1 / scale) + zero point), 0, 15)         w' = (code - zero point) * scale
     4 + 32/block_size bits, 4/block_size more for zero points
 
-`round` takes halves away from zero. A row need not be whole blocks: the last one is filled up with zeros, and
-counts them in its scale. Block sizes are powers of two from 16.
+`round` takes halves away from zero. If a row is not made of whole blocks, the last one is filled up with zeros, which
+count in its scale. Block sizes are powers of two from 16.
 
 **Source**: onnxruntime mlas/lib/q4_dq.cpp: BlockwiseQuantizer, range2scale, range2scalezp;
 python/tools/quantization/matmul_nbits_quantizer.py; docs/ContribOperators.md: com.microsoft.MatMulNBits.
@@ -55,9 +55,9 @@ def quantize(
     importance: np.ndarray | None = None,
     backend: ModuleType = numpy_search,
 ) -> dict[str, np.ndarray]:
-    """Blocks (n, b) of float32 as `codes` (n, b) uint8, `scales` (n, 1) float32, if asymmetric `zero_points` uint8.
+    """Blocks (n, b) of float32 as `codes` (n, b) uint8 and `scales` (n, 1) float32.
 
-    `search`, `importance`: see search.py.
+    If asymmetric, also as `zero_points` (n, 1) uint8. `search`, `importance`: see search.py.
     """
     low, high = backend.ends(x)
     if symmetric:
@@ -79,7 +79,7 @@ def dequantize(codes: np.ndarray, scales: np.ndarray, zero_points: np.ndarray | 
 def tensors(
     packed: np.ndarray, scales: np.ndarray, block_size: int, zero_points: np.ndarray | None = None
 ) -> dict[str, np.ndarray]:
-    """The operator's inputs B, scales and, asymmetric, zero_points, from the arrays that table.py keeps."""
+    """The operator's inputs B, scales and, if asymmetric, zero_points, from the arrays that table.py keeps."""
     inputs = {"B": packed.reshape(*scales.shape, block_size // 2), "scales": scales}
     if zero_points is not None:
         missing = scales.shape[1] % 2

@@ -6,14 +6,14 @@
 
     w' = VALUES[code] * scale                         4 + 32/block_size bits a weight
 
-The code is that of the value nearest to w / scale; midway between two values, the smaller one. A full block is
+A weight gets the code of the value nearest to w / scale; midway between two values, of the smaller one. A full block is
 multiplied by the reciprocal of its scale, an incomplete last block is divided by it, and an incomplete block of
-zeros gets scale 1e-38. A full block of zeros has scale 0 and codes 7, the code of 0. An odd number of weights
-leaves the last low four bits at the code of 0. The scales may themselves be 8-bit numbers: see dynamic8.py.
+zeros gets scale 1e-38. A full block of zeros has scale 0 and codes 7, the code of 0. If the number of weights is odd,
+the last byte's low four bits hold the code of 0. The scales may themselves be 8-bit numbers: see dynamic8.py.
 
 A bug to know: bitsandbytes 0.50.2 on a CPU with AVX-512 restarts the blocks on each row when the row length is a
-multiple of 32, but not of the block size, and so reads its own matrices of 96 columns wrongly. This file, like its
-quantizer and its GPU code, runs on from row to row.
+multiple of 32, but not of the block size, and so reads its own matrices of 96 columns wrongly. This file runs on from
+row to row, as bitsandbytes' quantizer and GPU code do.
 
 **Source**: bitsandbytes backends/default/ops.py: quantize_4bit, dequantize_4bit. Dettmers 2023, "QLoRA", appendix E.
 
@@ -44,12 +44,12 @@ VALUES = np.array(
     np.float32,
 )  # fmt: skip
 
-BINS = 4096  # of [-1, 1], in the search for the nearest value
+BINS = 4096  # [-1, 1] is cut into so many to find the nearest value
 TINY = np.float32(1e-38)
 
 
 def rounder_of(name: str, values: np.ndarray) -> Rounder:
-    """How blocks are rounded to 16 values, of which the largest magnitude is 1."""
+    """The Rounder for a table of 16 values whose largest magnitude is 1."""
     key = values.tobytes()
 
     def grid(scale, low):
@@ -89,7 +89,7 @@ def dequantize(codes: np.ndarray, scales: np.ndarray, code: np.ndarray = VALUES)
 def quantize_to(
     rounder: Rounder, x: np.ndarray, last: int | None, search: int, importance: np.ndarray | None, backend: ModuleType
 ) -> dict[str, np.ndarray]:
-    """Blocks (n, b) as codes of 16 values: NF4 and FP4 in one."""
+    """Blocks (n, b) as codes of the rounder's 16 values: for NF4 and FP4."""
     scales = np.abs(backend.largest(x))
     incomplete = last is not None and last < x.shape[1]
     if incomplete:
@@ -102,10 +102,11 @@ def quantize_to(
 
 @cache
 def _nearest(values: bytes, worth: bool = False) -> Callable[[np.ndarray], np.ndarray]:
-    """The function from numbers in [-1, 1] to the codes of the nearest values, or to these; midway, of the smaller.
+    """A function from numbers in [-1, 1] to the codes of the nearest values; with `worth`, to the values themselves.
 
-    It is `searchsorted` among the midpoints, several times as fast: [-1, 1] is cut into bins so narrow that none, with
-    a little room for the rounding of its number, has two midpoints. So a bin leaves one comparison.
+    Midway, the smaller value is taken. It does what `searchsorted` among the midpoints does, several times as fast:
+    [-1, 1] is cut into bins so narrow that each has at most one midpoint, even if rounding moves a number to the next
+    bin. So one comparison is left in a bin.
     """
     numbers = np.frombuffer(values, np.float32)
     order = np.argsort(numbers, kind="stable")

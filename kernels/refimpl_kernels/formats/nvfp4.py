@@ -2,17 +2,17 @@
 
     code  s e e m       the values of MXFP4: 0  0.5  1  1.5  2  3  4  6, and the same negative
 
-    four blocks of 16 weights, 36 bytes:  4 scales (one byte each) | 4 times 8 bytes, of which byte j has c[j] in the
+    four blocks of 16 weights, 36 bytes:  4 scales (one byte each) | 4 times 8 bytes: byte j has c[j] in the
                                                                      low four bits and c[j + 8] in the high ones
 
     scale = max|w| / 6, rounded to E4M3          its byte e e e e m m m: (1 + m/8) * 2^(e - 7), and m/512 where e = 0
     code = the value nearest to w / scale; midway, the smaller magnitude
     w' = value * scale                                      4.5 bits a weight
 
-The scale has three bits after the point where MXFP4's has none, and half as many weights share it. It reaches 448 and
-falls to 1/512. NVIDIA's files have one float32 more for the whole matrix, which brings its scales into that range;
-here the engine is llama.cpp, whose blocks have none. Weights above 6 * 448 are refused. (llama.cpp makes 448 of every
-scale from 256 on; here the nearest is taken.)
+The scale has three bits after the point where MXFP4's has none, and half as many weights share it. It ranges from 1/512
+to 448. NVIDIA's files bring scales into that range by one more float32 for the whole matrix. The engine here is
+llama.cpp, which has no such number, so weights above 6 * 448 are refused. (llama.cpp replaces every scale from 256 on
+by 448; here the nearest is taken.)
 
 **Source**: gguf-py quants.py: NVFP4; ggml-quants.c: quantize_row_nvfp4_ref; ONNX: FLOAT4E2M1, FLOAT8E4M3FN.
 
@@ -33,7 +33,7 @@ BLOCK = np.dtype([("scales", "u1", 4), ("packed", "u1", 32)])
 
 
 def _scales() -> np.ndarray:
-    """What the 127 bytes stand for, ascending."""
+    """The values of the 127 bytes, ascending."""
     byte = np.arange(LARGEST + 1, dtype=np.int32)
     exponent, mantissa = byte >> 3, byte & 7
     significand = np.where(exponent > 0, 8 + mantissa, mantissa).astype(np.float32)
@@ -42,7 +42,7 @@ def _scales() -> np.ndarray:
 
 SCALES = _scales()
 _MIDDLES = (SCALES[:-1] + SCALES[1:]) / np.float32(2)
-_MIDDLES[7] = SCALES[8]  # below the normal numbers, the engine's rounding ends at the last of them
+_MIDDLES[7] = SCALES[8]  # the engine rounds every number below the normal ones to a subnormal one
 
 
 def quantize(x: np.ndarray) -> dict[str, np.ndarray]:

@@ -1,14 +1,14 @@
 """Q4_0 of GGUF: blocks of 32 codes 0 … 15 and one float16 scale, centred on code 8.
 
-    one block of 32 weights, 18 bytes:    scale (float16) | 16 bytes, of which byte j has c[j] in the low four bits
+    one block of 32 weights, 18 bytes:    scale (float16) | 16 bytes: byte j has c[j] in the low four bits
                                                             and c[j + 16] in the high ones
 
     m = the weight of the largest magnitude, with its sign          scale = m / -8
     code = trunc(w / scale + 8.5), at most 15                       w' = (code - 8) * scale
                                                                     4.5 bits a weight
 
-So m itself gets code 0 exactly, whatever its sign, and one code more is left on its side. The codes are made with the
-float32 scale, and only then it is rounded to float16: so do llama.cpp and gguf-py.
+So m gets exactly code 0, whatever its sign, and its side has one code more than the other. The codes are made with the
+float32 scale, which is rounded to float16 only afterwards, as in llama.cpp and gguf-py.
 
 **Source**: gguf-py quants.py: Q4_0; ggml-quants.c: quantize_row_q4_0_ref.
 

@@ -5,7 +5,8 @@
     min = min(w)        scale = (max(w) - min(w)) / 15        code = trunc((w - min) / scale + 0.5), at most 15
     w' = code * scale + min                                   5 bits a weight
 
-The codes are made with the float32 numbers, and only then these are rounded to float16: so do llama.cpp and gguf-py.
+The codes are made with scale and minimum in float32, which are rounded to float16 only afterwards, as in llama.cpp and
+gguf-py.
 
 **Source**: gguf-py quants.py: Q4_1; ggml-quants.c: quantize_row_q4_1_ref.
 

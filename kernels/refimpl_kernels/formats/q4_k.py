@@ -1,4 +1,4 @@
-"""Q4_K of GGUF: 256 weights with eight sub-blocks, whose scales and minima are 6-bit multiples of two float16 numbers.
+"""Q4_K of GGUF: 256 weights in eight sub-blocks, whose scales and minima are 6-bit multiples of two float16 numbers.
 
     one block of 256 weights, 144 bytes:    d, dmin (float16) | 8 sub_scales, 8 sub_mins (6 bits each, 12 bytes)
                                             | 128 bytes of codes
@@ -12,11 +12,11 @@
 
     w' = d * sub_scale * code - dmin * sub_min          code 0 … 15          4.5 bits a weight
 
-How the numbers are found (the format leaves it open; gguf-py has no quantizer). For each sub-block of 32: a line w
-≈ scale * code + min with min <= 0, by `best_lines` (search.py), which tries spans around the full one and fits
-scale and minimum to each set of codes by least squares. Then d = max(scale) / 63 and dmin = max(-min) / 63, rounded
-to float16; each pair of 6-bit numbers is the best of the nine around the rounded pair; the codes are rounded for
-what these stand for.
+The format leaves open how the numbers are found, and gguf-py has no quantizer. Here each sub-block of 32 first gets a
+line w ≈ scale * code + min with min <= 0, by `best_lines` (search.py): it tries spans around the full one, and fits
+scale and minimum to each set of codes by least squares. Then d = max(scale) / 63 and dmin = max(-min) / 63 are rounded
+to float16. Each pair of 6-bit numbers is the best of the nine around the rounded pair. Finally the codes are rounded
+for the lines that these numbers give.
 
 **Source** of layout and decoding: gguf-py quants.py: Q4_K; ggml-common.h: block_q4_K; ggml-quants.c:
 dequantize_row_q4_K.
@@ -43,7 +43,7 @@ def quantize(
     x: np.ndarray, search: int = 8, importance: np.ndarray | None = None, backend: ModuleType = numpy_search
 ) -> dict[str, np.ndarray]:
     """Blocks (n, 256) of float32 as `codes` (n, 256) uint8, `scales` (d) and `dmins` (n, 1) float16, and `sub_scales`
-    and `sub_mins` (n, 8) uint8 in 0 … 63. `search` spans are tried for each sub-block; 0: the full one alone.
+    and `sub_mins` (n, 8) uint8 in 0 … 63. `search`: how many spans are tried for each sub-block beside the full one.
     """
     subs = x.reshape(-1, 32)
     importance = None if importance is None else importance.reshape(-1, 32)
@@ -75,7 +75,7 @@ def dequantize(
 
 
 def _lines(d: np.ndarray, dmins: np.ndarray, sub_scales: np.ndarray, sub_mins: np.ndarray) -> tuple:
-    """The scale of each sub-block and its minimum with the sign turned: (n, 8) float32 each."""
+    """The scale of each sub-block and its negated minimum: (n, 8) float32 each."""
     return tuple(a.astype(np.float32) * b.astype(np.float32) for a, b in ((d, sub_scales), (dmins, sub_mins)))
 
 

@@ -1,11 +1,11 @@
-"""Q8_0 of GGUF: blocks of 32 codes of 8 bits and one float16 scale; what llama.cpp rounds activations to, too.
+"""Q8_0 of GGUF: blocks of 32 codes of 8 bits and one float16 scale. llama.cpp rounds activations to it, too.
 
     one block of 32 weights, 34 bytes:    scale (float16) | c0 c1 … c31 (int8)
 
     scale = max|w| / 127         code = round(w / scale), halves away from zero
     w' = code * scale            8.5 bits a weight
 
-The codes are made with the float32 scale, and only then it is rounded to float16: so do llama.cpp and gguf-py.
+The codes are made with the float32 scale, which is rounded to float16 only afterwards, as in llama.cpp and gguf-py.
 
 **Source**: gguf-py quants.py: Q8_0; ggml-quants.c: quantize_row_q8_0_ref.
 
@@ -38,10 +38,10 @@ def dequantize(codes: np.ndarray, scales: np.ndarray) -> np.ndarray:
 
 
 def pack(codes: np.ndarray) -> np.ndarray:
-    """The codes as they are."""
+    """The codes, unchanged."""
     return codes
 
 
 def unpack(packed: np.ndarray, count: int) -> np.ndarray:
-    """The codes as they are."""
+    """The codes, unchanged."""
     return packed[:, :count]

@@ -1,8 +1,8 @@
 """Numbers kept as Q8_0's blocks along their last axis: a cache of keys and values in 8.5 bits a number.
 
-A float32 written to it becomes a code of 8 bits, with a float16 scale for each 32 neighbours (q8_0.py); what is read is
-code * scale, which float32 holds exactly. So attention over it is attention over the float32 numbers that it stands
-for, to the bit. llama.cpp keeps the same (`--cache-type-k q8_0 --cache-type-v q8_0`).
+A float32 that is written becomes a code of 8 bits, with a float16 scale for each 32 neighbours (q8_0.py). Reading gives
+code * scale, which float32 holds exactly. So attention over these rows equals attention over those float32 numbers, to
+the bit. llama.cpp keeps the same (`--cache-type-k q8_0 --cache-type-v q8_0`).
 
 >>> rows = Q8Rows.empty((3, 64))
 >>> rows[:2] = np.linspace(-1, 1, 128, dtype=np.float32).reshape(2, 64)
@@ -20,14 +20,14 @@ import numpy as np
 from refimpl_kernels.formats import q8_0
 
 BLOCK = q8_0.BLOCK["packed"].shape[0]
-STEP = 8192  # blocks that are rounded at a time: what is made of them on the way stays in a cache, twice as fast
+STEP = 8192  # blocks rounded at a time: intermediate arrays then stay in the processor's cache, twice as fast
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Q8Rows:
-    """`codes` int8, of any shape, and their `scales` float16: one for each 32 of the axis that is shorter there.
+    """`codes` int8, of any shape, and float16 `scales`: one for each 32 codes along the axis that is shorter there.
 
-    It is written, sliced and transposed as an array is; slices leave the axis of the blocks whole.
+    It is written, sliced and transposed like an array. A slice must keep the axis of the blocks whole.
     """
 
     codes: np.ndarray
@@ -53,7 +53,7 @@ class Q8Rows:
 
     @property
     def dtype(self) -> np.dtype:
-        """int8: what is kept, not what is read."""
+        """int8, as the numbers are kept; they are read as float32."""
         return self.codes.dtype
 
     @property
@@ -64,7 +64,7 @@ class Q8Rows:
         return Q8Rows(self.codes[where], self.scales[where])
 
     def __setitem__(self, where: Any, values: np.ndarray) -> None:
-        """Rounds rows of float32. A block with NaN or infinity, or numbers beyond 8e6, gets a scale that says so."""
+        """Rounds rows of float32. With NaN, infinity or a number beyond 8e6, a block's scale is NaN or infinite."""
         blocks = values.reshape(-1, BLOCK)
         codes, scales = np.empty(blocks.shape, np.int8), np.empty((len(blocks), 1), np.float16)
         with np.errstate(invalid="ignore", over="ignore"):
@@ -82,7 +82,7 @@ class Q8Rows:
         return Q8Rows(self.codes.swapaxes(a, b), self.scales.swapaxes(a, b))
 
     def astype(self, dtype: Any, copy: bool = True) -> np.ndarray:
-        """What it stands for; always a copy. A scale that is not finite makes NaN or infinity of a whole block."""
+        """The numbers, always as a copy. If a scale is not finite, its whole block is NaN or infinite."""
         scales = self.scales
         for axis, (codes, blocks) in enumerate(zip(self.codes.shape, scales.shape, strict=True)):
             if codes != blocks:

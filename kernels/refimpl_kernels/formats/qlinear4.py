@@ -4,8 +4,8 @@
     scale   (O,) float32     max|row| / 7, computed in the weight's dtype
     w' = code * scale                                 4 + 32/I bits a weight
 
-In memory, low byte first, that is INT4's packing (see int4.py): `packed.view("<i4")` is the checkpoint's tensor.
-Rounding of the scale and of the codes as in qlinear8.py.
+In memory, low byte first, this is INT4's packing (see int4.py): `packed.view("<i4")` is the checkpoint's tensor.
+Scale and codes are rounded as in qlinear8.py.
 
 **Source**: Baichuan-13B-Base quantizer / modeling_baichuan.py: class QLinear (int4 branch).
 

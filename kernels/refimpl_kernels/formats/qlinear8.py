@@ -4,9 +4,9 @@
     scale   (O,) float32     max|row| / 127, computed in the weight's dtype
     w' = code * scale, in the input's dtype           8 + 32/I bits a weight
 
-The scale of a float16 or bfloat16 weight is rounded to that dtype, and the codes to nearest, ties to even, of the
-float32 quotient. The linear multiplies codes and scale in the dtype of its input: one rounding more than this
-file's float32 values.
+The scale of a float16 or bfloat16 weight is rounded to that dtype. A code is the float32 quotient, rounded to nearest,
+ties to even. The linear multiplies codes and scale in the dtype of its input, one rounding more than in this file's
+float32 values.
 
 **Source**: Baichuan-13B-Base quantizer / modeling_baichuan.py: class QLinear (int8 branch).
 

@@ -1,19 +1,22 @@
-"""Better than rounding to nearest: for each block the scale whose codes stand for the weights best.
+"""Better than rounding to nearest: a search for each block's scale with which the codes come closest to the weights.
 
 The scale that just reaches the largest weight of a block wastes codes on it. `best_scales` tries others,
 
     scale * f,  f in `search` even steps from 0.55 to 1.15,     then twice the least-squares scale of the best codes,
-    and keeps for each block what has the least    Σ_j importance_j * (w_j - w'_j)²
+    and keeps for each block the scale with the least    Σ_j importance_j * (w_j - w'_j)²
 
-so that no block gets worse than rounding to nearest. Of equals, the first is kept. `best_lines` does so for formats
-whose blocks have a minimum, too. `importance` says how much an error of each input column costs: the mean of x² over
-calibration activations, for then Σ_j importance_j * e_j² is the expected squared error that the block alone adds to an
-output of the layer (columns taken as uncorrelated). It is the diagonal of the matrix that GPTQ uses whole, the
-statistic of llama.cpp's imatrix, and what AWQ's column scaling looks for.
+So no block gets worse than rounding to nearest. Of equals, the first is kept. `best_lines` does the same for formats
+whose blocks also have a minimum.
 
-**The order of every sum**: float32 numbers become float64, are multiplied from the left to the right, importance first,
-and the products of a block are added one after the other, from its first weight to its last. All else is done to each
-number alone. So `fast/search.py`, which computes many blocks at a time, gives the same bytes, and so does any machine.
+`importance` says how much an error in each input column costs. It is the mean of x² over calibration activations: then
+Σ_j importance_j * e_j² is the expected squared error that the block alone adds to an output of the layer, if columns
+are uncorrelated. GPTQ uses the whole matrix whose diagonal this is; llama.cpp's imatrix has the same statistic, and
+AWQ's column scaling looks for it.
+
+**The order of every sum**: float32 numbers become float64 and are multiplied from the left to the right, importance
+first. The products of a block are added one after the other, from its first weight to its last. Everything else is done
+to each number alone. So `fast/search.py`, which computes many blocks at a time, gives the same bytes, as does any
+machine.
 
 How a format rounds a number is a `Rounder`. Its functions are written once: NumPy applies them to arrays, and Numba
 compiles them for numbers. They are made of float32 arithmetic, NumPy's `rint`, `trunc`, `floor`, `minimum` and
@@ -33,8 +36,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-FITS = 2  # how often least squares follow the trials
-LINE_FACTORS = (0.7, 1.1)  # of the spans of lines that are tried
+FITS = 2  # least-squares fits that follow the trials
+LINE_FACTORS = (0.7, 1.1)  # the least and the largest multiple of a line's span that is tried
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,8 +46,8 @@ class Rounder:
 
     `grid(scale, low)`: three numbers of the block: `by`, which multiplies or divides x; the zero point; the scale as
     the format stores it. `low`: the lowest weight, which a block with a zero point has to reach.
-    `level(x, by, zero)`: the code less the zero point; it stands for level * scale. `dtype`: that of the codes.
-    `values`: for a format with a table, the 16 numbers of which a code names one; `code(x, by, zero)` is that code.
+    `level(x, by, zero)`: the code minus the zero point; the weight becomes level * scale. `dtype`: the codes' dtype.
+    `values`, `code`: for a format with a table. A level is one of the 16 `values`; `code(x, by, zero)` is its index.
     """
 
     name: str
@@ -63,8 +66,8 @@ class Rounder:
 class Rounded(NamedTuple):
     """What a search found for blocks (n, b).
 
-    `codes` (n, b); as (n, 1): the scale, the zero point as a float32 or the minimum of the line, and the number of the
-    best trial, which for a fitted scale is that of the last trial.
+    `codes` (n, b), the others (n, 1). `lows`: the zero point as a float32, or the minimum of the line. `which`: the
+    number of the best trial; the fits at the end count on after the trials.
     """
 
     codes: np.ndarray
@@ -74,7 +77,7 @@ class Rounded(NamedTuple):
 
 
 def trials(first: np.ndarray, search: int, least: float = 0.55, most: float = 1.15) -> np.ndarray:
-    """(1 + search, n): the scales (n, 1) of blocks, then they times `search` factors."""
+    """(1 + search, n): the scales (n, 1) of blocks, then these scales times each of `search` factors."""
     factors = np.linspace(least, most, search).astype(np.float32)
     return np.concatenate([first.reshape(1, -1), factors[:, None] * first.reshape(1, -1)])
 
@@ -87,9 +90,10 @@ def best_scales(
     lows: np.ndarray | None = None,
     fits: int = FITS,
 ) -> Rounded:
-    """Blocks (n, b) rounded with the best of the `scales` (k, n), to which least-squares scales are added `fits` times.
+    """Blocks (n, b) rounded with the best of the `scales` (k, n) and of `fits` least-squares scales that follow them.
 
-    With one scale, none are: the blocks are rounded to nearest. `lows` (n, 1): what zero points have to reach.
+    A single scale starts no search: blocks are rounded to nearest with it. `lows` (n, 1): the weights that zero points
+    have to reach.
     """
     best = scales[0][:, None].copy()
     which = np.zeros(best.shape, np.intp)
@@ -119,10 +123,11 @@ def best_lines(
     fits: int = 0,
     highest: float = np.inf,
 ) -> Rounded:
-    """Blocks (n, b) on the best of lines w ≈ scale * code + low, codes 0 … 15: of `scales` (k, n), `lows` (k or 1, n).
+    """Blocks (n, b) on the best of the lines w ≈ scale * code + low, codes 0 … 15.
 
-    If `fits` is not 0, each but the first gives way to the least-squares line of its codes, with a low that is not
-    above `highest`, and so, at last and so many times, does the best of all.
+    The lines have `scales` (k, n) and `lows` (k or 1, n). If `fits` is not 0, each line but the first is replaced by
+    the least-squares line of its codes, whose low is at most `highest`. Afterwards the best line so far is fitted
+    again, `fits` times.
     """
     lows = np.broadcast_to(lows, scales.shape)
     best, low = (part[0][:, None].copy() for part in (scales, lows))
@@ -135,7 +140,7 @@ def best_lines(
         if number and fits:
             q = line_code(x, reciprocal(scale), bottom)
             sum_q, sum_qq, sum_qx = (_sum(q, other, importance) for other in (ones, q, x))
-            with np.errstate(divide="ignore", invalid="ignore", over="ignore"):  # there may be no such line
+            with np.errstate(divide="ignore", invalid="ignore", over="ignore"):  # a block may have no such line
                 scale, bottom = fitted_line(total, sum_x, sum_q, sum_qq, sum_qx, highest, scale, bottom)
         error = x - (line_code(x, reciprocal(scale), bottom) * scale + bottom)
         _keep(_sum(error, error, importance), least, (best, scale), (low, bottom), (which, number))
@@ -149,14 +154,14 @@ def line_code(x: Any, by: Any, low: Any) -> Any:
 
 
 def fitted_scale(norm: Any, product: Any, scale: Any) -> Any:
-    """The least-squares scale of levels with Σ level² and Σ level * x; `scale` if all are 0."""
+    """The least-squares scale, from Σ level² (`norm`) and Σ level * x (`product`); `scale` if all levels are 0."""
     return np.float32(where(norm > 0, product / where(norm > 0, norm, 1.0), scale))
 
 
 def fitted_line(
     total: Any, sum_x: Any, sum_q: Any, sum_qq: Any, sum_qx: Any, highest: Any, scale: Any, low: Any
 ) -> tuple[Any, Any]:
-    """The least-squares line through points (q, x), from their weighted sums; scale and low as given if it has none."""
+    """The least-squares line through points (q, x), from weighted sums; the given scale and low if there is none."""
     slope = (total * sum_qx - sum_q * sum_x) / (total * sum_qq - sum_q * sum_q)
     bottom = (sum_x - slope * sum_q) / total
     held = bottom > highest
@@ -174,18 +179,18 @@ def _keep(error: np.ndarray, least: np.ndarray, *pairs: tuple[np.ndarray, Any]) 
 
 
 def _sum(a: np.ndarray, b: np.ndarray, importance: np.ndarray | None) -> np.ndarray:
-    """Σ importance * a * b of each block: (n, 1) in float64, in the order that is said above."""
+    """Σ importance * a * b of each block: (n, 1) in float64, in the order stated at the top of this file."""
     products = a.astype(np.float64)
     if importance is not None:
         products *= importance
     products *= b
-    if len(products) == 1:  # NumPy adds up neighbours in memory in another order
+    if len(products) == 1:  # numbers that are neighbours in memory NumPy would add in another order
         return np.add.accumulate(products, axis=1)[:, -1:]
     return np.add.reduce(_columns(products), axis=1, keepdims=True)
 
 
 def _columns(x: np.ndarray) -> np.ndarray:
-    """Blocks (n, b) in memory column by column, which NumPy adds to each other from the first to the last."""
+    """Blocks (n, b) laid out column by column, so that NumPy adds columns from the first to the last."""
     return np.asfortranarray(x)
 
 
@@ -206,7 +211,7 @@ def ends(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return low, high
 
 
-# What rounders are written in, for arrays; fast/search.py has the same for numbers. -----------------------------------
+# The functions that rounders are made of, for arrays; fast/search.py has them for numbers. ----------------------------
 
 
 def where(condition: Any, yes: Any, no: Any) -> Any:
@@ -225,7 +230,7 @@ def half(x: Any) -> Any:
 
 
 def half_up(x: Any) -> Any:
-    """x rounded to the nearest of 0 … 15, halves upwards. (`floor(x + 0.5)` would make 1 of 0.49999997.)"""
+    """x rounded to the nearest of 0 … 15, halves upwards. (`floor(x + 0.5)` would turn 0.49999997 into 1.)"""
     x = clip(x, -1, 16)
     whole = np.floor(x)
     return clip(whole + np.floor(np.float32(2) * (x - whole)), 0, 15)
@@ -239,5 +244,5 @@ def reciprocal(scales: Any) -> Any:
 
 
 def nonzero(scales: Any) -> Any:
-    """The scale, and 1 for a scale of 0: what one may divide by."""
+    """The scale, with 1 in place of 0, so that it can divide."""
     return where(scales != 0, scales, np.float32(1))

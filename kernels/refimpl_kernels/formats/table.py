@@ -6,7 +6,7 @@ Each format's own file explains it, with a pair of functions over (n, b), n bloc
     dequantize(codes, scales, …) -> (n, b) float32
 
 Here a matrix (O, I) is cut into blocks, and the parts are kept together. Where blocks lie along the rows (axis 1),
-each part has O rows, so that rows can be read alone; bitsandbytes' run on through the flattened matrix (axis None).
+each part has O rows, so that rows can be read alone. bitsandbytes' blocks run through the flattened matrix (axis None).
 
 >>> weight = np.linspace(-1, 1, 128, dtype=np.float32).reshape(2, 64)
 >>> blocks = quantize(weight, "int4")
@@ -54,9 +54,10 @@ from refimpl_kernels.formats import search as numpy_search
 
 @dataclass(frozen=True)
 class Part:
-    """What a format stores beside the codes: `dtype` here, `bits` in the engine's files, one for each `every` weights.
+    """Numbers that a format stores beside the codes: each has `dtype` here and `bits` in the engine's files.
 
-    `every`: "block", "row", or a number of weights within a block. `limits`: the least and the largest, of integers.
+    `every`: there is one for each "block" or "row", or for so many weights within a block. `limits`: the least and the
+    largest, for integers.
     """
 
     dtype: str
@@ -119,14 +120,14 @@ FORMATS: dict[str, Format] = {
 }
 # fmt: on
 NESTED = ("offset", "nested_scales", "nested_code")  # extras of a matrix whose scales are 8-bit numbers
-WIDEST = 4096  # weights of bitsandbytes' widest block, which the last one of a matrix need not fill
-CHUNK = 1 << 16  # weights quantized at a time, so that what comes of them stays in the processor's cache
+WIDEST = 4096  # weights of bitsandbytes' widest block, which may be larger than the whole matrix
+CHUNK = 1 << 16  # weights quantized at a time, so that intermediate arrays stay in the processor's cache
 TABLES = ("code", "nested_code")  # constants of a format, not counted as memory
 
 
 @dataclass(frozen=True, eq=False)
 class Blocks:
-    """A matrix (O, I) in a format: the bytes of its codes, `scales`, and what else the format has.
+    """A matrix (O, I) in a format: the bytes of its codes, its `scales`, and the other parts of the format.
 
     axis 1: `packed` is (O, bytes a row), `scales` (O, blocks a row). axis None: both are vectors. axis 0: `packed` is
     as for axis 1, `scales` (blocks a column, I). `extra` has the parts that only some formats have.
@@ -155,7 +156,7 @@ class Blocks:
 
     @property
     def parts(self) -> dict[str, np.ndarray]:
-        """What lies beside the codes, by name."""
+        """The arrays beside the codes, by name."""
         zero_points = {} if self.zero_points is None else {"zero_points": self.zero_points}
         return {"scales": self.scales, **zero_points, **self.extra}
 
@@ -175,7 +176,7 @@ class Blocks:
         return bits / (self.shape[0] * self.shape[1])
 
     def rows(self, rows: slice | np.ndarray) -> Blocks:
-        """The blocks of some rows, where blocks lie along them. Raises ValueError where they do not."""
+        """The blocks of some rows. Raises ValueError unless blocks lie along the rows."""
         if self.axis != 1:
             raise ValueError(f"the blocks of {self.format} are not made of whole rows; use dequantize(blocks, rows)")
         packed = self.packed[rows]
@@ -189,15 +190,15 @@ class Blocks:
         return {"packed": self.packed, **self.parts}
 
     def header(self) -> dict[str, Any]:
-        """What is not an array, as JSON has it."""
+        """Everything that is not an array, for JSON."""
         return {"format": self.format, "shape": list(self.shape), "block_size": self.block_size, "axis": self.axis}
 
 
 def from_arrays(header: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> Blocks:
     """The blocks that `header` and `arrays` describe.
 
-    Raises ValueError for an unknown format, and for an array that is missing, unknown, not of the size or dtype that
-    the header implies, as when a file was cut short, or that has integers which the format does not have.
+    Raises ValueError for an unknown format, and for an array that is missing or unknown, has another size or dtype than
+    the header implies (as when a file was cut short), or holds integers outside the format's limits.
     """
     name, shape, block_size, axis = (header[k] for k in ("format", "shape", "block_size", "axis"))
     form = format_named(name)
@@ -243,9 +244,9 @@ def layout(
     symmetric: bool = True,
     double: bool = False,
 ) -> tuple[dict[str, Any], dict[str, tuple[tuple[int, ...], np.dtype]]]:
-    """The header of a matrix (O, I) in blocks and, name -> (shape, dtype), its arrays, before there are any weights.
+    """The header of a matrix (O, I) in blocks, and name -> (shape, dtype) of its arrays, before there are any weights.
 
-    Raises ValueError where `quantize` with these arguments would: for what does not fit, whatever the weights are.
+    Raises ValueError for arguments that `quantize` refuses whatever the weights are.
     """
     form = format_named(format)
     axis, size, _ = _placed(form, shape, block_size, axis)
@@ -263,7 +264,7 @@ def layout(
 
 
 def _nested_layout(arrays: Mapping[str, tuple]) -> dict[str, tuple]:
-    """What `nest` makes of the layout of scales."""
+    """The layout of the arrays into which `nest` turns the scales."""
     count = arrays["scales"][0][0]
     groups = -(-count // dynamic8.BLOCK_SIZE)
     return {
@@ -273,7 +274,7 @@ def _nested_layout(arrays: Mapping[str, tuple]) -> dict[str, tuple]:
 
 
 def format_named(name: str) -> Format:
-    """The row of the table. Raises ValueError with the names that there are."""
+    """A format's row of the table. Raises ValueError, which lists all formats, for an unknown one."""
     if name not in FORMATS:
         raise ValueError(f"the format is {name!r}, expected one of {', '.join(FORMATS)}")
     return FORMATS[name]
@@ -292,10 +293,10 @@ def quantize(
     """A float matrix (O, I) in blocks of a format.
 
     `block_size`: a number, "channel" (a row is a block) or "tensor" (INT4 only); by default the format's usual one.
-    `axis`: 1, blocks along the rows, is the default; 0 down the columns (INT4 only). `importance`: (I,), what an
-    error in each input column costs, for a search, by default of 16 scales (see search.py). `double`: NF4 and FP4
-    with 8-bit scales. `backend`: `search` or its twin `fast_search`: who rounds the formats that have a search, to the
-    same bytes. The other options are the keywords of the format's own `quantize`.
+    `axis`: 1, blocks along the rows, is the default; 0 is down the columns (INT4 only). `importance` (I,): what an
+    error in each input column costs. It starts a search, of 16 scales unless `search` says otherwise (see search.py).
+    `double`: 8-bit scales for NF4 and FP4. `backend`: the module that rounds formats with a search, `search` or its
+    Numba twin; both give the same bytes. The other options are the keywords of the format's own `quantize`.
 
     Raises ValueError for an unknown format, axis or option, a block size that does not fit, a weight that is NaN or
     infinite, and a scale that the format cannot hold.
@@ -340,7 +341,7 @@ def quantize(
 def _quantize_units(
     form: Format, units: np.ndarray, importance: np.ndarray | None, last: int, options: dict[str, Any]
 ) -> dict[str, np.ndarray]:
-    """The format's parts of units (n, b), of which the last may have only `last` weights; some at a time."""
+    """The format's parts of units (n, b), made some at a time. The last unit has `last` weights, if that is not 0."""
     step = max(1, CHUNK // units.shape[1])
     found = []
     for start in range(0, len(units), step):
@@ -392,7 +393,7 @@ def _fitting(form: Format, shape: tuple[int, ...], block_size: int | str | None,
 
 
 def _cut(x: np.ndarray, unit: int, axis: int | None) -> np.ndarray:
-    """A matrix as units (n, unit), the last of them filled up with zeros: of each row, or of the flattened matrix."""
+    """A matrix as units (n, unit). The last one of each row, or of the flattened matrix, is filled up with zeros."""
     lines = x.reshape(1, -1) if axis is None else np.moveaxis(x, axis, -1)
     missing = -lines.shape[1] % unit
     if missing:
@@ -422,7 +423,7 @@ def _assemble(
 
 
 def _layout(form: Format, shape: tuple[int, ...], block_size: int, axis: int | None) -> dict[str, tuple]:
-    """name -> (shape, dtype) of the arrays of a matrix: what `quantize` makes of one row or one block, scaled up."""
+    """name -> (shape, dtype) of the arrays of a matrix in blocks, from the format's row of the table."""
     rows, columns = shape
     lines, length = (1, rows * columns) if axis is None else (shape[1 - axis], shape[axis])
     blocks = -(-length // block_size)
@@ -432,14 +433,14 @@ def _layout(form: Format, shape: tuple[int, ...], block_size: int, axis: int | N
         count = counts[part.every] if isinstance(part.every, str) else length // part.every
         size = (count,) if axis is None else (lines, count) if axis == 1 else (count, lines)
         found[name] = (size, part.dtype)
-    stored = 2 if axis is None else blocks * block_size if form.padded else columns  # two codes are a byte, or two
+    stored = 2 if axis is None else blocks * block_size if form.padded else columns  # two codes take one byte, or two
     row = form.module.pack(np.zeros((1, stored), form.code_dtype))
     packed = (-(-length * row.shape[1] // 2),) if axis is None else (rows, row.shape[1])
     return {"packed": (packed, str(row.dtype)), **found}
 
 
 def nest(blocks: Blocks) -> Blocks:
-    """NF4 or FP4 with its scales as 8-bit numbers ("double quantization"): the whole matrix at once, for its mean."""
+    """NF4 or FP4 with 8-bit scales ("double quantization"), of a whole matrix: the offset is the mean of all scales."""
     if blocks.format not in ("nf4", "fp4") or "nested_scales" in blocks.extra:
         raise ValueError(f"{blocks!r} has no scales to quantize again; nf4 and fp4 with float32 scales have")
     parts = dynamic8.nest(blocks.scales)
@@ -447,11 +448,10 @@ def nest(blocks: Blocks) -> Blocks:
 
 
 def place(tile: Blocks, arrays: Mapping[str, np.ndarray], row: int, rows: int) -> None:
-    """Writes a tile, the rows of a matrix from `row` on, into the arrays of the whole matrix of so many `rows`.
+    """Writes a tile, which holds a matrix's rows from `row` on, into the arrays of the whole matrix of `rows` rows.
 
-    `arrays`: as `layout` has them; scales of 8 bits are of whole matrices and are made afterwards, by `nest`. Blocks
-    that run through the flattened matrix, or down its columns, need tiles of a multiple of `tile_rows` rows, all but
-    the last.
+    `arrays`: as in `layout`. Scales of 8 bits belong to a whole matrix: make them afterwards, with `nest`. Where blocks
+    run through the flattened matrix, or down its columns, every tile but the last needs a multiple of `tile_rows` rows.
     """
     for name, part in tile.arrays().items():
         start = row * len(arrays[name]) // rows  # exact where a tile begins with a block
@@ -459,7 +459,7 @@ def place(tile: Blocks, arrays: Mapping[str, np.ndarray], row: int, rows: int) -
 
 
 def tile_rows(format: str, in_features: int, block_size: int | None = None, axis: int | None = None) -> int:
-    """How many rows end on a block and a byte: a tile for `place` has a multiple of this."""
+    """The least number of rows that ends on a block and on a byte: a tile for `place` has a multiple of it."""
     form = format_named(format)
     if axis == 0:
         return block_size or int(form.block_size)
@@ -497,7 +497,7 @@ def _dequantize_lines(form: Format, block_size: int, codes: np.ndarray, parts: M
 
 
 def _dequantize_flat(form: Format, blocks: Blocks, rows: slice | np.ndarray) -> np.ndarray:
-    """Rows of blocks that run through the flattened matrix: each weight with the scale of its block, as (k, 1)."""
+    """Some rows, where blocks run through the flattened matrix: each weight gets the scale of its block, as (k, 1)."""
     columns, extra = blocks.shape[1], dict(blocks.extra)
     wanted = np.arange(blocks.shape[0])[rows]
     if wanted.size and np.array_equal(wanted, np.arange(wanted[0], wanted[0] + wanted.size)):
@@ -523,7 +523,7 @@ def _dequantize_flat(form: Format, blocks: Blocks, rows: slice | np.ndarray) -> 
 
 @dataclass(frozen=True)
 class AddedError:
-    """What a second quantization adds to the values of the first: exact differences, measured in float64."""
+    """The error that a second quantization adds to the values of the first: exact differences, in float64."""
 
     rms: float
     max_abs: float
@@ -547,7 +547,7 @@ def error_between(reference: np.ndarray, values: np.ndarray) -> AddedError:
 def transcode(
     blocks: Blocks, format: str, block_size: int | str | None = None, **options: Any
 ) -> tuple[Blocks, AddedError]:
-    """The same matrix in another format, and the error that this adds to what the blocks stood for."""
+    """The same matrix in another format, and the error that this adds to the values of the blocks."""
     values = dequantize(blocks)
     recoded = quantize(values, format, block_size, **options)
     return recoded, error_between(values, dequantize(recoded))
