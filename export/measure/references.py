@@ -152,6 +152,11 @@ class References:
         """Whether the export has stored the outputs of a simulated device."""
         return bool((read_json(self.folder / "manifest.json").get("golden") or {}).get("simulated"))
 
+    @cached_property
+    def rounding(self) -> bool:
+        """Whether the export's graphs round by themselves: then they do not tell what floats would give."""
+        return bool((read_json(self.folder / "manifest.json").get("onnx") or {}).get("on_grids"))
+
     def stored(self, spec: GraphSpec, way: str) -> Arrays:
         """The stored outputs of the simulated device, from golden inputs or, chained, from its own earlier outputs."""
         return read_arrays(self.folder, spec, "simulated_chained" if way == "chained" else "simulated", spec.outputs)

@@ -25,11 +25,12 @@ def check_by_compiling(folder: str | Path, soc: str = "8-elite") -> Preflight:
 
     Raises InputError if there is no such folder, if the package is missing, and for an unknown SoC.
     """
-    graphs, found = read_folders(folder), []
+    graphs, found = read_folders(folder), list[Breach]()
     with Htp(soc, strict=True) as compiler:
         for graph in tqdm(graphs, "compiling", unit="graph", disable=None, leave=False):
             try:
                 compiler.compile(graph.folder)
             except InputError as error:
                 found.append(Breach(RULE, "error", readable(graph.name), (), 0, str(error), REMEDY))
-    return Preflight(tuple(found), len(graphs))
+    takes = f"Qualcomm's compiler takes {len(graphs) - len(found)} of {len(graphs)} graphs for {soc}"
+    return Preflight(tuple(found), len(graphs), takes)

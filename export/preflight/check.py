@@ -49,10 +49,11 @@ class Breach:
 
 @dataclass(frozen=True)
 class Preflight:
-    """The findings in `graphs` graphs. True if there are none."""
+    """The findings in `graphs` graphs; true if there are none. `compiler`: what a compiler said, if one was asked."""
 
     findings: tuple[Breach, ...]
     graphs: int
+    compiler: str = ""
 
     def __bool__(self) -> bool:
         return not self.findings
@@ -70,10 +71,11 @@ class Preflight:
         said = ", ".join(
             f"{kinds[kind]} {kind}{'s' * (kinds[kind] > 1)}" for kind in ("error", "warning") if kinds[kind]
         )
+        text += [self.compiler] if self.compiler else []
         return "\n".join([*text, f"{said or 'nothing'} found in {self.graphs} graphs"])
 
     def to_json(self) -> str:
-        return json.dumps({"graphs": self.graphs, "findings": [asdict(one) for one in self.findings]})
+        return json.dumps(asdict(self))
 
 
 def check(folder: str | Path) -> Preflight:

@@ -89,7 +89,7 @@ class OneGraph:
     def compared(self, kind: Kind, places: Sequence[Place], given: Mapping[str, np.ndarray]) -> dict[str, Comparison]:
         """A run's places beside the right ones of a kind of device."""
         inside = [one for one in places if not one.is_output]
-        if kind.on_grids and self.references.model is None and inside:
+        if self._stored(kind) and inside:
             raise InputError("what a quantized device computes inside of a graph takes the model; give it with --model")
         found = {}
         for one in places:
@@ -115,16 +115,21 @@ class OneGraph:
         if one.name not in known:
             everything = list(self.flow.places.values())
             size = sum(4 * math.prod(each.value.shape) for each in everything)
-            stored = kind.on_grids and self.references.model is None  # then outputs are all there is
-            wanted = self.outputs if stored else everything if size <= KEPT else [*self.outputs, *beside]
+            wanted = self.outputs if self._stored(kind) else everything if size <= KEPT else [*self.outputs, *beside]
             known.clear()
-            known.update(self._computed(kind, wanted, stored))
+            known.update(self._computed(kind, wanted))
         return known[one.name]
 
-    def _computed(self, kind: Kind, places: Sequence[Place], stored: bool) -> dict[str, np.ndarray]:
+    def _stored(self, kind: Kind) -> bool:
+        """Whether all that is known of a kind is the outputs that the export has stored."""
+        return self.references.model is None and (kind.on_grids or self.references.rounding)
+
+    def _computed(self, kind: Kind, places: Sequence[Place]) -> dict[str, np.ndarray]:
         spec, shown = self.spec, {value.tap: value for value in self.spec.outputs}
-        if stored:
+        if self._stored(kind) and kind.on_grids:
             answer = self.references.stored(spec, "isolated")
+        elif self._stored(kind) and kind == FLOAT:
+            answer = self.references.golden(spec)
         else:
             wanted = {one.tap for one in places} - shown.keys()
             answer = self.references.run(kind, spec, self.inputs, wanted=wanted)

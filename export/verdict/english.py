@@ -205,7 +205,7 @@ def give_the_model(verify: str) -> str:
 
 def search(bisect: str) -> str:
     """Several operations are suspected, or no cause is known."""
-    return f"Next: find the operation in the fewest runs: {bisect} --model MODEL --executor hub --device NAME"
+    return f"Next: find the operation in the fewest runs: {bisect}"
 
 
 def mend(verify: str) -> str:

@@ -50,9 +50,7 @@ def next_step(of: Judged, say: Any = english) -> str:
     """The command that tells more, or the one to run once it is mended; "" for what was computed here."""
     if of.about.get("outputs") == HERE:
         return ""
-    outputs = str(of.about.get("outputs") or MAPPING)
-    places = str(of.about.get("export") or "DIR"), "OUTPUTS" if outputs.startswith(MAPPING) else outputs
-    verify, bisect = (shlex.join(["refimpl", verb, *places]) for verb in ("verify", "bisect"))
+    verify, bisect = _commands(of)
     if of.failures and len(of.absent) == len(of.failures):
         return say.fetch([tensor.name for tensor in of.absent], verify)
     if of.failures and not of.about.get("model"):
@@ -65,6 +63,20 @@ def next_step(of: Judged, say: Any = english) -> str:
         return say.run_the_rest(of.unjudged, verify)
     chained = any(tensor.way == "chained" for tensor in of.tensors)
     return say.keep(verify) if chained or len(of.inside) < 2 else say.chain(verify)
+
+
+def _commands(of: Judged) -> tuple[str, str]:
+    """The commands that judge such outputs again, and that search: with what ran the graphs, here or elsewhere."""
+    folder = str(of.about.get("export") or "DIR")
+    outputs = str(of.about.get("outputs") or MAPPING)
+    model = ["--model", "MODEL"]
+    if soc := of.about.get("soc"):
+        soc = ["htp", "--soc", str(soc)]
+        verify, bisect = [folder, "--engine", *soc], [folder, *model, "--executor", *soc]
+    else:
+        verify = [folder, "OUTPUTS" if outputs.startswith(MAPPING) else outputs]
+        bisect = [*verify, *model, "--executor", "hub", "--device", "NAME"]
+    return shlex.join(["refimpl", "verify", *verify]), shlex.join(["refimpl", "bisect", *bisect])
 
 
 def logits(of: Judged, say: Any = english) -> list[str]:

@@ -95,11 +95,17 @@ def judge(
     return replace(verdict, causes=trial.causes(verdict))
 
 
-def verify_on_grids(folder: str | Path, engine: str | Executor = "auto", dtype: str | None = None) -> Verdict:
+def verify_on_grids(
+    folder: str | Path,
+    engine: str | Executor = "auto",
+    model: Model | None = None,
+    encodings: Encodings | None = None,
+    terms: Terms = AS_SHOWN,
+) -> Verdict:
     """The verdict on an engine that runs an export whose graphs round by themselves (qdq with encodings).
 
-    `folder.verify.verify` does the same for graphs in float32. `engine` may be any executor, and `dtype` its floats,
-    if these are not float32. Raises InputError for a folder that is not a whole export.
+    `folder.verify.verify` does the same for graphs in float32. `engine` may be any executor; `model`, `encodings` and `terms`
+    are those of `judge`. Raises InputError for a folder that is not a whole export.
     """
     folder = Path(folder)
     plan, _ = read_manifest(folder)
@@ -108,7 +114,7 @@ def verify_on_grids(folder: str | Path, engine: str | Executor = "auto", dtype: 
         for spec, way, outputs in run_graphs(folder, plan, Engine(engine) if isinstance(engine, str) else engine):
             (Path(answers) / way).mkdir(exist_ok=True)
             np.savez(Path(answers) / way / f"{spec.name}.npz", **outputs)  # type: ignore[arg-type]
-        verdict = judge(folder, answers, engine=here, terms=Terms(dtype))
+        verdict = judge(folder, answers, model, encodings, here, terms)
         return replace(verdict, about={**verdict.about, "outputs": HERE})
 
 

@@ -14,6 +14,7 @@ from refimpl.cli.verbs import option, verb
 from refimpl.errors import InputError, at_most
 
 if TYPE_CHECKING:
+    from export.measure.limits import Thresholds
     from export.run.executor import Executor
     from export.verdict.verdict import Verdict
     from refimpl.grids.encodings import Encodings
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 ENGINES = ("auto", "onnxruntime", "reference", "htp")  # what runs graphs on this machine
 # options of verify: the first need a device's outputs; for the second a saved run is enough
 NEED_OUTPUTS = {"engine", "model", "encodings", "chained", "graph", "dtype"}
-NEED_FIGURES = {"min_sqnr", "max_lsb", "max_over", "html", "junit", "model_explorer", "save"}
+NEED_FIGURES = {"min_sqnr", "max_lsb", "max_over", "html", "junit", "model_explorer", "save", "compiled"}
 FLOATS = option("--dtype", choices=("float32", "float16"),
                 help="what a device computes in where it has no encodings (default: as its outputs show)")  # fmt: skip
 EXPORTED = option("--model", metavar="MODEL", nargs="?", const="",
@@ -72,7 +73,7 @@ def export(arguments) -> int:
     """Write the model as ONNX, part by part or a module alone, with golden inputs and outputs."""
     from export import emit
     from export.files.encodings import read_encodings
-    from export.preflight.check import Preflight, check
+    from export.preflight.check import check
 
     if arguments.check:
         found = check(arguments.check)
@@ -80,7 +81,7 @@ def export(arguments) -> int:
             from export.preflight.by_compiler import check_by_compiling
 
             asked = check_by_compiling(arguments.check, arguments.soc)
-            found = Preflight(found.findings + asked.findings, found.graphs)
+            found = replace(asked, findings=found.findings + asked.findings)
         return report(arguments, found)
     if arguments.compile:
         raise InputError("--compile belongs to --check DIR; refimpl compile makes binaries")
@@ -131,7 +132,7 @@ def export(arguments) -> int:
 def verify(arguments) -> int:
     """Compare every output of exported graphs with the oracle: run here, or returned by a device."""
     path = Path(arguments.folder)
-    if arguments.outputs is None and not path.is_file():
+    if arguments.outputs is None and not path.is_file() and arguments.engine != "htp":
         return _verify_here(arguments, path)
     from export.verdict import report as files
     from export.verdict.verdict import Verdict
@@ -140,6 +141,8 @@ def verify(arguments) -> int:
     texts = {"html": files.html, "junit": files.junit, "model_explorer": files.model_explorer, "save": Verdict.to_json}
     targets = [(target, text) for name, text in texts.items() if (target := getattr(arguments, name))]
     expect_writable([target for target, _ in targets])
+    if arguments.compiled and not Path(arguments.compiled).is_dir():
+        raise InputError(f"{arguments.compiled} is not a folder; expected what refimpl compile has made of the export")
     verdict = _verdict(arguments, path)
     if arguments.compiled and (guilty := verdict.guilty):
         from dataclasses import replace
@@ -254,21 +257,32 @@ def _verify_here(arguments, folder: Path) -> int:
     """Runs an export on an engine here."""
     from export import verify
     from export.verdict.trial import verify_on_grids
+
+    _expect_unasked(arguments, NEED_OUTPUTS - {"engine"} | NEED_FIGURES, "a device's outputs")
+    with _engine(arguments, arguments.engine or "auto") as (engine, _):
+        return report(arguments, (verify_on_grids if _on_grids(folder) else verify)(folder, engine))
+
+
+def _on_grids(folder: Path) -> bool:
+    """Whether the graphs of an export round by themselves."""
     from refimpl.files import read_json
 
-    _expect_unasked(arguments, NEED_OUTPUTS - {"engine", "dtype"} | NEED_FIGURES, "a device's outputs")
-    on_grids = read_json(folder / "manifest.json").get("onnx", {}).get("on_grids")
-    npu = arguments.engine == "htp"
-    if not npu:
-        _expect_unasked(arguments, {"dtype"}, "a device's outputs")
-    with _engine(arguments, arguments.engine or "auto") as (engine, label):
-        if not npu:
-            return report(arguments, (verify_on_grids if on_grids else verify)(folder, engine))
-        halves = None if on_grids else "float16"  # an NPU computes tensors without grids in it
-        verdict = verify_on_grids(folder, engine, arguments.dtype or halves)
-        where = str(engine)  # an Htp says where the nodes ran
-    remarks = (*verdict.remarks, f"{label}: {where}")
-    return report(arguments, replace(verdict, about={**verdict.about, "outputs": label}, remarks=remarks))
+    return bool((read_json(folder / "manifest.json").get("onnx") or {}).get("on_grids"))
+
+
+def _on_npu(arguments, folder: Path, limits: Thresholds) -> Verdict:
+    """Runs an export on Qualcomm's NPU here, and judges it as a device's outputs are judged."""
+    from export.measure.limits import Terms
+    from export.verdict.trial import verify_on_grids
+
+    _expect_unasked(arguments, {"chained", "graph"}, "a device's outputs")
+    halves = None if _on_grids(folder) else "float16"  # in which an NPU computes what has no grid
+    model, encodings = _exported(arguments, folder)
+    with _engine(arguments, "htp") as (engine, label):
+        verdict = verify_on_grids(folder, engine, model, encodings, Terms(arguments.dtype or halves, limits))
+        remarks = (*verdict.remarks, f"{label}: {engine}")  # an Htp says where the nodes ran
+    about = {**verdict.about, "outputs": label, "soc": arguments.soc or "8-elite"}
+    return replace(verdict, about=about, remarks=remarks)
 
 
 @contextmanager
@@ -294,6 +308,8 @@ def _verdict(arguments, path: Path) -> Verdict:
     from export.verdict.trial import Given, judge
 
     limits = Thresholds(arguments.min_sqnr, arguments.max_lsb, arguments.max_over)
+    if arguments.outputs is None and arguments.engine == "htp" and not path.is_file():
+        return _on_npu(arguments, path, limits)
     if arguments.outputs is None:
         _expect_unasked(arguments, NEED_OUTPUTS, "a device's outputs; a saved run has only their figures")
         return read_run(path).judged(limits)

@@ -36,6 +36,21 @@ def test_the_npu_agrees_with_the_oracle(folder, capsys):
 
 
 @installed
+def test_without_the_model_a_healthy_npu_is_not_accused(folder, capsys):
+    assert main(["bisect", str(folder), "--executor", "htp"]) == 0
+    assert capsys.readouterr().out.startswith("agrees")
+
+
+@installed
+def test_the_next_command_runs(folder, tmp_path, capsys):
+    assert main(["verify", str(folder), "--engine", "htp", "--model"]) == 0
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.endswith(f"refimpl verify {folder} --engine htp --soc 8-elite --save RUN")
+    run = tmp_path / "run.json"
+    assert main([*last.split("refimpl ")[1].split()[:-1], str(run)]) == 0 and run.is_file()
+
+
+@installed
 def test_a_graph_of_floats_is_judged_as_float16(tmp_path, capsys):
     emit(refimpl.load(), 8, 32, 2, layers=1).save(tmp_path / "plain")
     assert main(["verify", str(tmp_path / "plain"), "--engine", "htp"]) == 0

@@ -945,7 +945,7 @@ def test_the_command(world, faulty, tmp_path, capsys):
         (["verify", parts, good, "--model", str(tmp_path / "none")], "is not a folder"),
         (["verify", parts, good, "--graph", name, "--html", str(tmp_path / "no" / "x")], "cannot write"),
         (["verify", good], "is not JSON"),
-        (["verify", run, "--model", source, "--chained"], "--chained, --model belongs to a device's outputs; a"),
+        (["verify", run, "--model", source, "--chained"], "--chained, --model belongs to a device's outputs; a saved"),
         (
             ["verify", run, "--engine", "reference", "--graph", "nope"],
             "--engine, --graph belongs to a device's outputs",
