@@ -160,7 +160,8 @@ class Differences:
 
     def __str__(self) -> str:
         if self.lines:
-            return "\n".join([*self.lines, f"{len(self.lines)} differences in {self.compared} tensors"])
+            count = f"{len(self.lines)} difference{'s' * (len(self.lines) > 1)}"
+            return "\n".join([*self.lines, f"{count} in {self.compared} tensors"])
         return f"agrees: {self.compared} tensors have the names, shapes, types and grids of the export"
 
     def to_json(self) -> str:

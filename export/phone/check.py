@@ -52,7 +52,7 @@ class BundleCheck:
         return not self.faults
 
     def __str__(self) -> str:
-        found = f"{len(self.faults)} faults" if self.faults else "nothing wrong"
+        found = f"{len(self.faults)} fault{'s' * (len(self.faults) > 1)}" if self.faults else "nothing wrong"
         return "\n".join([*map(str, self.faults), *self.remarks, f"{found} found in {self.folder}"])
 
     def to_json(self) -> str:

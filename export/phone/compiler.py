@@ -32,7 +32,7 @@ from export.run.ledger import lock
 from export.run.library import library
 from export.run.process import Process
 from export.run.socs import Soc, soc_called
-from refimpl.errors import InputError
+from refimpl.errors import InputError, at_most
 from refimpl.files import read_json, sha256, write_whole
 
 FORMAT = "refimpl compile 1"
@@ -67,9 +67,10 @@ def compile_graphs(
     """
     folder, out, chosen = Path(folder), Path(out), soc_called(soc)
     library("QnnHtp")
-    graphs = [one for one in _in_order(read_parts(folder)) if part is None or one.part.number == part]
+    found = _in_order(read_parts(folder))
+    graphs = [one for one in found if part is None or one.part.number == part]
     if not graphs:
-        raise InputError(f"{folder} has no part {part}")
+        raise InputError(f"{folder} has no part {part}; it has {at_most(sorted({one.part.number for one in found}))}")
     groups = _groups(graphs, shared)
     with _opened(out) as done:
         made: dict[str, Any] = done.get("binaries", {})
@@ -77,6 +78,9 @@ def compile_graphs(
                 "shared": shared, "onnxruntime_qnn": metadata.version("onnxruntime-qnn"),
                 "onnxruntime": metadata.version("onnxruntime")}  # fmt: skip
         if made and (other := [key for key in head if done.get(key) != head[key]]):
+            if other[0] == "shared":
+                has, asked = ("part" if one else "graph" for one in (done.get("shared"), shared))
+                raise InputError(f"{out} holds a binary for each {has}, not for each {asked}; choose another folder")
             raise InputError(
                 f"{out} holds binaries with another {other[0]}: {done.get(other[0])}, not {head[other[0]]}; choose "
                 "another folder"

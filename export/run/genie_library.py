@@ -92,7 +92,8 @@ class _Genie:
             with open(self.printed, "rb") as file:
                 file.seek(start)
                 lines = file.read().decode("utf-8", "replace").splitlines()
-            printed = [one_line(line.strip(" -")) for line in lines if line.strip() and line[0] not in "<\x1b#["]
+            said = [line.strip(" -") for line in lines]
+            printed = [one_line(line) for line in said if line and line[0] not in "<\x1b#["]
             reason = "; ".join(dict.fromkeys([*self.errors[-2:], *printed[-2:]]))
             raise InputError(f"{name} says {STATUS.get(status, status)}{f': {reason}' if reason else ''}")
         return status

@@ -120,7 +120,7 @@ def test_bad_folders_are_one_line(bundled, tmp_path, capsys):
     binary.write_bytes(b"damaged")
     assert main(["bundle", "--check", str(folder)]) == 1
     said = capsys.readouterr().out
-    assert "binary-damaged: token_ar1_cl64_1_of_2.bin: " in said and "1 faults found in" in said
+    assert "binary-damaged: token_ar1_cl64_1_of_2.bin: " in said and "1 fault found in" in said
     assert main(["bundle", "--check", str(tmp_path / "nowhere")]) == 2
     assert main(["bundle"]) == 2
     assert capsys.readouterr().err.count("\n") == 2
