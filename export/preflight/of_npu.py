@@ -48,6 +48,11 @@ class Grid:
         return -self.zero_point * self.scale, (2**self.bits - 1 - self.zero_point) * self.scale
 
 
+def whole(graph: GraphFolder) -> list[NodeInfo]:
+    """The nodes that take something and give something; another rule names the others, which no checker accepts."""
+    return [node for node in graph.graph.nodes if node.inputs and node.outputs]
+
+
 class Inside:
     """The grids that a graph itself states, by the tensor that stands on one, and the readers of each tensor."""
 
@@ -81,7 +86,7 @@ class Inside:
 
     def products(self) -> Iterator[tuple[NodeInfo, Grid | None, Grid | None]]:
         """The products of two activations, with the grids of both."""
-        for node in self.graph.graph.nodes:
+        for node in whole(self.graph):
             if node.op == "MatMul" and len(node.inputs) == 2:
                 a, b = (self.grids.get(name) for name in node.inputs)
                 constant = any(name in self.graph.constants for name in node.inputs)
@@ -98,7 +103,7 @@ class Inside:
 )
 def int4_without_zero_point(graph: GraphFolder):
     """INT4 weights by rows or as a whole state their zero point: without one, they are read as other numbers."""
-    for node in graph.graph.nodes:
+    for node in whole(graph):
         codes = graph.constants.get(node.inputs[0]) if node.op == "DequantizeLinear" and node.inputs else None
         if codes and codes.dtype == INT4 and not node.ints.get("block_size") and not any(node.inputs[2:3]):
             yield node.outputs[0], "its DequantizeLinear has INT4 codes and no zero point"
@@ -113,7 +118,7 @@ def int4_without_zero_point(graph: GraphFolder):
 )
 def int4_blocks_off_center(graph: GraphFolder):
     """INT4 weights in blocks are symmetric: another zero point than 0 is ignored."""
-    for node in graph.graph.nodes:
+    for node in whole(graph):
         if node.op == "DequantizeLinear" and node.ints.get("block_size") and len(node.inputs) > 2:
             codes, zero = (graph.constants.get(node.inputs[i]) for i in (0, 2))
             if codes and codes.dtype == INT4 and zero and zero.zeros is False:
@@ -130,7 +135,7 @@ def int4_blocks_off_center(graph: GraphFolder):
 def conv_in_blocks(graph: GraphFolder):
     """A weight in blocks belongs to a product, not to a Conv, which takes scales of blocks for others."""
     inside = Inside(graph)
-    for node in graph.graph.nodes:
+    for node in whole(graph):
         if node.op == "Conv" and len(node.inputs) > 1 and (grid := inside.grids.get(node.inputs[1])) and grid.blocks:
             yield node.outputs[0], "a Conv has its weight in blocks"
 
@@ -145,7 +150,7 @@ def conv_in_blocks(graph: GraphFolder):
 def linear_narrows(graph: GraphFolder):
     """A linear with a step for each row gives as many bits as it takes: else it is computed in floats."""
     inside = Inside(graph)
-    for node in graph.graph.nodes:
+    for node in whole(graph):
         if node.op in LINEARS and len(node.inputs) > 1:
             x, weight = (inside.grids.get(name) for name in node.inputs[:2])
             gives = inside.rounded(node.outputs[0])
@@ -194,7 +199,7 @@ def product_off_center(graph: GraphFolder):
 def sigmoid_range(graph: GraphFolder):
     """A sigmoid's grid is 0 to 1: with another, its codes are those of 0 to 1."""
     inside = Inside(graph)
-    for node in graph.graph.nodes:
+    for node in whole(graph):
         grid = inside.rounded(node.outputs[0]) if node.op == "Sigmoid" else None
         if grid and (ends := grid.range) and (ends[0] != 0 or abs(ends[1] - 1) > 2.0**-grid.bits):
             yield node.outputs[0], f"its grid is {ends[0]:.4g} to {ends[1]:.4g}"
@@ -210,7 +215,7 @@ def sigmoid_range(graph: GraphFolder):
 def transpose_changes_grid(graph: GraphFolder):
     """What is transposed stays on its grid: another one behind the Transpose is ignored."""
     inside = Inside(graph)
-    for node in graph.graph.nodes:
+    for node in whole(graph):
         if node.op == "Transpose" and node.inputs and (came := inside.grids.get(node.inputs[0])):
             gone = inside.rounded(node.outputs[0])
             grids = [(grid.dtype, grid.scale, grid.zero_point) for grid in (came, gone) if grid]
@@ -220,7 +225,7 @@ def transpose_changes_grid(graph: GraphFolder):
 
 def _squares(graph: GraphFolder, inside: Inside) -> Iterator[tuple[NodeInfo, str]]:
     """The squares of tensors, each with the tensor."""
-    for node in graph.graph.nodes:
+    for node in whole(graph):
         if (node.op == "Mul" and len(set(node.inputs)) == 1) or (node.op == "Pow" and node.inputs):
             yield node, node.inputs[0]
 
@@ -293,7 +298,7 @@ def slice_too_large(graph: GraphFolder):
     """What more than one head is cut from by a Slice fits the NPU's own memory: 8 MB of codes."""
     inside = Inside(graph)
     shapes = {value.name: value.shape for value in (*graph.graph.values, *graph.ends)}
-    for node in graph.graph.nodes:
+    for node in whole(graph):
         if node.op == "Slice" and node.inputs:
             grid, out = inside.grids.get(node.inputs[0]), shapes.get(node.outputs[0])
             size = _size(shapes.get(node.inputs[0])) * (grid.bits if grid else 0) // 8

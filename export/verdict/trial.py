@@ -104,8 +104,8 @@ def verify_on_grids(
 ) -> Verdict:
     """The verdict on an engine that runs an export whose graphs round by themselves (qdq with encodings).
 
-    `folder.verify.verify` does the same for graphs in float32. `engine` may be any executor; `model`, `encodings` and `terms`
-    are those of `judge`. Raises InputError for a folder that is not a whole export.
+    `folder.verify.verify` does the same for graphs in float32. `engine` may be any executor; `model`, `encodings` and
+    `terms` are those of `judge`. Raises InputError for a folder that is not a whole export.
     """
     folder = Path(folder)
     plan, _ = read_manifest(folder)
