@@ -95,6 +95,9 @@ def _write(
     limit: int,
 ) -> dict[str, Any]:
     folder, out = checkpoint.folder, Path(os.path.realpath(out))
+    if folder.is_file():
+        said = "whose folder has no config.json and tokenizer to go with the weights"
+        raise InputError(f"the model comes from {folder}, {said}; save the model that the file was made of")
     if folder.resolve() in out.parents:
         raise InputError(f"{out} is inside {folder}, which is only read; choose another place")
     before = shards.stamps(folder)

@@ -7,6 +7,7 @@ from conftest import write_checkpoint
 import refimpl
 from refimpl import InputError, cli
 from refimpl.blocks.gguf_out import write_gguf
+from refimpl.checkpoint.convert import convert
 from refimpl.checkpoint.folder import Checkpoint
 from refimpl.checkpoint.gguf import FAMILY, NormedMatrix
 from refimpl.errors import Remark
@@ -125,6 +126,15 @@ def test_the_command_line(tmp_path, capsys):
     assert cli.main(["quantize", str(folder), "--out", str(tmp_path / "n.gguf"), "--format", "nf4"]) == 2
     assert "which GGUF does not have; q4_0" in capsys.readouterr().err
     assert sorted(p.name for p in tmp_path.iterdir()) == ["m.gguf", "q.gguf", "source"]
+
+
+def test_a_model_from_a_gguf_file_is_not_saved_as_a_folder(tmp_path):
+    write_gguf(checkpoint(tmp_path / "source", "Baichuan2-7B"), tmp_path / "m.gguf")
+    model = refimpl.load(tmp_path / "m.gguf")
+    for save in (model.save, model.quantize("q4_0").save, lambda out: convert(tmp_path / "m.gguf", out)):
+        with pytest.raises(InputError, match=r"m\.gguf"):
+            save(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_what_llama_cpp_does_not_run_is_not_written(tmp_path):
