@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import write_checkpoint
 
 from export.graphs.borders import read_borders
 from export.phone.accuracy import by_graphs, perplexity
@@ -187,8 +188,8 @@ def test_command_over_a_bundle(bundled, coded_export, capsys):
 
 
 @pytest.mark.parametrize("family, why", [("Baichuan2-13B", "has ALiBi"), ("Baichuan2-7B", "there is no text")])
-def test_what_cannot_become_a_bundle_is_said_at_once(family, why, tiny_folder, tmp_path, capsys):
-    out = tmp_path / "out"
-    shutil.copyfile(EMBEDDED / "tokenizer.model", tiny_folder(family) / "tokenizer.model")
-    assert main(["genie", str(tiny_folder(family)), "-p", "白", "--out", str(out)]) == 2
+def test_what_cannot_become_a_bundle_is_said_at_once(family, why, tmp_path, capsys):
+    out, folder = tmp_path / "out", write_checkpoint(tmp_path / "model", family)
+    shutil.copyfile(EMBEDDED / "tokenizer.model", folder / "tokenizer.model")
+    assert main(["genie", str(folder), "-p", "白", "--out", str(out)]) == 2
     assert why in capsys.readouterr().err and not out.exists()
