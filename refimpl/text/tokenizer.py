@@ -23,12 +23,13 @@ from refimpl.text.gguf_vocabulary import tokenizer_file
 class Tokenizer:
     """Text to token ids and back, and a conversation to a prompt. Made by `load_tokenizer`.
 
-    `encode_plain` and `decode_plain` are a library's functions for the text between special tokens. The code of this
-    class handles special tokens, in the same way for all families.
+    `encode_plain`, `decode_plain` and `bytes_plain` are a library's functions for the text between special tokens. The
+    code of this class handles special tokens, in the same way for all families.
     """
 
     encode_plain: Callable[[str], list[int]]
     decode_plain: Callable[[list[int]], str]
+    bytes_plain: Callable[[int], bytes]
     vocab_size: int  # the model's; ids that the tokenizer has no text for (Qwen2's padding) decode to nothing
     special_tokens: dict[str, int]  # text -> id
     markers: tuple[str, ...]  # the special tokens and those that open a turn; `plain` spells them out
@@ -97,6 +98,15 @@ class Tokenizer:
             else:
                 run.append(id)
         return text + self.decode_plain(run)
+
+    def token_bytes(self, id: int) -> bytes:
+        """The UTF-8 of one token alone, which may be a part of a character; nothing for an id without a text.
+
+        Raises InputError for an id outside the vocabulary.
+        """
+        (id,) = self._checked([id])
+        text = self._special_text.get(id, self._added_text.get(id))
+        return self.bytes_plain(id) if text is None else text.encode()
 
     def stream(self, ids: Iterable[int]) -> Iterator[str]:
         """Yields pieces of text while ids come in. Joined, they are `decode(ids, skip_special_tokens=True)`.
@@ -176,6 +186,11 @@ class Tokenizer:
 
 MULTIPLES = tuple(1 << n for n in range(3, 12))  # vocabularies are padded to multiples of these, for the sake of GPUs
 _FILES = ("tokenizer.model", "tokenizer.json")  # of Baichuan, and of Qwen2
+# Byte-level BPE writes each byte as a letter: printable Latin-1 as it is, the others as the letters from U+0100 on.
+_PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
+_BYTES = {chr(byte): byte for byte in _PRINTABLE} | {
+    chr(256 + number): byte for number, byte in enumerate(sorted({*range(256)} - {*_PRINTABLE}))
+}
 
 
 def load_tokenizer(folder: str | Path, config: Config | None = None) -> Tokenizer | None:
@@ -224,10 +239,17 @@ def _read_sentencepiece(
         raise InputError(f"{path} has the special tokens {special}, expected <unk> 0, <s> 1, </s> 2; copy Baichuan's")
     if model.encode("a  b") == model.encode("a b"):  # what SentencePiece does if the settings at the end are missing
         raise InputError(f"{path} takes two blanks for one, which no Baichuan does: its end is missing; copy it again")
+
+    def bytes_of(id: int) -> bytes:
+        if id >= pieces:
+            return b""
+        piece = model.id_to_piece(id)
+        return bytes([int(piece[1:-1], 16)]) if model.is_byte(id) else piece.replace("\u2581", " ").encode()
+
     settings = _settings(config, generation, max_new_tokens=min(2048, config.max_position_embeddings // 2))
     roles = [model.id_to_piece(id) for id in (settings.user_token_id, settings.assistant_token_id)]
     return Tokenizer(
-        model.encode, lambda ids: model.decode([id for id in ids if id < pieces]), config.vocab_size,
+        model.encode, lambda ids: model.decode([id for id in ids if id < pieces]), bytes_of, config.vocab_size,
         special, (*special, *roles, *added), 2, settings, config.family,
         bos_token_id=1, pad_token_id=0, blank=" ", added_tokens=added,
         before=(1,) if keys.get("add_bos_token") else (), after=(2,) if keys.get("add_eos_token") else (),
@@ -255,7 +277,8 @@ def _read_byte_level(
     start, end, eos = special["<|im_start|>"], special["<|im_end|>"], id_of("eos_token")
     settings = _settings(config, {**generation, "user_token_id": start, "assistant_token_id": start})
     return Tokenizer(
-        lambda text: model.encode(text, add_special_tokens=False).ids, model.decode, config.vocab_size,
+        lambda text: model.encode(text, add_special_tokens=False).ids, model.decode,
+        lambda id: bytes(_BYTES[letter] for letter in model.id_to_token(id) or ""), config.vocab_size,
         special, tuple(special), end if eos is None else eos, replace(settings, eos_token_id=end), config.family,
         pad_token_id=id_of("pad_token"),
     )  # fmt: skip

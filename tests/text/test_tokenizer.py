@@ -161,6 +161,13 @@ def test_a_stream_adds_up(tokenizer, raw, data):
     assert "".join(pieces) == whole and all(pieces)
 
 
+@given(text=st.text(max_size=20))
+def test_the_bytes_of_tokens_add_up(tokenizer, text):
+    """Control characters that SentencePiece drops are no part of this."""
+    ids = tokenizer.encode(text, plain=True)
+    assert b"".join(map(tokenizer.token_bytes, ids)).decode() == tokenizer.decode(ids)
+
+
 def test_ids_may_come_from_an_array(tokenizer):
     ids = tokenizer.encode("to be")
     assert tokenizer.decode(np.array(ids)) == "to be"
@@ -426,6 +433,11 @@ def test_qwen2_stream_waits_for_whole_characters(qwen):
     pieces = list(qwen.stream(ids))
     assert "".join(pieces) == "you 🦉\ufffd"
     assert pieces[-2:] == ["🦉", "\ufffd"]
+
+
+def test_the_bytes_of_qwen2_s_tokens_add_up(qwen):
+    text = "登 鹳雀楼 <|im_end|> 𪚥\n\x00\u00a0é"
+    assert b"".join(map(qwen.token_bytes, qwen.encode(text))).decode() == text
 
 
 def test_qwen2_padding_of_the_vocabulary_has_no_text(qwen, library_tokenizer):
