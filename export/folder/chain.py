@@ -18,31 +18,57 @@ from refimpl.errors import InputError
 from refimpl.model import Model
 
 
+class Chain:
+    """The graphs of a folder, and what their cache holds.
+
+    `model` gives position tables and the mask, `folder` and `plan` the graphs (`read_manifest`). Raises InputError for
+    an export of modules.
+    """
+
+    def __init__(self, model: Model, folder: Path, plan: Plan, executor: Executor):
+        if not plan.chained:
+            raise InputError(f"{folder} holds modules alone, not a model; export it in parts")
+        self.model, self.folder, self.plan, self.executor = model, folder, plan, executor
+        self.kept, self.done = Arrays(), 0
+
+    def room(self, count: int) -> bool:
+        """Whether the cache of the graph that takes so many new ids has room for the past."""
+        return self.done <= self.plan.context - self._run(count)[0].tokens
+
+    def __call__(self, ids: Sequence[int]) -> np.ndarray:
+        """The logits (V,) behind some new ids, at most as many as the largest graph takes, which join the cache."""
+        run = self._run(len(ids))
+        flow = Arrays(self.kept)
+        for spec in run:
+            real = replace(spec, real=len(ids), past=self.done)
+            flow |= _call(self.model, self.folder, real, self.executor, ids, flow)
+        for name, (array, axis) in _new_cache(run, flow, len(ids)).items():
+            self.kept[name] = np.concatenate([self.kept[name], array], axis) if name in self.kept else array
+        self.done += len(ids)
+        return flow["logits"][0, -1]
+
+    def _run(self, count: int) -> Sequence[GraphSpec]:
+        """The smallest graphs that take so many ids at once."""
+        return next(run for run in reversed(self.plan.runs) if run[0].tokens >= count)
+
+
 def generate(model: Model, folder: Path, plan: Plan, executor: Executor, ids: Sequence[int]) -> Iterator[int]:
     """The likeliest next token, again and again, until the context is full.
 
-    `model` gives position tables and the mask, `folder` and `plan` the graphs (`read_manifest`). The graphs of the
-    largest size read the prompt, those of the smallest go on. Raises InputError for an export of modules, for a prompt
-    that the context cannot hold, and if the executor fails.
+    The graphs of the largest size read the prompt, those of the smallest go on. Raises InputError as `Chain` does, for
+    a prompt that the context cannot hold, and if the executor fails.
     """
-    if not plan.chained:
-        raise InputError(f"{folder} holds modules alone, not a model; export it in parts")
+    chain = Chain(model, folder, plan, executor)
     if not 0 < len(ids) <= plan.context:
         raise InputError(f"the prompt has {len(ids)} tokens, expected 1 to {plan.context}, the context of the graphs")
-    kept, done, new = Arrays(), 0, list(ids)
-    while done + len(new) <= plan.context:
+    new = list(ids)
+    while chain.done + len(new) <= plan.context:
         for start in range(0, len(new), plan.tokens[0]):
             piece = new[start : start + plan.tokens[0]]
-            run = next(run for run in reversed(plan.runs) if run[0].tokens >= len(piece))
-            if done > plan.context - run[0].tokens:
-                return  # its cache has no room for the past
-            flow = Arrays(kept)
-            for spec in run:
-                flow |= _call(model, folder, replace(spec, real=len(piece), past=done), executor, piece, flow)
-            kept = {name: np.concatenate([kept[name], array], axis) if name in kept else array
-                    for name, (array, axis) in _new_cache(run, flow, len(piece)).items()}  # fmt: skip
-            done += len(piece)
-        token = int(flow["logits"][0, -1].argmax())
+            if not chain.room(len(piece)):
+                return
+            logits = chain(piece)
+        token = int(logits.argmax())
         yield token
         new = [token]
 
