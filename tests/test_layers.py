@@ -45,6 +45,7 @@ ORDER = [
     "export.causes.",
     "export.verdict.",
     "export.search.",
+    "refimpl.serve.",
     "refimpl.cli.",
 ]
 # Slow to import, and needed by one package alone.

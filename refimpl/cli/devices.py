@@ -192,7 +192,7 @@ def bisect(arguments) -> int:
         if hub:
             device = stack.enter_context(Session(folder, arguments.device, arguments.api_url, options))
         else:
-            device, label = stack.enter_context(_engine(arguments, arguments.executor))
+            device, label = stack.enter_context(engine_of(arguments, arguments.executor))
         how = Probing(arguments.graph, arguments.until, arguments.probes_per_run, label)
         terms = Terms(arguments.dtype, Thresholds(arguments.min_sqnr))
         return report(arguments, bisect(folder, device, model, encodings, arguments.outputs, how, terms))
@@ -259,7 +259,7 @@ def _verify_here(arguments, folder: Path) -> int:
     from export.verdict.trial import verify_on_grids
 
     _expect_unasked(arguments, NEED_OUTPUTS - {"engine"} | NEED_FIGURES, "a device's outputs")
-    with _engine(arguments, arguments.engine or "auto") as (engine, _):
+    with engine_of(arguments, arguments.engine or "auto") as (engine, _):
         return report(arguments, (verify_on_grids if _on_grids(folder) else verify)(folder, engine))
 
 
@@ -278,7 +278,7 @@ def _on_npu(arguments, folder: Path, limits: Thresholds) -> Verdict:
     _expect_unasked(arguments, {"chained", "graph"}, "a device's outputs")
     halves = None if _on_grids(folder) else "float16"  # in which an NPU computes what has no grid
     model, encodings = _exported(arguments, folder)
-    with _engine(arguments, "htp") as (engine, label):
+    with engine_of(arguments, "htp") as (engine, label):
         verdict = verify_on_grids(folder, engine, model, encodings, Terms(arguments.dtype or halves, limits))
         remarks = (*verdict.remarks, f"{label}: {engine}")  # an Htp says where the nodes ran
     about = {**verdict.about, "outputs": label, "soc": arguments.soc or "8-elite"}
@@ -286,7 +286,7 @@ def _on_npu(arguments, folder: Path, limits: Thresholds) -> Verdict:
 
 
 @contextmanager
-def _engine(arguments, name: str) -> Iterator[tuple[Executor, str]]:
+def engine_of(arguments, name: str) -> Iterator[tuple[Executor, str]]:
     """The executor that runs graphs here, with its name and version."""
     from export.run.engines import Engine
     from export.run.htp import Htp
