@@ -6,14 +6,21 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from glob import escape
 from pathlib import Path
 from typing import Any
 
 from refimpl.errors import InputError
 
 SMALL = 64 << 20  # bytes of a file that is read at once; the largest is Qwen2's tokenizer.json with 7 MB
+VALUES = (
+    1_000_000  # values in a JSON file, each of which takes about 200 bytes of memory; Qwen2's tokenizer has 600,000
+)
+MOMENT = 60  # seconds between the making of a file and its locking, at most
 LFS = b"version https://git-lfs.github.com/spec/"  # the first bytes of the pointer that git-lfs puts in a file's place
 
 
@@ -29,6 +36,24 @@ def read_small(path: Path, limit: int = SMALL) -> bytes:
         raise InputError(cannot_read(path, error)) from None
     expect_content(path, data)
     return data
+
+
+def read_text(path: Path, limit: int = SMALL) -> str:
+    """The text of a UTF-8 file, or of a pipe. Raises InputError if it cannot be read, is no UTF-8 or is too long.
+
+    Not more than `limit` bytes are read, because a device such as /dev/zero has no end.
+    """
+    try:
+        with open(path, "rb") as file:
+            data = file.read(limit + 1)
+        if len(data) > limit:
+            raise InputError(f"{path} has more than {limit} bytes of text; cut it: head -c {limit} {path}")
+        expect_content(path, data)
+        return data.decode()
+    except OSError as error:
+        raise InputError(cannot_read(path, error)) from None
+    except UnicodeDecodeError as error:
+        raise InputError(f"cannot read {path} as UTF-8 text: {error}; convert it with iconv") from None
 
 
 def cannot_read(path: Path, error: OSError) -> str:
@@ -48,10 +73,10 @@ def expect_content(path: Path, beginning: bytes) -> None:
         raise InputError(f"{path} is only git-lfs's pointer to the file; fetch it: git lfs pull, in its folder")
 
 
-def read_json(path: Path, limit: int = SMALL) -> dict[str, Any]:
+def read_json(path: Path, limit: int = SMALL, values: int = VALUES) -> dict[str, Any]:
     """The object in a small untrusted JSON file. Raises InputError if it is missing, too big or not an object."""
     try:
-        value = parse_json(read_small(path, limit))
+        value = parse_json(read_small(path, limit), values)
     except InputError:
         raise
     except (ValueError, RecursionError) as error:
@@ -61,19 +86,21 @@ def read_json(path: Path, limit: int = SMALL) -> dict[str, Any]:
     return value
 
 
-def parse_json(data: bytes) -> Any:
+def parse_json(data: bytes, values: int = VALUES) -> Any:
     """The value of untrusted JSON. Raises ValueError for anything else, and for an object that has a key twice.
 
-    Readers differ in which of the two values they take, so such a file is ambiguous.
+    Readers differ in which of the two values they take, so such a file is ambiguous. JSON that may hold more than
+    `values` values is refused before it is parsed, because a few bytes of it become a hundred of memory.
     """
+    if (most := sum(map(data.count, (b",", b"[", b"{")))) > values:
+        raise ValueError(f"it may hold {most} values, expected at most {values}")
     return json.loads(data.decode(), object_pairs_hook=_without_repeats)
 
 
 def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for key in found if keys.count(key) > 1)
+        twice = Counter(key for key, _ in pairs).most_common(1)[0][0]
         raise ValueError(f"it has the key {twice!a:.80} twice")
     return found
 
@@ -106,20 +133,15 @@ def write_whole(path: str | Path, text: str) -> None:
 
 def write_all(texts: Iterable[tuple[str | Path, str]]) -> None:
     """Writes files, pairs of path and text, all of them or none. Raises InputError if one cannot be written."""
-    made: dict[Path, Path] = {}
-    path = Path()
-    try:
-        for path, text in ((Path(path), text) for path, text in texts):
-            expect_writable([path, *made])
-            made[path] = _beside(path)
-            made[path].write_text(text, encoding="utf-8")
-        for path, partial in made.items():
-            partial.replace(path)
-    except OSError as error:
-        raise InputError(f"cannot write {path}: {error.strerror}; choose another place") from None
-    finally:
-        for partial in made.values():
-            partial.unlink(missing_ok=True)
+    files = [(Path(path), text) for path, text in texts]
+    expect_writable(path for path, _ in files)
+    with ExitStack() as stack:
+        partials = [stack.enter_context(replacing(path)) for path, _ in files]
+        for partial, (path, text) in zip(partials, files, strict=True):
+            try:
+                partial.write_text(text, encoding="utf-8")
+            except OSError as error:
+                raise InputError(f"cannot write {path}: {error.strerror}; choose another place") from None
 
 
 def expect_writable(paths: Iterable[str | Path]) -> None:
@@ -141,13 +163,22 @@ def whole_folder(folder: Path) -> Iterator[Path]:
 
     Raises InputError if it cannot be made or filled, and then leaves nothing.
     """
+    try:
+        with filling(folder) as partial:
+            yield partial
+            partial.rename(folder)
+    except OSError as error:
+        raise InputError(f"cannot write {folder}: {error.strerror}; choose another place") from None
+
+
+@contextmanager
+def filling(folder: Path) -> Iterator[Path]:
+    """A new folder beside `folder`, which is removed at the end unless it was renamed meanwhile."""
     partial = _beside(folder.resolve())
     try:
         partial.mkdir(parents=True)
-        yield partial
-        partial.rename(folder)
-    except OSError as error:
-        raise InputError(f"cannot write {folder}: {error.strerror}; choose another place") from None
+        with _held(partial):
+            yield partial
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
@@ -161,13 +192,85 @@ def replacing(path: Path) -> Iterator[Path]:
     expect_writable([path])
     partial = _beside(path.absolute())
     try:
-        yield partial
-        partial.replace(path)
+        partial.touch()
+        with _held(partial):
+            yield partial
+            partial.replace(path)
     except OSError as error:
         raise InputError(f"cannot write {path}: {error.strerror}; choose another place") from None
     finally:
         partial.unlink(missing_ok=True)
 
 
+def replace_folder(partial: Path, folder: Path, kept: Iterable[str], expect_free: Callable[[], None]) -> None:
+    """Puts `partial` in the place of `folder`, whose files and folders called `kept` move into it.
+
+    `expect_free` raises if `folder` may not be replaced. It is asked while no other run of this function replaces
+    anything there, because somebody else may have written the folder meanwhile. A run that is killed in here is undone
+    or finished by `settle`.
+    """
+    with _held(folder.parent, wait=True):
+        _settle(folder, kept)
+        expect_free()
+        try:
+            if folder.exists():
+                folder.rename(_replaced(folder))
+            partial.rename(folder)
+        finally:
+            _settle(folder, kept)
+
+
+def settle(folder: Path, kept: Iterable[str]) -> None:
+    """Undoes a `replace_folder` that was killed before the new folder was in its place, or else finishes it."""
+    if _replaced(folder).exists():
+        with _held(folder.parent, wait=True):
+            _settle(folder, kept)
+
+
+def _settle(folder: Path, kept: Iterable[str]) -> None:
+    replaced = _replaced(folder)
+    if replaced.exists() and not folder.exists():
+        replaced.rename(folder)
+    elif replaced.exists():
+        for name in kept:
+            if (replaced / name).exists() and not (folder / name).exists():
+                (replaced / name).rename(folder / name)
+        shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _replaced(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.replaced")
+
+
 def _beside(path: Path) -> Path:
+    """The name of a file or folder that will become `path`. What killed runs left there is removed."""
+    for left in path.parent.glob(f".{escape(path.name)}.*.partial"):
+        _remove_unless_held(left)
     return path.with_name(f".{path.name}.{os.getpid()}.partial")
+
+
+def _remove_unless_held(left: Path) -> None:
+    """Removes what a killed run left. Another run that is at work holds its own, or has made it just now."""
+    try:
+        if time.time() - left.stat().st_mtime < MOMENT:
+            return
+        with _held(left):
+            shutil.rmtree(left) if left.is_dir() else left.unlink()
+    except OSError:  # held, or removed by another run
+        pass
+
+
+@contextmanager
+def _held(path: Path, wait: bool = False) -> Iterator[None]:
+    """Holds a file or folder, as long as the process lives. Raises BlockingIOError if another holds it, or waits."""
+    try:
+        import fcntl
+    except ImportError:  # Windows has no such locks: there, killed runs leave what they wrote
+        yield
+        return
+    place = os.open(path, os.O_RDONLY)
+    try:
+        fcntl.flock(place, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        yield
+    finally:
+        os.close(place)

@@ -28,7 +28,7 @@ import numpy as np
 import refimpl
 from export.graphs.naming import tap_of
 from refimpl.errors import InputError
-from refimpl.files import read_json, write_whole
+from refimpl.files import VALUES, read_json, write_whole
 from refimpl.grids.encodings import INPUTS, Encodings, Float16, near
 from refimpl.model import Model
 from refimpl.names import taps
@@ -36,6 +36,7 @@ from refimpl_kernels.affine import LPBQ_STEPS, Encoding
 
 VERSIONS = ("0.6.1", "1.0.0", "2.0.0")
 LARGEST = 1 << 30  # bytes of a file that is read: 7 B weights in LPBQ blocks of 64 are 0.3 GB
+FEWEST = 16  # weights that share a grid
 
 
 def write_encodings(encodings: Encodings, path: str | Path, version: str = "1.0.0") -> None:
@@ -130,7 +131,8 @@ def read_encodings(path: str | Path, model: Model) -> Encodings:
     Raises InputError, in one line, for a file that is not an encodings file, is damaged, or is of another model.
     """
     path = Path(path)
-    content = read_json(path, LARGEST)
+    weights = sum(math.prod(weight.shape) for weight in model.weights.values())
+    content = read_json(path, LARGEST, VALUES + weights // FEWEST)
     try:
         return _read(content, model)
     except InputError as error:

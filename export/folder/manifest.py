@@ -19,7 +19,7 @@ from golden.tolerance import LARGEST, Tolerance, tolerances
 from refimpl.blocks.quantize import QuantizedWeight
 from refimpl.config import Config
 from refimpl.errors import InputError
-from refimpl.files import read_json
+from refimpl.files import read_json, settle
 from refimpl.model import Model
 from refimpl.names import taps
 
@@ -84,6 +84,7 @@ def read_manifest(folder: Path, weights: bool = True) -> tuple[Plan, dict[str, T
     Without `weights` only the goldens are checked. Raises InputError for a manifest that is damaged, of another
     version, or at odds with itself, and for a file that is missing or has changed.
     """
+    settle(folder, BESIDE)
     path = folder / "manifest.json"
     manifest = read_json(path)
     if manifest.get("format") != FORMAT:

@@ -26,7 +26,7 @@ from export.graphs.plan import Arrays, GraphSpec, Plan, unpadded
 from export.graphs.profiles import Profile
 from golden.bundle import sha256 as digest
 from refimpl.errors import InputError, at_most
-from refimpl.files import read_json
+from refimpl.files import filling, read_json, replace_folder, settle
 from refimpl.grids.encodings import Encodings
 from refimpl.model import Model, SimulatedModel
 from refimpl_kernels.affine import Rounding
@@ -83,25 +83,14 @@ class Parts:
         Raises InputError for a folder that holds anything else, or that cannot be written.
         """
         folder = Path(folder).resolve()
+        settle(folder, BESIDE)
         check_free(folder, overwrite)
-        mine = f".{folder.name}.{os.getpid()}"
-        partial, replaced = folder.with_name(f"{mine}.partial"), folder.with_name(f"{mine}.replaced")
         try:
-            partial.mkdir(parents=True)
-            self._write(partial, golden)
-            if folder.exists():
-                folder.rename(replaced)
-            partial.rename(folder)
-            for name in BESIDE:
-                if (replaced / name).exists():
-                    (replaced / name).rename(folder / name)
-            shutil.rmtree(replaced, ignore_errors=True)
+            with filling(folder) as partial:
+                self._write(partial, golden)
+                replace_folder(partial, folder, BESIDE, lambda: check_free(folder, overwrite))
         except OSError as error:
             raise InputError(f"cannot write {folder}: {error.strerror}; choose another place") from None
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
-            if replaced.exists() and not folder.exists():
-                replaced.rename(folder)
         return folder
 
     @np.errstate(over="ignore", invalid="ignore")  # what overflows is refused

@@ -20,6 +20,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from export.folder.manifest import BESIDE
 from export.graphs.naming import sanitised
 from export.graphs.plan import Arrays
 from export.hub.client import PUBLIC, configured, likely, one_line, scratch, version
@@ -29,7 +30,7 @@ from export.phone.options import Options
 from export.phone.source import Source
 from export.run.ledger import Ledger, arrays_digest, digest
 from refimpl.errors import InputError, at_most
-from refimpl.files import sha256
+from refimpl.files import settle, sha256
 
 POLL = 10.0  # seconds between two looks at a job, as the client has it
 JOBS = ("compile", "link", "inference", "profile")
@@ -370,6 +371,7 @@ class Session(Connection):
 
 def expect_export(folder: Path) -> None:
     """Raises InputError for a folder that is not an export, before anything is written into it."""
+    settle(folder, BESIDE)
     if not (folder / "manifest.json").is_file():
         what = "has no manifest.json" if folder.is_dir() else "is not a folder"
         raise InputError(f"{folder} {what}; expected an export, as refimpl export writes it")

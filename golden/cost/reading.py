@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from refimpl.errors import InputError
+from refimpl.files import read_text
 from refimpl.model import Model
 from refimpl.sweep import Pool, Result, sweep
 
@@ -46,10 +47,7 @@ def read_documents(path: Path, model: Model, tokens: int | None = None) -> list[
     """
     if tokens is not None and tokens < 1:
         raise InputError(f"tokens is {tokens}, expected how many to read, from 1")
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"cannot read {path} as UTF-8 text: {error}") from None
+    text = read_text(path)
     if not text.strip():
         raise InputError(f"{path} holds no text")
     ids: list[int] = []

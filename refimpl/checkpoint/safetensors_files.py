@@ -15,6 +15,8 @@ DTYPES = {
     "F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16,
     "I64": np.int64, "I32": np.int32, "I16": np.int16, "I8": np.int8, "U8": np.uint8, "BOOL": np.bool_,
 }  # fmt: skip
+HEADER = 16 << 20  # bytes; a 7B model's header has 40 KB, one of 30,000 tensors 4 MB
+DIMENSIONS = 64  # that NumPy gives an array at most
 
 
 def map_safetensors(path: Path) -> dict[str, np.ndarray]:
@@ -28,11 +30,13 @@ def map_safetensors(path: Path) -> dict[str, np.ndarray]:
     try:
         with open(path, "rb") as file:
             expect_content(path, file.read(64))
+            file.seek(0)
+            length = int.from_bytes(file.read(8), "little")
+            if length > HEADER:  # before the library parses it, which takes a hundred times the memory
+                raise InputError(f"{path} has a header of {length} bytes, expected at most {HEADER}; download it again")
+            header = parse_json(file.read(length))
         with safe_open(path, framework="numpy"):
             pass
-        with open(path, "rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            header = parse_json(file.read(length))
     except OSError as error:
         raise InputError(cannot_read(path, error)) from None
     except InputError:
@@ -45,6 +49,8 @@ def map_safetensors(path: Path) -> dict[str, np.ndarray]:
     for name, entry in header.items():
         if entry["dtype"] not in DTYPES:
             raise InputError(f"{name} in {path} has the format {entry['dtype']}, which is not known here")
+        if len(entry["shape"]) > DIMENSIONS:
+            raise InputError(f"{name} in {path} has {len(entry['shape'])} dimensions, expected at most {DIMENSIONS}")
         start, stop = entry["data_offsets"]
         dtype = np.dtype(DTYPES[entry["dtype"]])
         # `frombuffer` cannot take an empty buffer or a misaligned one; a view of the bytes can be both.

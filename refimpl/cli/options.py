@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from refimpl.cli.verbs import option
 from refimpl.errors import InputError
+from refimpl.files import read_text
 
 if TYPE_CHECKING:
     from export.preflight.check import Preflight
@@ -82,10 +83,7 @@ def listed_ids(given: str, tokens: int | None) -> list[int]:
     path = Path(given)
     if not path.is_file():
         return list(integers(given))[:tokens]
-    try:
-        return list(integers(",".join(path.read_text(encoding="utf-8").replace(",", " ").split())))[:tokens]
-    except UnicodeDecodeError:
-        raise InputError(f"{path} is not UTF-8 text; it should hold whole numbers between commas or blanks") from None
+    return list(integers(",".join(read_text(path).replace(",", " ").split())))[:tokens]
 
 
 def size_of_blocks(text: str) -> int | str:

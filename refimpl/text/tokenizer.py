@@ -186,6 +186,8 @@ class Tokenizer:
 
 MULTIPLES = tuple(1 << n for n in range(3, 12))  # vocabularies are padded to multiples of these, for the sake of GPUs
 _FILES = ("tokenizer.model", "tokenizer.json")  # of Baichuan, and of Qwen2
+# Bytes of them. In memory, their pieces take 20 times as much. Baichuan2's has 2 MB, Qwen2's 7 MB.
+LARGEST_PIECES, LARGEST_JSON = 8 << 20, 32 << 20
 # Byte-level BPE writes each byte as a letter: printable Latin-1 as it is, the others as the letters from U+0100 on.
 _PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
 _BYTES = {chr(byte): byte for byte in _PRINTABLE} | {
@@ -220,7 +222,8 @@ def load_tokenizer(folder: str | Path, config: Config | None = None) -> Tokenize
         return None
     others = [folder / f"{kind}_config.json" for kind in ("tokenizer", "generation")]
     keys, generation = (read_json(other) if other.exists() else {} for other in others)
-    return (_read_byte_level if qwen else _read_sentencepiece)(path, read_small(path), config, keys, generation)
+    read, limit = (_read_byte_level, LARGEST_JSON) if qwen else (_read_sentencepiece, LARGEST_PIECES)
+    return read(path, read_small(path, limit), config, keys, generation)
 
 
 def _read_sentencepiece(
