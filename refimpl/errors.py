@@ -24,6 +24,29 @@ def one_line(text: str) -> str:
     return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
+# Control characters but tab and line break, and the marks that change the direction in which the text behind is read.
+_UNSEEN = [
+    *range(9),
+    *range(11, 32),
+    *range(127, 160),
+    0x61C,
+    0x200E,
+    0x200F,
+    *range(0x202A, 0x202F),
+    *range(0x2066, 0x206A),
+]
+_SEEN = {code: ascii(chr(code))[1:-1] for code in _UNSEEN}
+
+
+def visible(text: str) -> str:
+    r"""The text with what moves a cursor or turns the reading direction escaped. Line breaks and tabs stay.
+
+    >>> print(visible("a\x1b[2J\u202eb"))
+    a\x1b[2J\u202eb
+    """
+    return text.translate(_SEEN)
+
+
 def at_most(items, limit: int = 5) -> str:
     """A comma-separated list that stays one line: the first `limit` items and how many more there are."""
     items = [str(item) for item in items]

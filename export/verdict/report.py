@@ -12,13 +12,14 @@ import json
 import math
 import re
 from collections.abc import Iterable, Iterator
-from html import escape
+from html import escape as escape_markup
 from typing import Any
 from xml.etree import ElementTree
 
 from export.measure.figures import BINS, Birth, Comparison
 from export.verdict import story
 from export.verdict.verdict import Verdict
+from refimpl.errors import visible
 
 LEVELS = "0123456789abcdefghijklmnopqrstuvwxyz"  # an excess x is LEVELS[2 * log2(x) + 18]: 1 is "i", 2 is "k"
 COLOURS = ("#1a7f4b", "#58a65c", "#a9cf7a", "#e8dd7d", "#f0a04b", "#e0603c", "#c22f2f", "#7d1128")
@@ -64,6 +65,11 @@ def model_explorer(verdict: Verdict) -> str:
         results = content.setdefault(tensor.graph, {"results": {}, "thresholds": thresholds})["results"]
         results.setdefault(tensor.output or tensor.tap, {"value": min(verdict.excess(tensor), 1e9)})
     return json.dumps(content, ensure_ascii=False, allow_nan=False)
+
+
+def escape(text: str, quote: bool = True) -> str:
+    """Text for the page: nothing in it is markup, and nothing turns the reading direction of what follows."""
+    return escape_markup(visible(text), quote)
 
 
 def html(verdict: Verdict) -> str:

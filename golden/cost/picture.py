@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from golden.cost.attribution import Attribution, Share
-from refimpl.errors import InputError
+from refimpl.errors import InputError, visible
 
 CELL, ROW, LEFT, TOP = 96, 22, 84, 92  # pixels: a cell's width, a row's height, the margins
 STOPS = ((255, 250, 235), (253, 190, 110), (222, 74, 56), (94, 10, 60))  # colours from little to much
@@ -94,7 +94,7 @@ def _page(drawn: list[str], width: int, height: int) -> str:
 
 
 def _label(x: float, y: float, text: str, more: str = "") -> str:
-    return f'<text x="{x}" y="{y}" {more}>{escape(text, quote=False)}</text>'
+    return f'<text x="{x}" y="{y}" {more}>{escape(visible(text), quote=False)}</text>'
 
 
 def _cell(share: Share, heat: Heat, column: int, y: int) -> str:
@@ -102,7 +102,7 @@ def _cell(share: Share, heat: Heat, column: int, y: int) -> str:
     x, warmth = LEFT + column * CELL, heat.of(share)
     figures = f"{share.name}: KL {share.kl:.6f} ± {share.kl_error:.6f} nats, same top-1 {share.same_top:.2%}"
     ink = "#fff" if warmth > 0.6 else "#222"
-    return (f'<g><title>{escape(figures)}</title><rect x="{x}" y="{y}" width="{CELL - 2}" height="{ROW - 2}" '
+    return (f'<g><title>{escape(visible(figures))}</title><rect x="{x}" y="{y}" width="{CELL - 2}" height="{ROW - 2}" '
             f'fill="{_colour(warmth)}"/><text x="{x + CELL / 2 - 1}" y="{y + 14}" fill="{ink}" '
             f'text-anchor="middle">{share.kl:.2g}</text></g>')  # fmt: skip
 

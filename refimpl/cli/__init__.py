@@ -16,19 +16,26 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, TextIO
 
 import refimpl
+from refimpl.cli.mapped import name_files_that_shrink
 from refimpl.cli.options import stop_printing
 from refimpl.cli.parsing import command_line
-from refimpl.errors import InputError, Remark, one_line
+from refimpl.errors import InputError, Remark, one_line, visible
 
 
 def main(argv: list[str] | None = None) -> int:
     """Runs one verb and returns its exit code."""
+    name_files_that_shrink()
+    sys.stdout, sys.stderr = sys.stdout or _nowhere(), sys.stderr or _nowhere()  # None where they were closed
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a terminal that cannot show Chinese shows code points
             stream.reconfigure(errors="backslashreplace")
+    if sys.stdout.isatty() and "write" not in vars(
+        sys.stdout
+    ):  # a model may say anything, and names in files may hold anything
+        sys.stdout.write = partial(_write_visible, sys.stdout.write)  # type: ignore[method-assign]
     try:
         arguments = command_line(refimpl.__version__).parse_args(argv)
         _expect_place()
@@ -54,6 +61,14 @@ def main(argv: list[str] | None = None) -> int:
             return 0
         print(f"refimpl: cannot print: {error.strerror}", file=sys.stderr)
         return 2
+
+
+def _write_visible(write: Callable[[str], int], text: str) -> int:
+    return write(visible(text))
+
+
+def _nowhere() -> TextIO:
+    return open(os.devnull, "w")  # it stays open as long as the process
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 """The command line as a person meets it: what it prints, and how it exits."""
 
+import io
 import json
 import os
 import shlex
@@ -273,6 +274,53 @@ def test_a_terminal_that_is_not_utf8():
 def test_a_full_disk_behind_standard_output():
     found = run("refimpl info > /dev/full")
     assert found.returncode == 2 and found.stderr.count(b"\n") == 1
+
+
+@pytest.mark.parametrize("closed", [">&-", ">&- 2>&-", "<&-"])
+def test_a_closed_stream_changes_no_exit_code(closed, tmp_path):
+    assert run(f"refimpl info {closed}").returncode == 0
+    assert run(f"refimpl info {tmp_path} {closed}").returncode == 2
+
+
+def test_a_mapped_file_that_is_cut_is_named(tmp_path):
+    """The weights are cut after they are mapped, as by another program that writes the folder anew."""
+    folder = write_checkpoint(tmp_path / "model", "Qwen2-7B", seed=1, vocab_size=4096)
+    program = f"""
+import os, refimpl, refimpl.model
+from refimpl.cli import main
+mapped = refimpl.load
+def load(*given, **options):
+    model = mapped(*given, **options)
+    os.truncate({str(folder / "model.safetensors")!r}, 4096)
+    return model
+refimpl.load = refimpl.model.load = load
+raise SystemExit(main(["generate", {str(folder)!r}, "--ids", "4000,17,9"]))
+"""
+    found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert found.returncode == 2 and found.stderr.count("\n") == 1, found.stderr
+    assert f"{folder}/model.safetensors became shorter while it was read" in found.stderr
+
+
+def test_what_a_model_says_moves_no_cursor(monkeypatch, capsys):
+    """A terminal shows what would move its cursor or turn the reading direction; a file gets the text itself."""
+    said = "a\x1b[2J\u202eb\n"
+    for terminal, expected in ((True, "a\\x1b[2J\\u202eb\n"), (False, said)):
+        stream = io.TextIOWrapper(io.BytesIO(), "utf-8")
+        stream.isatty = lambda terminal=terminal: terminal
+        monkeypatch.setattr(sys, "stdout", stream)
+        monkeypatch.setattr("refimpl.cli.command_line", lambda _: Typed(lambda _: print(said, end="") or 0))
+        assert main([]) == 0
+        assert stream.buffer.getvalue().decode() == expected
+
+
+class Typed:
+    """A command line that is understood as one verb."""
+
+    def __init__(self, run):
+        self.run = run
+
+    def parse_args(self, _):
+        return self
 
 
 def test_a_stray_error_names_its_file(tmp_path, monkeypatch, capsys):
