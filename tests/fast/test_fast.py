@@ -21,7 +21,8 @@ from refimpl.positions import LOWEST
 from refimpl_kernels import formats
 from refimpl_kernels.fast import integer as fast_integer
 from refimpl_kernels.fast import ops as fast
-from refimpl_kernels.fast.ops import NumbaOps, _evenly, stored
+from refimpl_kernels.fast import softmax
+from refimpl_kernels.fast.ops import NumbaOps, _evenly, compiled, stored
 from refimpl_kernels.ops import NumPyOps
 
 UNIT = 2.0**-24
@@ -520,3 +521,21 @@ def test_the_bench_of_attention(capsys):
         bench.run("attention", 1, 1, 1, ("gpu",), 64)
     with pytest.raises(InputError, match="numbers from 1"):
         bench.run("attention", 1, 0, 1, None, 64)
+
+
+@pytest.mark.parametrize("end", ["nbi", "nbc"])
+def test_a_damaged_kernel_on_the_disk_is_compiled_anew(end, tmp_path, monkeypatch, capsys):
+    """After a power cut, a file of Numba's cache may be cut. It must not break every later run."""
+    monkeypatch.setattr("numba.config.CACHE_DIR", str(tmp_path))
+    x = types.Array(types.float32, 1, "C")
+    signature = types.void(types.Array(types.float32, 1, "C", readonly=True), x)
+
+    def run():
+        out = np.empty(16, np.float32)
+        compiled.__wrapped__(softmax.sigmoid, signature, parallel=False)(np.zeros(16, np.float32), out)
+        return set(out.tolist()), "compiling" in capsys.readouterr().err
+
+    assert run() == ({0.5}, True) and run() == ({0.5}, False)
+    for file in tmp_path.rglob(f"*.{end}"):
+        file.write_bytes(file.read_bytes()[:99])
+    assert run() == ({0.5}, True) and run() == ({0.5}, False)

@@ -16,6 +16,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
+from glob import escape
 from hashlib import sha256
 from itertools import accumulate
 from pathlib import Path
@@ -302,8 +303,14 @@ def compiled(function, signature, parallel: bool = True, **options):
     known = signature.args[0].types[0] if isinstance(signature.args[0], types.NamedTuple) else signature.args[0]
     what = f"{function.__module__}.{function.__name__}" + f" for {known}" * (not isinstance(known, types.Array))
     announce = Announcement(f"compiling {what}, once")
+    dispatcher = numba.njit(parallel=parallel, cache=True, **options)(function)
     with event.install_listener("numba:compile", announce):
-        dispatcher = numba.njit([signature], parallel=parallel, cache=True, **options)(function)
+        try:
+            dispatcher.compile(signature)
+        except Exception:  # whatever a damaged file on the disk leads to
+            for file in Path(dispatcher.stats.cache_path).glob(f"*.{escape(function.__qualname__)}-*.nb[ic]"):
+                file.unlink(missing_ok=True)
+            dispatcher.compile(signature)
     _COMPILED.append(dispatcher)  # else Numba frees the compiled code
     # There is one signature, so the dispatcher need not look at types, which takes 20 µs a call.
     only: Any = dispatcher.overloads[signature.args]
