@@ -54,6 +54,17 @@ def no_cache(layer: int, key: np.ndarray, value: np.ndarray) -> tuple[np.ndarray
     return key, value
 
 
+def expect_fits(cache: Any, batch: int, layers: int, weights: Any) -> None:
+    """Raises InputError unless a cache is one for `batch` sequences of a model, and empty or filled by that model."""
+    if not isinstance(cache, KVCache):
+        raise InputError(f"the cache is a {type(cache).__name__}, expected a KVCache; make one with new_cache({batch})")
+    if (cache.batch, cache.layers) != (batch, layers):
+        said = f"{cache.batch} sequences of {cache.layers} layers"
+        raise InputError(f"the cache is for {said}, not for this call; make one with new_cache({batch})")
+    if cache.length and cache.weights is not weights:
+        raise InputError("the cache was filled by another model; each model needs one of its own: new_cache()")
+
+
 class KVCache:
     """Room for `capacity` tokens of `batch` sequences, filled in place and handed out as views.
 
@@ -68,6 +79,7 @@ class KVCache:
             raise InputError(f"a cache for {batch} sequences of {capacity} tokens; expected at least one of each")
         self.layers, self.capacity, self.batch, self.dtype = layers, capacity, batch, dtype
         self.length = 0
+        self.weights: Any = None  # of the model that filled it
         self.mask = np.zeros((batch, 0), np.int64)
         self._pairs: list[tuple[Any, Any] | None] = [None] * layers
 
@@ -106,6 +118,6 @@ class KVCache:
             )
         return np.pad(self.mask, ((0, 0), (0, tokens)), constant_values=1) if mask is None else mask
 
-    def advance(self, mask: np.ndarray) -> None:
-        """Makes the new tokens part of the past. `mask` (B, S) covers all of it."""
-        self.mask, self.length = mask, mask.shape[1]
+    def advance(self, mask: np.ndarray, weights: Any = None) -> None:
+        """Makes the new tokens part of the past. `mask` (B, S) covers all of it; `weights` made the keys and values."""
+        self.mask, self.length, self.weights = mask, mask.shape[1], weights

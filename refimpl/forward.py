@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from refimpl import backends
-from refimpl.cache import KVCache, expect_dtype, no_cache
+from refimpl.cache import KVCache, expect_dtype, expect_fits, no_cache
 from refimpl.checkpoint.weights import Weights
 from refimpl.config import Config
 from refimpl.decoder import Decoder
@@ -74,6 +74,10 @@ class Forward:
         from refimpl.names import taps as known
 
         ids, feed = self.token_ids(ids), Trace() if feed is None else feed
+        if not isinstance(feed, Mapping):
+            raise InputError(f"feed is a {type(feed).__name__}, expected a trace")
+        if not isinstance(taps, str | None):
+            raise InputError(f"taps is {taps!r:.60}, expected one glob such as 'model.layers.*.mlp'")
         about = {"engine": "refimpl", "family": self.config.family, "dtype": dtype, "config": asdict(self.config)}
         trace = Trace(meta={**about, "ids": prompt_of(ids), "fed": bool(feed)})
         expect_same_prompt(trace, feed)
@@ -89,10 +93,12 @@ class Forward:
     ) -> np.ndarray:
         """The forward behind `__call__` and `trace`, with any tap."""
         ids, ops = self.token_ids(ids), self.ops(dtype)
-        if logits_to_keep < 0:
-            raise InputError(f"logits_to_keep is {logits_to_keep}, expected a number of tokens, or 0 for all")
+        if not isinstance(logits_to_keep, int | np.integer) or logits_to_keep < 0:
+            raise InputError(f"logits_to_keep is {logits_to_keep!r}, expected a number of tokens, or 0 for all")
         batch, tokens = ids.shape
-        past = cache.length if cache else 0
+        if cache is not None:
+            expect_fits(cache, batch, self.config.num_hidden_layers, self.weights)
+        past = cache.length if cache is not None else 0
         self.expect_room(past + tokens)
         if attention_mask is not None:
             attention_mask = np.array(attention_mask)
@@ -104,9 +110,6 @@ class Forward:
             attention_mask = attention_mask.astype(np.int64)
         if cache is None:
             mask = np.ones_like(ids) if attention_mask is None else attention_mask
-        elif (cache.batch, cache.layers) != (batch, self.config.num_hidden_layers):
-            said = f"{cache.batch} sequences of {cache.layers} layers"
-            raise InputError(f"the cache is for {said}, not for this call; make one with new_cache({batch})")
         else:
             mask = cache.extended_mask(attention_mask, tokens)
 
@@ -115,7 +118,7 @@ class Forward:
         logits_from = max(0, tokens - logits_to_keep) if logits_to_keep else 0
         logits = self.decoder(ops, tap, cache)(ids, cos, sin, bias, logits_from)
         if cache is not None:
-            cache.advance(mask)
+            cache.advance(mask, self.weights)
         return logits
 
     def stages(

@@ -138,8 +138,8 @@ class Sampling:
         options = {name: _option(name, given.get(name), defaults, getattr(cls, name)) for name in read}
         if not asked.do_sample:
             return cls(**options)
-        if asked.seed is not None and asked.seed < 0:
-            raise InputError(f"seed is {asked.seed}, expected a whole number from 0")
+        if asked.seed is not None and (not isinstance(asked.seed, int | np.integer) or asked.seed < 0):
+            raise InputError(f"seed is {asked.seed!r}, expected a whole number from 0")
         return cls(**{**options, "do_sample": True, "top_k": int(options["top_k"]), "seed": asked.seed})
 
     def expect_ids_below(self, vocabulary: int) -> None:

@@ -40,6 +40,8 @@ def load(path: str | Path | None = None, backend: str | None = None) -> Model:
     Raises InputError, in one line, for whatever is missing, damaged or not understood. Warns (`refimpl.errors.Remark`)
     of weights that are not what their config says (`checkpoint.doctor`), and of another model's tokenizer.
     """
+    if not isinstance(path, str | Path | None):
+        raise InputError(f"the path is {path!r:.60}, expected a str or a Path")
     checkpoint = Checkpoint.read(EMBEDDED if path is None else path)
     made = (("load", None if path is None else str(checkpoint.folder.resolve()), backend),)
     return Model(checkpoint.config, checkpoint.weights, checkpoint.folder, backend, made)

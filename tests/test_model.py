@@ -316,3 +316,31 @@ def test_importing_is_light():
     """Only what is used is imported: each of these takes longer than all the rest."""
     code = "import refimpl, sys; print([m for m in ('numba', 'onnx', 'qai_hub', 'torch', 'h5py') if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "[]\n"
+
+
+def test_a_cache_belongs_to_one_model():
+    """Keys and values of another model are numbers like any others, so nothing else would tell."""
+    model = refimpl.load()
+    other = model.quantize("int4")
+    cache = model.new_cache()
+    model([5, 6], cache=cache)
+    model([7], cache=cache)
+    with pytest.raises(InputError, match="filled by another model"):
+        other([7], cache=cache)
+    other([5, 6], cache=other.new_cache())
+
+
+@pytest.mark.parametrize(
+    ("call", "said"),
+    [
+        (lambda model: model([5], cache=3), "the cache is a int, expected a KVCache"),
+        (lambda model: model([5], logits_to_keep="x"), "logits_to_keep is 'x'"),
+        (lambda model: model.trace([5], taps=["model.norm"]), "expected one glob"),
+        (lambda model: model.trace([5], feed=[1]), "feed is a list, expected a trace"),
+        (lambda model: model.generate([5], do_sample=True, seed="x"), "seed is 'x', expected a whole number"),
+        (lambda model: refimpl.load(3), "the path is 3, expected a str or a Path"),
+    ],
+)
+def test_arguments_of_a_wrong_type_are_named(call, said):
+    with pytest.raises(InputError, match=said):
+        call(refimpl.load())
