@@ -22,14 +22,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError
-from safetensors.numpy import save_file
 
 from golden.tolerance import ROUNDINGS, Tolerance
 from refimpl.checkpoint.safetensors_files import map_safetensors
 from refimpl.config import Config
 from refimpl.errors import InputError, at_most
-from refimpl.files import read_json, sha256, whole_folder
+from refimpl.files import read_json, sha256, whole_folder, write_safetensors
 from refimpl.trace import Trace, prompt_of
 
 GOLDEN, TRACE = "refimpl golden 1", "refimpl trace 1"
@@ -239,10 +237,7 @@ def write_tensors(folder: Path, kind: str, manifest: Mapping, tensors: Mapping[s
         for key, array in arrays.items()
     }
     with whole_folder(folder) as partial:
-        try:
-            save_file(arrays, partial / "tensors.safetensors")
-        except SafetensorError as error:
-            raise InputError(f"cannot write {folder}: {error}") from None
+        write_safetensors(partial / "tensors.safetensors", arrays)
         content = {"format": kind, **manifest, "tensors": entries, "sha256": sha256(partial / "tensors.safetensors")}
         text = json.dumps(content, ensure_ascii=False, allow_nan=False, indent=1)
         (partial / "manifest.json").write_text(text + "\n", encoding="utf-8")

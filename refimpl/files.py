@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
 import shutil
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from glob import escape
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from refimpl.errors import InputError
 
@@ -65,6 +68,12 @@ def cannot_read(path: Path, error: OSError) -> str:
     denied = isinstance(error, PermissionError)
     advice = "ask its owner for permission, or see chmod +r" if denied else "is the path right?"
     return f"cannot read {path}: {error.strerror or error}; {advice}"
+
+
+def cannot_write(path: Path, error: OSError) -> str:
+    """The error message about a file or folder that cannot be written: what the system says, and what to do."""
+    advice = "free some space" if error.errno == errno.ENOSPC else "choose another place"
+    return f"cannot write {path}: {error.strerror or error}; {advice}"
 
 
 def expect_content(path: Path, beginning: bytes) -> None:
@@ -141,7 +150,19 @@ def write_all(texts: Iterable[tuple[str | Path, str]]) -> None:
             try:
                 partial.write_text(text, encoding="utf-8")
             except OSError as error:
-                raise InputError(f"cannot write {path}: {error.strerror}; choose another place") from None
+                raise InputError(cannot_write(path, error)) from None
+
+
+def write_safetensors(path: Path, tensors: Mapping[str, np.ndarray], about: Mapping[str, str] | None = None) -> None:
+    """Writes a safetensors file, whole or not at all. Raises InputError if it cannot be written."""
+    from safetensors import SafetensorError
+    from safetensors.numpy import save_file
+
+    try:
+        with replacing(path) as partial:
+            save_file(dict(tensors), partial, dict(about) if about else None)
+    except SafetensorError as error:  # what the library makes of a full disk
+        raise InputError(f"cannot write {path}: {error}; free some space") from None
 
 
 def expect_writable(paths: Iterable[str | Path]) -> None:
@@ -168,7 +189,7 @@ def whole_folder(folder: Path) -> Iterator[Path]:
             yield partial
             partial.rename(folder)
     except OSError as error:
-        raise InputError(f"cannot write {folder}: {error.strerror}; choose another place") from None
+        raise InputError(cannot_write(folder, error)) from None
 
 
 @contextmanager
@@ -197,7 +218,7 @@ def replacing(path: Path) -> Iterator[Path]:
             yield partial
             partial.replace(path)
     except OSError as error:
-        raise InputError(f"cannot write {path}: {error.strerror}; choose another place") from None
+        raise InputError(cannot_write(path, error)) from None
     finally:
         partial.unlink(missing_ok=True)
 

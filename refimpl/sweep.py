@@ -31,6 +31,7 @@ import numpy as np
 from tqdm import tqdm
 
 from refimpl.errors import InputError
+from refimpl.files import write_safetensors
 from refimpl.version import __version__
 
 Result = Mapping[str, np.ndarray]
@@ -173,14 +174,8 @@ class _Store:
             return None
 
     def write(self, key: str, result: Result) -> Result:
-        from safetensors.numpy import save_file
-
-        path = self.folder / f"{key}.safetensors"
-        try:
-            save_file({k: np.ascontiguousarray(v) for k, v in result.items()}, path.with_suffix(".part"))
-            os.replace(path.with_suffix(".part"), path)
-        except OSError as error:
-            raise InputError(f"cannot write {path}: {error.strerror}; free some space") from None
+        arrays = {k: np.ascontiguousarray(v) for k, v in result.items()}
+        write_safetensors(self.folder / f"{key}.safetensors", arrays)
         return result
 
 

@@ -26,7 +26,7 @@ from export.graphs.plan import Arrays, GraphSpec, Plan, unpadded
 from export.graphs.profiles import Profile
 from golden.bundle import sha256 as digest
 from refimpl.errors import InputError, at_most
-from refimpl.files import filling, read_json, replace_folder, settle
+from refimpl.files import cannot_write, filling, read_json, replace_folder, settle
 from refimpl.grids.encodings import Encodings
 from refimpl.model import Model, SimulatedModel
 from refimpl_kernels.affine import Rounding
@@ -90,7 +90,7 @@ class Parts:
                 self._write(partial, golden)
                 replace_folder(partial, folder, BESIDE, lambda: check_free(folder, overwrite))
         except OSError as error:
-            raise InputError(f"cannot write {folder}: {error.strerror}; choose another place") from None
+            raise InputError(cannot_write(folder, error)) from None
         return folder
 
     @np.errstate(over="ignore", invalid="ignore")  # what overflows is refused

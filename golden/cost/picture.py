@@ -6,7 +6,6 @@ where the pointer rests.
 
 from __future__ import annotations
 
-import os
 from html import escape
 from pathlib import Path
 
@@ -14,6 +13,7 @@ import numpy as np
 
 from golden.cost.attribution import Attribution, Share
 from refimpl.errors import InputError, visible
+from refimpl.files import write_whole
 
 CELL, ROW, LEFT, TOP = 96, 22, 84, 92  # pixels: a cell's width, a row's height, the margins
 STOPS = ((255, 250, 235), (253, 190, 110), (222, 74, 56), (94, 10, 60))  # colours from little to much
@@ -23,13 +23,7 @@ STYLE = "text{font:12px sans-serif}.title{font-size:15px;font-weight:600}"
 
 def write_svg(found: Attribution, path: str | Path) -> None:
     """Writes the picture to a file, whole or not at all. Raises InputError if it cannot be written."""
-    path = expect_svg(path)
-    part = path.with_name(path.name + ".part")
-    try:
-        part.write_text(svg(found), encoding="utf-8")
-        os.replace(part, path)
-    except OSError as error:
-        raise InputError(f"cannot write {path}: {error.strerror}; give another place") from None
+    write_whole(expect_svg(path), svg(found))
 
 
 def expect_svg(path: str | Path) -> Path:

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +22,7 @@ import numpy as np
 
 from refimpl.checkpoint.safetensors_files import map_safetensors
 from refimpl.errors import InputError
+from refimpl.files import write_safetensors
 from refimpl.names import input_of
 from refimpl.sweep import Pool, Result, sweep
 from refimpl.windows import WINDOW, cut
@@ -109,18 +109,8 @@ def sums_of_squares(model: Forward, wanted: tuple[str, ...], ids: np.ndarray, dt
 
 def write_importance(path: str | Path, importance: Importance) -> None:
     """Writes a safetensors file, whole or not at all."""
-    from safetensors import SafetensorError
-    from safetensors.numpy import save_file
-
-    path = Path(path)
-    part = path.with_name(path.name + ".part")
     about = {"kind": KIND, **importance.meta}
-    try:
-        save_file(dict(sorted(importance.items())), part, {"about": json.dumps(about)})
-        os.replace(part, path)
-    except (OSError, SafetensorError) as error:
-        part.unlink(missing_ok=True)
-        raise InputError(f"cannot write {path}: {error}") from None
+    write_safetensors(Path(path), dict(sorted(importance.items())), {"about": json.dumps(about)})
 
 
 def read_importance(path: str | Path) -> Importance:

@@ -34,7 +34,7 @@ from refimpl.blocks.save import save
 from refimpl.checkpoint.folder import Checkpoint
 from refimpl.checkpoint.weights import NormHead, Weight, Weights
 from refimpl.errors import InputError, at_most
-from refimpl.files import whole_folder, write_whole
+from refimpl.files import whole_folder, write_safetensors, write_whole
 from refimpl.forward import Forward
 from refimpl.gradients.adapters import Lora
 from refimpl.gradients.backward import backward
@@ -147,19 +147,11 @@ class Tuning:
 
     def save_state(self, folder: Path, identity: str) -> None:
         """Writes what the next step depends on, whole or not at all."""
-        from safetensors.numpy import save_file
-
         tensors = {f"parameter/{name}": x for name, x in self.parameters.items()}
         tensors |= {f"mean/{name}": x for name, x in self.moments.mean.items()}
         tensors |= {f"square/{name}": x for name, x in self.moments.square.items()}
         about = {"identity": identity, "losses": self.losses, "norms": self.norms}
-        partial = folder / "state.safetensors.new"
-        try:
-            save_file(tensors, partial, {"about": json.dumps(about)})
-            os.replace(partial, folder / "state.safetensors")
-        except Exception as error:  # safetensors has an exception of its own for a full disk
-            partial.unlink(missing_ok=True)
-            raise InputError(f"cannot write {folder}: {error}; free some space, and the run goes on there") from None
+        write_safetensors(folder / "state.safetensors", tensors, {"about": json.dumps(about)})
 
     def load_state(self, folder: Path, identity: str) -> None:
         """Takes up what `save_state` wrote. Raises InputError for another run's."""
