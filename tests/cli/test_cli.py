@@ -323,6 +323,12 @@ class Typed:
         return self
 
 
+def test_the_command_line_imports_no_library_before_it_is_ready():
+    """Ctrl-C is answered by `main`, so whatever takes long to import is imported inside it."""
+    code = "import refimpl.cli, sys; print({'numpy', 'safetensors', 'numba', 'onnx'} & {*sys.modules})"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "set()\n"
+
+
 def test_a_stray_error_names_its_file(tmp_path, monkeypatch, capsys):
     """Not every reader of files tells of each way to fail; then the file is named all the same."""
     monkeypatch.setattr("refimpl.cli.devices.load_model", lambda _: (tmp_path / "gone\n.data").stat())
