@@ -58,6 +58,11 @@ class GraphFolder:
         return self.model.graph
 
     @cached_property
+    def rounds(self) -> bool:
+        """Whether the graph rounds its activations by itself, so that no encodings are needed."""
+        return any(node.op == "QuantizeLinear" for node in self.graph.nodes)
+
+    @cached_property
     def called(self) -> Called | None:
         """What the name says, if it is that of a part."""
         found = NAME.fullmatch(self.name.removesuffix(".aimet").removesuffix(".onnx"))

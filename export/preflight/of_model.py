@@ -63,6 +63,7 @@ def invalid(graph: GraphFolder):
     wrong="opset 21",
     source="zoo: 17 until 0.46, 18 in 0.65",
     remedy="export with opset 17",
+    hub=True,
 )
 def opset_unproven(graph: GraphFolder):
     """The opset is one that AI Hub's own language models have. It may take others; nobody documents that."""
@@ -78,6 +79,7 @@ def opset_unproven(graph: GraphFolder):
     wrong="IR version 11",
     source="zoo: onnx<=1.18, IR clamped to 10",
     remedy="write the model with ir_version=10 or less",
+    hub=True,
 )
 def ir_version_new(graph: GraphFolder):
     """The version of ONNX's file format is at most 10, the newest that AI Hub takes."""
@@ -136,6 +138,7 @@ def operator_unknown(graph: GraphFolder):
     wrong="DequantizeLinear of an INT4 weight",
     source="no report of success",
     remedy="export float32 weights with int4 encodings (--profile aihub)",
+    hub=True,
 )
 def int4_blocks(graph: GraphFolder):
     """Weights in the graph are float32, and encodings put them on 4 bits: that is the way that AI Hub documents."""
@@ -167,6 +170,7 @@ def shapes_dynamic(graph: GraphFolder):
     wrong="value_info has no entry for probs",
     source="zoo: split_onnx",
     remedy="run onnx.shape_inference, and save what it finds",
+    hub=True,
 )
 def value_info_missing(graph: GraphFolder):
     """Every tensor has its type and shape in the file: the zoo's splitter needs it, and so do these rules."""

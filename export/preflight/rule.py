@@ -13,7 +13,8 @@ class Rule:
     """One known reason to be refused, named after what is wrong.
 
     `breaches` gets one graph and yields each breach: the name of a tensor, or "", and why. In of_all.py it gets all
-    graphs, and yields the graph before these two. `wrong` is an example.
+    graphs, and yields the graph before these two. `wrong` is an example. `hub`: it is about float graphs for AI Hub,
+    and does not hold for graphs that round by themselves, which Qualcomm's compiler takes.
     """
 
     id: str
@@ -23,13 +24,16 @@ class Rule:
     source: str
     remedy: str
     breaches: Callable[[Any], Iterator[Any]]
+    hub: bool = False
 
 
-def rule(id: str, severity: str, *, wrong: str, source: str, remedy: str) -> Callable[[Callable], Rule]:
+def rule(
+    id: str, severity: str, *, wrong: str, source: str, remedy: str, hub: bool = False
+) -> Callable[[Callable], Rule]:
     """Makes a rule of a function, whose docstring is what the rule means. `severity`: "error" or "warning"."""
 
     def made(breaches: Callable[[Any], Iterator[Any]]) -> Rule:
-        return Rule(id, severity, " ".join((breaches.__doc__ or "").split()), wrong, source, remedy, breaches)
+        return Rule(id, severity, " ".join((breaches.__doc__ or "").split()), wrong, source, remedy, breaches, hub)
 
     return made
 
