@@ -24,8 +24,9 @@ from tqdm import tqdm
 from export.files.encodings import read_encodings
 from export.graphs.borders import across
 from export.graphs.plan import Arrays
-from export.phone.fed import judge_calls, parting
+from export.phone.fed import judge_calls
 from export.phone.host import Host
+from export.phone.parting import parting
 from export.run.genie import Genie
 from export.run.htp import Htp
 from refimpl import load

@@ -134,15 +134,6 @@ def read_binary(path: str | Path) -> Binary:
     return Binary(path, size, graphs=graphs, **found)
 
 
-def is_binary(path: Path) -> bool:
-    """Whether a file may be a context binary: it ends in .bin, and is neither a zip nor a pickle, as PyTorch's are."""
-    if path.suffix != ".bin" or not path.is_file():
-        return False
-    with open(path, "rb") as file:
-        head = file.read(2)
-    return head not in (b"PK", b"\x80\x02")
-
-
 def _tensor(found: dict[str, Any]) -> Tensor:
     scale, offset = found.get("scale"), found.get("offset")
     return Tensor(found["name"], tuple(found["shape"]), found["dtype"], scale, None if offset is None else -offset)

@@ -10,7 +10,8 @@ are changes of layout that the compiler added.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -23,7 +24,7 @@ _ADDED = re.compile(
     r"(\.(raw|codes|on_grid|wide|floats|reader\d+)|_token_\d+|/duplicated|_out\d+|_(q|dq|quantized|dequantized)|_converted)$"
 )
 
-MOST = 4  # operations of a tensor that a sentence names
+MOST = 3  # tensors that a sentence tells of
 
 
 @dataclass(frozen=True)
@@ -99,19 +100,37 @@ def _operations(path: Path) -> Iterator[Operation]:
             raise InputError(f"{path} is damaged at {name!a:.60}; compile again") from None
 
 
-def told(folder: str | Path, graph: str, taps: Iterable[str]) -> str:
-    """A sentence for a verdict: what the compiler made of some tensors of a graph, with the ONNX nodes of each.
+@dataclass(frozen=True)
+class Made:
+    """What the compiler made of one tensor: operations, none if the tensor is inside of another's operation."""
+
+    tap: str
+    operations: tuple[Operation, ...]
+
+    def __str__(self) -> str:
+        if not self.operations:
+            return f"{self.tap} is inside of another operation"
+        kinds = Counter(one.type for one in self.operations)
+        said = " and ".join(f"{count} {kind}" if count > 1 else kind for kind, count in kinds.items())
+        return f"{self.tap} became {said}{', such as' if len(self.operations) > 1 else ':'} {next(self.lines())}"
+
+    def lines(self) -> Iterator[str]:
+        """Each operation with the ONNX nodes that became it."""
+        for one in self.operations:
+            nodes = [node for node in dict.fromkeys(map(plain, one.nodes)) if not node.endswith(".weight")]
+            yield f"{one} of {at_most(nodes, 4)}"
+
+
+def made_of(folder: str | Path, graph: str, taps: Iterable[str]) -> list[Made]:
+    """What became of some tensors of a graph, in their order.
 
     Raises InputError if the folder of binaries has no record of the graph.
     """
-    record, said = read_provenance(folder, graph), []
-    for tap in taps:
-        found = record.of(tap) or record.of({"lm_head": "logits"}.get(tap, tap))  # as the end of a graph is called
-        for one in found[:MOST]:
-            nodes = [node for node in dict.fromkeys(map(plain, one.nodes)) if not node.endswith(".weight")]
-            said.append(f"{one} of {at_most(nodes, 4)}")
-        if len(found) > MOST:
-            said.append(f"{len(found) - MOST} more like these for {tap}")
-        if not found:
-            said.append(f"{tap} is inside of another operation")
-    return f"in {graph} Qualcomm's compiler made: {'; '.join(said)}"
+    record = read_provenance(folder, graph)
+    return [Made(tap, record.of(tap) or record.of({"lm_head": "logits"}.get(tap, tap))) for tap in taps]
+
+
+def told(graph: str, made: Sequence[Made]) -> str:
+    """A sentence for a verdict about the first few tensors; the page of `verify --html` has all of them."""
+    more = f"; and {len(made) - MOST} more tensors, which --html lists" if len(made) > MOST else ""
+    return f"in {graph}, by the record of Qualcomm's compiler: {'; '.join(map(str, made[:MOST]))}{more}"

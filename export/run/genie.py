@@ -110,14 +110,6 @@ class Genie:
         if rest := decoder.decode(b"", final=True):
             yield rest
 
-    def continue_ids(self, ids: Sequence[int], limit: int) -> Iterator[int]:
-        """The ids that follow some ids, one by one, at most `limit`. The id that ends a text is one of them.
-
-        Raises InputError with Genie's words if it fails.
-        """
-        for message in self._hear("query_tokens", ids=[int(id) for id in ids], limit=limit):
-            yield from message.get("ids", ())
-
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of texts, by Genie's tokenizer, without the id that it puts before a prompt."""
         return self._ask("encode", texts=list(texts))["ids"]

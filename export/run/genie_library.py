@@ -30,7 +30,6 @@ ERROR, LOUD = 1, 2  # levels of GenieLog: an error; and the level asked for, whi
 
 ALLOCATE = CFUNCTYPE(None, c_size_t, POINTER(c_void_p))
 ON_TEXT = CFUNCTYPE(None, c_char_p, c_int32, c_void_p)
-ON_TOKENS = CFUNCTYPE(None, POINTER(c_uint32), c_uint32, c_int32, c_void_p)
 ON_LOG = CFUNCTYPE(None, c_void_p, c_char_p, c_uint32, c_uint64, c_void_p)
 
 _SIGNATURES: dict[str, list[Any]] = {
@@ -43,7 +42,6 @@ _SIGNATURES: dict[str, list[Any]] = {
     "GenieDialog_reset": [c_void_p],
     "GenieDialog_setMaxNumTokens": [c_void_p, c_uint32],
     "GenieDialog_query": [c_void_p, c_char_p, c_int32, ON_TEXT, c_void_p],
-    "GenieDialog_tokenQuery": [c_void_p, POINTER(c_uint32), c_uint32, c_int32, ON_TOKENS, c_void_p],
     "GenieDialog_getTokenizer": [c_void_p, POINTER(c_void_p)],
     "GenieTokenizer_encode": [c_void_p, c_char_p, ALLOCATE, POINTER(POINTER(c_int32)), POINTER(c_uint32)],
     "GenieTokenizer_decode": [c_void_p, POINTER(c_int32), c_uint32, ALLOCATE, POINTER(c_char_p)],
@@ -135,19 +133,6 @@ def query(folder: Path, text: str, limit: int) -> Iterator[dict[str, Any]]:
     return (yield from _streamed(ask))
 
 
-def query_tokens(folder: Path, ids: list[int], limit: int) -> Iterator[dict[str, Any]]:
-    """Sends token ids, and yields each id of the answer as it comes."""
-    genie = _genie(folder)
-    genie.call("GenieDialog_setMaxNumTokens", genie.dialog, limit)
-
-    def ask(say: Any) -> int:
-        on_tokens = ON_TOKENS(lambda found, count, code, data: say({"ids": [found[i] for i in range(count)]}))
-        array = (c_uint32 * len(ids))(*ids)
-        return genie.call("GenieDialog_tokenQuery", genie.dialog, array, len(ids), COMPLETE, on_tokens, None)
-
-    return (yield from _streamed(ask))
-
-
 def _streamed(ask: Any) -> Iterator[dict[str, Any]]:
     """Runs a call in a thread, and yields what it says through its callback, message by message; returns the answer."""
     import queue
@@ -206,5 +191,5 @@ def accuracy(folder: Path, config: str) -> dict[str, Any]:
     return {"json": text}
 
 
-JOBS = {"open": open_dialog, "query": query, "query_tokens": query_tokens, "reset": reset, "encode": encode,
+JOBS = {"open": open_dialog, "query": query, "reset": reset, "encode": encode,
         "accuracy": accuracy}  # fmt: skip

@@ -11,12 +11,13 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from html import escape as escape_markup
 from typing import Any
 from xml.etree import ElementTree
 
 from export.measure.figures import BINS, Birth, Comparison
+from export.phone.provenance import Made
 from export.verdict import story
 from export.verdict.verdict import Verdict
 from refimpl.errors import visible
@@ -72,8 +73,8 @@ def escape(text: str, quote: bool = True) -> str:
     return escape_markup(visible(text), quote)
 
 
-def html(verdict: Verdict) -> str:
-    """One self-contained HTML file."""
+def html(verdict: Verdict, made: Sequence[Made] = ()) -> str:
+    """One self-contained HTML file. `made`: what a compiler made of the suspects, if that is known."""
     guilty = verdict.guilty
     head = "agrees" if verdict else "differs"
     pieces = [
@@ -85,6 +86,7 @@ def html(verdict: Verdict) -> str:
         "one. Click for tokens, heads and the distribution.</p>",
         _tabs(verdict, guilty),
         '<section id="detail" hidden></section>',
+        _made(made),
         "<h2>The price of quantization, and what the device added</h2>",
         _curves(verdict),
         "<h2>All rows</h2>",
@@ -95,6 +97,21 @@ def html(verdict: Verdict) -> str:
     ]
     page = _PAGE.replace("{style}", _STYLE).replace("{title}", f"refimpl verify: {head}")
     return page.replace("{body}", "\n".join(pieces))
+
+
+def _made(made: Sequence[Made]) -> str:
+    """A table of the suspects, with the compiler's operations and their ONNX nodes."""
+    if not made:
+        return ""
+    rows = "".join(
+        f"<tr><td>{escape(one.tap)}<td>{escape(line)}"
+        for one in made
+        for line in (list(one.lines()) or ["inside of another operation"])
+    )
+    return (
+        "<h2>What the compiler made of the suspects</h2><table><tr><th>tensor<th>Qualcomm's operation (its name) of "
+        f"ONNX nodes</tr>{rows}</table>"
+    )
 
 
 def level(excess: float) -> str:

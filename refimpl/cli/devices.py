@@ -81,7 +81,7 @@ def export(arguments) -> int:
             from export.preflight.by_compiler import check_by_compiling
 
             asked = check_by_compiling(arguments.check, arguments.soc)
-            found = replace(asked, findings=found.findings + asked.findings)
+            found = replace(found, findings=found.findings + asked.findings, compiler=asked.compiler)
         return report(arguments, found)
     if arguments.compile:
         raise InputError("--compile belongs to --check DIR; refimpl compile makes binaries")
@@ -146,11 +146,13 @@ def verify(arguments) -> int:
     verdict = _verdict(arguments, path)
     if arguments.compiled and (guilty := verdict.guilty):
         from dataclasses import replace
+        from functools import partial
 
-        from export.phone.provenance import told
+        from export.phone.provenance import made_of, told
 
-        made = told(arguments.compiled, guilty.graph, verdict.suspects or [guilty.tap])
-        verdict = replace(verdict, remarks=(*verdict.remarks, made))
+        made = made_of(arguments.compiled, guilty.graph, verdict.suspects or [guilty.tap])
+        verdict = replace(verdict, remarks=(*verdict.remarks, told(guilty.graph, made)))
+        targets = [(target, partial(text, made=made) if text is files.html else text) for target, text in targets]
     write_all([(target, text(verdict)) for target, text in targets])
     return report(arguments, verdict)
 
@@ -209,7 +211,7 @@ def bisect(arguments) -> int:
     option("--soc", default="8-elite", metavar="NAME",
            help="8-gen-2, 8-gen-3, 8-elite (default), 8-elite-gen-5, x-elite or x2-elite"),
     option("--check", metavar="DIR",
-           help="write nothing: say what is wrong with the bundle in DIR, by Genie and by rules (extra: htp)"),
+           help="write nothing: say what is wrong with the bundle in DIR, by rules and, with the extra htp, by Genie"),
     option("--json", action="store_true", help="with --check: print JSON instead of text"),
 )  # fmt: skip
 def bundle(arguments) -> int:

@@ -62,8 +62,9 @@ def info_of_binary(arguments) -> int:
 )
 def genie(arguments) -> int:
     """Compile and bundle a model, run Qualcomm's own Genie on it, and judge what it says (extra: htp)."""
+    from export.phone.answer import Bundled, Question, ask
     from export.run.library import library
-    from refimpl.cli.genie import Sizes, ask, build, chat_prompt
+    from refimpl.cli.genie import Sizes, build, chat_prompt
 
     library("Genie")
     model = load_model(arguments)
@@ -79,9 +80,10 @@ def genie(arguments) -> int:
         if not arguments.json:
             print(piece, end="", flush=True)
 
+    question = Question(prompt, arguments.max_new_tokens, scored, not arguments.no_outputs, arguments.soc)
+
     def told(bundled: Path, export: Path | None) -> int:
-        answer = ask(model, bundled, export, prompt, arguments.max_new_tokens, say, arguments.soc,
-                     not arguments.no_outputs, scored)  # fmt: skip
+        answer = ask(model, Bundled(bundled, export), question, say)
         print(answer.to_json() if arguments.json else answer)
         return 0 if answer else 1
 

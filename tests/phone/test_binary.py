@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from export.phone.binary import Binary, CompiledGraph, Tensor, is_binary, read_binary
+from export.phone.binary import Binary, CompiledGraph, Tensor, read_binary
 from export.run.socs import SOCS, soc_called, soc_numbered
 from refimpl import InputError
 
@@ -57,14 +57,3 @@ def test_socs():
     assert {soc.model for soc in SOCS.values()} >= {43, 57, 60, 69, 87, 88} and soc_called("8-elite").arch == "79"
     assert soc_numbered(12345) == "soc_model 12345"
     refused("soc is '9', expected one of 8-gen-2", soc_called, "9")
-
-
-def test_checkpoints_of_pytorch_are_no_binaries(tmp_path):
-    for name, head, said in (
-        ("zip.bin", b"PK\3\4", False),
-        ("old.bin", b"\x80\x02\x8a", False),
-        ("b.bin", b"\0\0", True),
-    ):
-        (tmp_path / name).write_bytes(head)
-        assert is_binary(tmp_path / name) == said
-    assert not is_binary(tmp_path) and not is_binary(tmp_path / "c.onnx")

@@ -110,6 +110,39 @@ def test_genie_is_asked(bundled, tmp_path):
     assert fault.rule == "refused" and "additional property 'nonsense'" in fault.why
 
 
+def test_without_the_library_the_rules_say_what_they_can(bundled, tmp_path, monkeypatch):
+    def missing(name):
+        raise InputError("onnxruntime-qnn is not installed; pip install 'refimpl[htp]'")
+
+    monkeypatch.setattr("export.phone.check.library", missing)
+    folder = Path(shutil.copytree(bundled, tmp_path / "bundle"))
+    found = check_bundle(folder)
+    assert found and found.remarks[0].startswith("the binaries were not read, and Genie was not asked: onnxruntime-qnn")
+    edited(folder, GENIE, "dialog.context.bos-token", 1)
+    (folder / "token_ar1_cl64_1_of_2.bin").unlink()
+    assert [fault.rule for fault in check_bundle(folder).faults] == ["file-missing", "bos"]
+
+
+@pytest.mark.parametrize(("fault", "said"), [("soc", "it is made for 8-elite"), ("damaged", "reads no context binary")])
+def test_genie_is_not_run_over_a_bundle_that_it_cannot_load(fault, said, bundled, tmp_path, capsys):
+    folder = Path(shutil.copytree(bundled, tmp_path / "bundle"))
+    if fault == "soc":
+        edited(folder, "htp_backend_ext_config.json", "devices.0.soc_model", 57)
+        edited(folder, "htp_backend_ext_config.json", "devices.0.dsp_arch", "v75")
+    else:
+        (folder / "token_ar1_cl64_1_of_2.bin").write_bytes(b"damaged")
+    assert main(["genie", "-p", "白", "--bundle", str(folder)]) == 2
+    printed = capsys.readouterr()
+    assert said in printed.err and printed.err.count("\n") == 1 and not printed.out
+
+
+def test_a_fault_that_genie_accepts_is_told_with_its_answer(bundled, tmp_path, capsys):
+    folder = Path(shutil.copytree(bundled, tmp_path / "bundle"))
+    edited(folder, GENIE, f"{HTP}.rope-theta", 1_000_000)
+    assert main(["genie", "-p", "白", "--max-new-tokens", "1", "--bundle", str(folder)]) == 1
+    assert "the bundle has a fault that Genie accepts: rope-theta: " in capsys.readouterr().out
+
+
 def test_bad_folders_are_one_line(bundled, tmp_path, capsys):
     for folder, why in ((tmp_path / "nowhere", "is not a folder"), (tmp_path, "genie_config.json")):
         with pytest.raises(InputError, match=why) as caught:

@@ -18,7 +18,7 @@ from export.folder.manifest import read_manifest
 from export.graphs.borders import read_borders
 from export.phone.binary import differences, read_binary
 from export.phone.compiler import MANIFEST, compile_graphs, read_compiled
-from export.phone.provenance import plain, read_provenance, told
+from export.phone.provenance import made_of, plain, read_provenance, told
 from export.preflight.by_compiler import check_by_compiling
 from refimpl import InputError, load
 from refimpl.cli import main
@@ -159,12 +159,25 @@ def test_operations_are_known_by_tap(desk_binaries, coded_export):
 
 
 def test_a_verdict_is_told_what_the_compiler_made(desk_binaries):
-    said = told(desk_binaries, TOKEN.format(2), ["model.layers.0.self_attn.probs", "model.layers.1.mlp.product"])
-    assert said.startswith(
-        "in token_ar1_cl64_2_of_2 Qualcomm's compiler made: Softmax (model.layers.0.self_attn.probs."
-    )
-    assert "ElementWiseMultiply (model.layers.1.mlp.product.raw) of " in said and "\n" not in said
-    assert "model.nowhere is inside of another operation" in told(desk_binaries, TOKEN.format(2), ["model.nowhere"])
+    taps = ["model.layers.0.self_attn.probs", "model.layers.1.mlp.product"]
+    said = told(TOKEN.format(2), made_of(desk_binaries, TOKEN.format(2), taps))
+    assert said.startswith("in token_ar1_cl64_2_of_2, by the record of Qualcomm's compiler: ")
+    assert "model.layers.0.self_attn.probs became 4 Softmax, such as Softmax (model.layers.0.self_attn.probs." in said
+    assert "product became ElementWiseMultiply: ElementWiseMultiply (model.layers.1.mlp.product.raw) of " in said
+    assert "\n" not in said
+    nowhere = made_of(desk_binaries, TOKEN.format(2), ["model.nowhere"])
+    assert "model.nowhere is inside of another operation" in told(TOKEN.format(2), nowhere)
+
+
+def test_a_sentence_names_a_few_operations_and_the_page_all(desk_binaries):
+    from export.verdict.report import _made
+
+    mlp = ("gate_proj", "up_proj", "act_fn", "product", "down_proj")
+    made = made_of(desk_binaries, TOKEN.format(2), [f"model.layers.{i}.mlp.{part}" for i in range(3) for part in mlp])
+    said, page = told(TOKEN.format(2), made), _made(made)
+    count = sum(len(one.operations) or 1 for one in made)
+    assert said.count(" became ") == 3 and said.endswith("; and 12 more tensors, which --html lists")
+    assert page.count("<tr><td>") == count and "ElementWiseMultiply (model.layers.2.mlp.product.raw) of" in page
 
 
 def test_commands(desk_binaries, coded_export, tmp_path, capsys):
@@ -206,6 +219,8 @@ def test_verify_names_the_operations_of_what_is_guilty(desk_binaries, coded_expo
     words = ["verify", str(coded_export), str(tmp_path / f"{spec.name}.npz"), "--graph", spec.name]
     assert main([*words, "--compiled", str(desk_binaries), "--save", str(tmp_path / "run.json")]) == 1
     said = capsys.readouterr().out
-    assert "in token_ar1_cl64_2_of_2 Qualcomm's compiler made: " in said and "lm_head" in said
-    assert "Qualcomm's compiler made" in (tmp_path / "run.json").read_text()
+    assert "in token_ar1_cl64_2_of_2, by the record of Qualcomm's compiler: " in said and "lm_head" in said
+    assert "the record of Qualcomm's compiler" in (tmp_path / "run.json").read_text()
+    assert main([*words, "--compiled", str(desk_binaries), "--html", str(tmp_path / "run.html")]) == 1
+    assert "What the compiler made of the suspects" in (tmp_path / "run.html").read_text()
     assert main([*words, "--compiled", str(tmp_path)]) == 2

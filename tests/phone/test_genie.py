@@ -12,8 +12,9 @@ from conftest import write_checkpoint
 from export.graphs.borders import read_borders
 from export.phone.accuracy import by_graphs, perplexity
 from export.phone.bundle import bundle
-from export.phone.fed import judge_calls, parting
+from export.phone.fed import judge_calls
 from export.phone.host import Host, in_codes
+from export.phone.parting import parting
 from export.run.engines import Engine
 from export.run.genie import Call, Genie, called, configured
 from refimpl import InputError, load
