@@ -203,6 +203,14 @@ def give_the_model(verify: str) -> str:
     return f"Next: give the model, which narrows the limits and tells more causes: {verify} --model MODEL"
 
 
+def agrees_without_the_model(verify: str) -> str:
+    """All is right, by limits that are as wide as all that quantization does from the beginning of a graph on."""
+    return (
+        "Without the model, each output may be off by as much as quantization makes it, so a fault inside of a graph "
+        f"that is smaller than that passes.\nNext: give the model, which judges each operation: {verify} --model MODEL"
+    )
+
+
 def search(bisect: str) -> str:
     """Several operations are suspected, or no cause is known."""
     return f"Next: find the operation in the fewest runs: {bisect}"

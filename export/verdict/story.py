@@ -59,6 +59,8 @@ def next_step(of: Judged, say: Any = english) -> str:
         cause = of.causes.get(guilty.name)
         known = cause is not None and not cause.partial and len(of.suspects) == 1
         return say.mend(verify) if known else say.search(bisect)
+    if of.kind.on_grids and not of.about.get("model"):
+        return say.agrees_without_the_model(verify)
     if of.unjudged:
         return say.run_the_rest(of.unjudged, verify)
     chained = any(tensor.way == "chained" for tensor in of.tensors)

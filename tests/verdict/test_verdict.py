@@ -625,6 +625,8 @@ def test_an_export_with_encodings_says_what_a_device_should_answer(world, tmp_pa
     outputs = world.healthy("simulation", "chained")
     for verdict in (judge(folder, outputs), judge(folder, outputs, world.model)):
         assert verdict and verdict.kind == SIMULATION
+    assert "that is smaller than that passes" in judge(folder, outputs).next_step, "nothing in it was computed anew"
+    assert "passes" not in judge(folder, outputs, world.model).next_step
     outputs["chained"][P.format(3)]["past_key_1_out"] = -outputs["chained"][P.format(3)]["past_key_1_out"]
     verdict = judge(folder, outputs)
     assert verdict.guilty.tap == KEY.format(1) and verdict.causes[verdict.guilty.name].name == "scale"
