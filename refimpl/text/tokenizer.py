@@ -188,11 +188,20 @@ MULTIPLES = tuple(1 << n for n in range(3, 12))  # vocabularies are padded to mu
 _FILES = ("tokenizer.model", "tokenizer.json")  # of Baichuan, and of Qwen2
 # Bytes of them. In memory, their pieces take 20 times as much. Baichuan2's has 2 MB, Qwen2's 7 MB.
 LARGEST_PIECES, LARGEST_JSON = 8 << 20, 32 << 20
-# Byte-level BPE writes each byte as a letter: printable Latin-1 as it is, the others as the letters from U+0100 on.
-_PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
-_BYTES = {chr(byte): byte for byte in _PRINTABLE} | {
-    chr(256 + number): byte for number, byte in enumerate(sorted({*range(256)} - {*_PRINTABLE}))
-}
+
+
+def byte_letters() -> dict[str, int]:
+    """The letters in which byte-level BPE writes bytes: printable Latin-1 as it is, the others from U+0100 on.
+
+    >>> byte_letters()["Ġ"]
+    32
+    """
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = sorted({*range(256)} - {*printable})
+    return {chr(byte): byte for byte in printable} | {chr(256 + n): byte for n, byte in enumerate(others)}
+
+
+_BYTES = byte_letters()
 
 
 def load_tokenizer(folder: str | Path, config: Config | None = None) -> Tokenizer | None:
