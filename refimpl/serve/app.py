@@ -6,8 +6,9 @@ import asyncio
 import json
 import time
 import traceback
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 from starlette.applications import Starlette
@@ -19,14 +20,24 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from refimpl.errors import InputError
 from refimpl.serve.answers import Layout, usage
-from refimpl.serve.asks import Ask, RefusedError, read_ask
+from refimpl.serve.asks import Ask, RefusedError, read_ask, read_detokenize, read_inside, read_tokenize
 from refimpl.serve.guard import Guard
+from refimpl.serve.inside import inside
 from refimpl.serve.served import Served
 from refimpl.serve.worker import DONE, BusyError, GoneError, Job, Work, Worker
 from refimpl.serve.writing import Piece, Writer
 
 LARGEST = 4 << 20  # bytes of a request's body
-PUBLIC = ("/", "/health")  # what is seen without a token; neither says anything of the models
+PAGE = Path(__file__).parent / "page"
+FILES = {"/": ("index.html", "text/html"), "/chat.js": ("chat.js", "text/javascript"),
+         "/style.css": ("style.css", "text/css")}  # fmt: skip
+PUBLIC = (*FILES, "/health")  # what is seen without a token; nothing of it is about the models
+# A page runs no script but its own, asks no server but its own, and stands in no other page's frame.
+PAGE_HEADERS = {
+    "content-security-policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
+    "frame-ancestors 'none'; base-uri 'none'; form-action 'none'",
+    "cache-control": "no-cache", "x-content-type-options": "nosniff",
+}  # fmt: skip
 
 
 class Json(Response):
@@ -97,7 +108,12 @@ class Api:
             Route("/v1/models/{name:path}", self.model, methods=["GET"]),
             Route("/v1/chat/completions", self.chat, methods=["POST"]),
             Route("/v1/completions", self.completions, methods=["POST"]),
+            Route("/tokenizer_info", self.tokenizer_info, methods=["GET"]),
+            Route("/tokenize", self.tokenize, methods=["POST"]),
+            Route("/detokenize", self.detokenize, methods=["POST"]),
+            Route("/inside", self.inside, methods=["POST"]),
             Route("/health", self.health, methods=["GET"]),
+            *(Route(path, self.page, methods=["GET"]) for path in FILES),
         ]
 
     async def models(self, request: Request) -> Response:
@@ -119,6 +135,52 @@ class Api:
     async def completions(self, request: Request) -> Response:
         """What follows a text."""
         return await self._answer(request, chat=False)
+
+    async def tokenizer_info(self, request: Request) -> Response:
+        """The special tokens of the first model, as vLLM's route of this name gives them."""
+        tokenizer = next(iter(self.served.values())).model.tokenizer
+        named = {
+            "eos_token": tokenizer.eos_token_id,
+            "bos_token": tokenizer.bos_token_id,
+            "pad_token": tokenizer.pad_token_id,
+        }
+        texts = {name: None if id is None else tokenizer.token_bytes(id).decode() for name, id in named.items()}
+        return Json({"tokenizer_class": type(tokenizer).__name__, **texts})
+
+    async def tokenize(self, request: Request) -> Response:
+        """The ids of a prompt, or of a conversation in the family's layout."""
+        ask, model = read_tokenize(await read_body(request))
+        served = self._named(model) if model else next(iter(self.served.values()))
+        (prompt,) = ask.prompts
+        ids = await asyncio.to_thread(served.prompt if ask.chat else lambda _, text: served.encode(text), ask, prompt)
+        return Json({"tokens": ids, "count": len(ids), "max_model_len": served.model.config.max_position_embeddings})
+
+    async def detokenize(self, request: Request) -> Response:
+        """The text of ids."""
+        ids, model = read_detokenize(await read_body(request))
+        served = self._named(model) if model else next(iter(self.served.values()))
+        return Json({"prompt": await asyncio.to_thread(served.decode, ids)})
+
+    async def page(self, request: Request) -> Response:
+        """A file of the chat page."""
+        name, kind = FILES[request.url.path]
+        return Response((PAGE / name).read_bytes(), media_type=kind, headers=PAGE_HEADERS)
+
+    async def inside(self, request: Request) -> Response:
+        """For the page: what a model does inside for the token behind a conversation and the beginning of an answer."""
+        ask, answer = read_inside(await read_body(request))
+        served = self._named(ask.model)
+
+        def work(go_on: Callable[[], None]) -> Iterator[dict[str, Any]]:
+            ids = [*served.prompt(ask, ask.prompts[0]), *answer]
+            try:
+                yield inside(served.model, ids, served.dtype, go_on)
+            except InputError as error:
+                raise RefusedError(400, str(error)) from None
+
+        running = Running(self.worker, work)
+        async with running.watched(request.receive):
+            return Json(await running.next())
 
     async def _answer(self, request: Request, chat: bool) -> Response:
         ask = read_ask(await read_body(request), chat)

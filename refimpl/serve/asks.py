@@ -138,12 +138,20 @@ ASIDE = {"user", "metadata", "store", "service_tier", "safety_identifier", "prom
 
 def read_ask(data: bytes, chat: bool) -> Ask:
     """The request in the body of /v1/chat/completions, or of /v1/completions. Raises RefusedError."""
+    return _checked(_object(data), chat)
+
+
+def _object(data: bytes) -> dict[str, Any]:
     try:
         body = parse_json(data)
     except (ValueError, RecursionError) as error:
         raise RefusedError(400, f"the body is not JSON that can be read: {error}") from None
     if not isinstance(body, dict):
         raise RefusedError(400, f"the body is a JSON {type(body).__name__}, expected an object")
+    return body
+
+
+def _checked(body: Mapping[str, Any], chat: bool) -> Ask:
     fields = BOTH | (CHAT if chat else TEXT)
     given = {name: value for name, value in body.items() if value is not None}
     for name, value in given.items():
@@ -161,6 +169,40 @@ def read_ask(data: bytes, chat: bool) -> Ask:
         if name not in given:
             raise RefusedError(400, f"the request has no {name}", name, "missing_required_parameter")
     return _ask(given, chat)
+
+
+def read_inside(data: bytes) -> tuple[Ask, list[int]]:
+    """What the chat page wants to look into: a request of /v1/chat/completions whose `answer` are the ids so far."""
+    body = _object(data)
+    answer = body.pop("answer", [])
+    if answer != [] and not _ids(answer):
+        raise RefusedError(400, f"answer is {answer!r:.60}, expected a list of token ids", "answer", "invalid_value")
+    return _checked(body, True), answer
+
+
+def read_tokenize(data: bytes) -> tuple[Ask, str | None]:
+    """vLLM's request for the ids of a `prompt` or of `messages`, and the model that it names, if it does."""
+    body = _object(data)
+    kept: dict[str, Any] = {name: body[name] for name in ("prompt", "messages") if name in body}
+    if len(kept) != 1 or not isinstance(kept.get("prompt", ""), str):
+        raise RefusedError(400, "the request has no prompt that is a text, and no messages; expected one of these")
+    return _checked({"model": "", **kept}, "messages" in kept), _model(body)
+
+
+def read_detokenize(data: bytes) -> tuple[list[int], str | None]:
+    """vLLM's request for the text of `tokens`, and the model that it names, if it does."""
+    body = _object(data)
+    tokens: Any = body.get("tokens")
+    if tokens != [] and not _ids(tokens):
+        raise RefusedError(400, f"tokens is {tokens!r:.60}, expected a list of token ids", "tokens", "invalid_value")
+    return tokens, _model(body)
+
+
+def _model(body: Mapping[str, Any]) -> str | None:
+    model = body.get("model")
+    if model is not None and not isinstance(model, str):
+        raise RefusedError(400, f"model is {model!r:.60}, expected the name of a model", "model", "invalid_value")
+    return model or None
 
 
 def _ask(given: Mapping[str, Any], chat: bool) -> Ask:

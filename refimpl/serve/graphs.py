@@ -47,6 +47,10 @@ class Graphs(Model):
             raise InputError("the graphs of an export compute one sequence; ask for one at a time")
         return Chained(Chain(self.plain, self.exported, self.plan, self.executor), capacity or self.plan.context)
 
+    def forward(self, ids, dtype, attention_mask, cache, tap, logits_to_keep=0):
+        """Raises InputError: graphs do not show their tensors."""
+        raise InputError("an export's graphs do not show what they do inside; ask the model that was exported")
+
     def __call__(self, ids, dtype="float32", attention_mask=None, cache=None, logits_to_keep=0) -> np.ndarray:
         """Logits (1, T or 1, V). Graphs give those of the last token of each piece, so all of them take T calls."""
         ids = self.token_ids(ids)

@@ -46,6 +46,20 @@ class Served:
             code = "context_length_exceeded" if "context" in str(error) else None
             raise RefusedError(400, str(error), where, code) from None
 
+    def encode(self, text: str) -> list[int]:
+        """The ids of a text. Raises RefusedError for one that is none."""
+        try:
+            return self.model.tokenizer.encode(text)
+        except InputError as error:
+            raise refused(error) from None
+
+    def decode(self, ids: list[int]) -> str:
+        """The text of ids. Raises RefusedError for ids outside the vocabulary."""
+        try:
+            return self.model.tokenizer.decode(ids)
+        except InputError as error:
+            raise refused(error) from None
+
     def answers(self, ask: Ask, go_on: Callable[[], None]) -> Iterator[tuple[int, int, Piece | Writer]]:
         """The answers of a request, one after the other: the number of the choice, its prompt's tokens, and a piece.
 

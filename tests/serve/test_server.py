@@ -1,18 +1,18 @@
 """The server in a process of its own, asked by OpenAI's client, by hostile clients and by slow ones."""
 
+import contextlib
 import json
 import os
-import re
 import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
-from contextlib import contextmanager
 
 import numpy as np
 import pytest
+from serving import serving
 
 import refimpl
 from refimpl.text.chat import LAYOUTS
@@ -24,22 +24,6 @@ openai = pytest.importorskip("openai")
 
 PROMPT = "登鹳雀楼->王之涣\n夜雨寄北->"
 LONG = {"model": "embedded", "prompt": "春", "max_tokens": 500, "temperature": 1, "seed": 1, "logit_bias": {"2": -100}}
-
-
-@contextmanager
-def serving(*arguments, code=None):
-    """The address of a server; `code`: what runs in place of the command line."""
-    command = [sys.executable, *(("-c", code) if code else ("-m", "refimpl", "serve", "--port", "0", *arguments))]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        try:
-            line = process.stdout.readline()
-            found = re.search(r"http://\S+", line)
-            assert found, line + process.stderr.read()
-            yield found[0], process
-        finally:
-            if process.poll() is None:
-                process.send_signal(signal.SIGINT)
-                process.communicate(timeout=20)
 
 
 @pytest.fixture(scope="module")
@@ -316,9 +300,31 @@ def test_slow_clients_are_given_up_and_a_full_queue_says_when_to_come_again():
             address, b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 50\r\n\r\n{"
         )
         assert raw(address, b"") == b""
+        unread = json.dumps(
+            {
+                "model": "embedded",
+                "prompt": [[7] * 400] * 100,
+                "max_tokens": 0,
+                "echo": True,
+                "logprobs": 20,
+                "stream": True,
+            }
+        ).encode()
+        head = f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(unread)}\r\n\r\n".encode()
+        host, port = address.removeprefix("http://").split(":")
+        with socket.create_connection((host, int(port)), timeout=20) as silent:  # asks, and does not read
+            silent.sendall(head + unread)
+            time.sleep(1)
+            while httpx.get(f"{address}/health").json()["running"]:
+                time.sleep(0.1)
+            got = b""
+            with contextlib.suppress(OSError):
+                while piece := silent.recv(1 << 20):
+                    got += piece
+            assert got.startswith(b"HTTP/1.1 200") and b"[DONE]" not in got
         answers = []
         threads = [
-            threading.Thread(target=lambda: answers.append(post(address, json=LONG | {"n": 4}))) for _ in range(4)
+            threading.Thread(target=lambda: answers.append(post(address, json=LONG | {"n": 2}))) for _ in range(4)
         ]
         for thread in threads:
             thread.start()
