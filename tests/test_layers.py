@@ -46,6 +46,7 @@ ORDER = [
     "export.verdict.",
     "export.search.",
     "refimpl.serve.",
+    "refimpl.conformance.",
     "refimpl.cli.",
 ]
 # Slow to import, and needed by one package alone.

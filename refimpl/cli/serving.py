@@ -124,3 +124,38 @@ def bench(arguments) -> int:
     facts = race.run(arguments.what, arguments.layers, arguments.rounds, threads, engines, arguments.tokens)
     print(json.dumps(facts) if arguments.json else race.show(facts))
     return 0
+
+
+@verb(
+    "refimpl conformance --url http://127.0.0.1:8000 --family Baichuan2-7B",
+    option("--kit", metavar="DIR", help="write the tiny models into the new folder DIR, for the engine to load"),
+    option("--url", metavar="URL", help="a server with OpenAI's API that serves one of them"),
+    option("--gguf", metavar="FILE", help="one of them as a GGUF file: llama.cpp runs it here"),
+    option("--command", metavar="CMD", help="a program that reads a request as a line of JSON and answers with a line"),
+    option("--family", metavar="NAME", help="which of them (default: as the name of the model or file says)"),
+    option("--name", metavar="NAME", help="with --url: what the server calls the model (default: its first)"),
+    option("--token", metavar="TEXT", help="with --url: the API key (default: REFIMPL_TOKEN)"),
+    JSON,
+)  # fmt: skip
+def conformance(arguments) -> int:
+    """Say which features of the five families an engine has right, and what is wrong with the others."""
+    from refimpl.conformance import engines, kit
+    from refimpl.conformance.judge import conformance
+
+    given = [name for name in ("kit", "url", "gguf", "command") if getattr(arguments, name)]
+    if len(given) != 1:
+        raise InputError("give one of --kit DIR, --url URL, --gguf FILE and --command CMD")
+    if arguments.kit:
+        folders = kit.write_all(arguments.kit)
+        print(f"{len(folders)} tiny models are in {arguments.kit}; let the engine load one, then ask it with --url or "
+              "--gguf")  # fmt: skip
+        return 0
+    engine: engines.Engine
+    if arguments.url:
+        engine = engines.Url(arguments.url, arguments.name, arguments.token or os.environ.get("REFIMPL_TOKEN"))
+    else:
+        engine = engines.Gguf(arguments.gguf) if arguments.gguf else engines.Command(arguments.command)
+    family = arguments.family or kit.family_in(engine.name)
+    found = conformance(engine, family)
+    print(found.to_json() if arguments.json else found)
+    return 0 if found else 1
