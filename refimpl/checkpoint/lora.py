@@ -2,11 +2,24 @@
 
     W' = W + scale * B @ A        scale = lora_alpha / r, or lora_alpha / sqrt(r) with use_rslora
 
+DoRA (`use_dora`) gives each row of that sum the length that it has learned, m (O,):
+
+    W' = m * (W + scale * B @ A) / |W + scale * B @ A|      row by row
+
+PiSSA (`init_lora_weights: pissa`) began with the r largest singular directions of W as A and B, and trained them apart
+from the rest. So they leave W before the trained ones are added:
+
+    W' = W - U_r @ S_r @ V_r + scale * B @ A
+
+Biases that were trained with the linears (`bias`, `lora_bias`) replace those of the model, or are added to them.
+
 A (r, I) and B (O, r) come from `adapter_model.safetensors` or `.bin`, the numbers from `adapter_config.json`, where
 `rank_pattern` and `alpha_pattern` may give a module its own. Modules in `modules_to_save` are stored whole. The sum is
 computed in float32 and rounded once to the weight's format. In 16-bit formats, peft also rounds the product.
 
-Source: `LoraLayer.update_layer` and `Linear.get_delta_weight` in peft's src/peft/tuners/lora/layer.py; Hu 2021, "LoRA".
+Source: `LoraLayer.update_layer`, `LoraLayer.pissa_init` and `Linear.get_delta_weight` in peft's
+src/peft/tuners/lora/layer.py, `DoraLinearLayer` in dora.py there; Hu 2021, "LoRA"; Liu 2024, "DoRA"; Meng 2024,
+"PiSSA".
 """
 
 from __future__ import annotations
@@ -36,20 +49,30 @@ NEUTRAL = {
     "base_model_name_or_path", "revision", "task_type", "inference_mode", "lora_dropout", "auto_mapping",
     "peft_version", "megatron_core", "qalora_group_size",
 }  # fmt: skip
+# Endings of an adapter's tensors, after ".lora_".
+PARTS = {
+    "A.weight": "A", "B.weight": "B", "B.bias": "bias", "magnitude_vector": "magnitude",
+    "magnitude_vector.weight": "magnitude",
+}  # fmt: skip
 # Keys that would change the numbers: only these values are understood. Any other key may be null, false or empty.
 ONLY: dict[str, tuple] = {
-    "bias": ("none",), "init_lora_weights": (True, "gaussian", "orthogonal"), "layers_pattern": ("layers", ["layers"]),
+    "bias": ("none", "all", "lora_only"), "use_dora": (True,), "lora_bias": (True,),
+    "init_lora_weights": (True, "gaussian", "orthogonal", "pissa"), "layers_pattern": ("layers", ["layers"]),
 }  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)
 class MergedWeight:
-    """A weight with an adapter added: W + scale * B @ A. `a` (r, I) and `b` (O, r) are float32."""
+    """A weight with an adapter added: W + scale * B @ A. `a` (r, I) and `b` (O, r) are float32.
+
+    `magnitude` (O,): the length of each row of the sum, if the adapter says it (DoRA).
+    """
 
     array: np.ndarray
     a: np.ndarray
     b: np.ndarray
     scale: float
+    magnitude: np.ndarray | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -60,7 +83,10 @@ class MergedWeight:
         wide = np.dtype(np.float64 if dtype == np.float64 else np.float32)
         delta = (self.b[rows].astype(wide) * self.scale) @ self.a.astype(wide)
         with np.errstate(over="ignore"):
-            merged = (self.array[rows].astype(wide) + delta).astype(dtype, copy=False)
+            merged = self.array[rows].astype(wide) + delta
+            if self.magnitude is not None:
+                merged *= (self.magnitude[rows].astype(wide) / np.linalg.norm(merged, axis=1))[:, None]
+            merged = merged.astype(dtype, copy=False)
         if not np.isfinite(merged).all():
             raise InputError(f"a merged weight is not finite in {dtype}; convert to float32 or bfloat16")
         return merged
@@ -89,17 +115,20 @@ def merge(folder: Path, weights: Mapping[str, Weight]) -> dict[str, MergedWeight
     replaced: dict[str, MergedWeight | Weight] = {}
     pairs: dict[str, dict[str, np.ndarray]] = {}
     for name, array in map_tensors(folder, file.name).items():
-        saved = name.removeprefix(PREFIX).replace(".modules_to_save.default.", ".")
+        saved = name.removeprefix(PREFIX).replace(".modules_to_save.default.", ".").replace(".base_layer.", ".")
         if saved in weights and saved.split(".")[-2] in whole:
             replaced[saved] = _replacement(f"{file}: {name}", array, weights[saved])
             continue
+        if saved in weights and saved.endswith(".bias") and keys.get("bias") in ("all", "lora_only"):
+            replaced[saved] = _replacement(f"{file}: {name}", array, weights[saved])
+            continue
         target, dot, end = name.removeprefix(PREFIX).rpartition(".lora_")
-        end = end.replace(".default.", ".")  # what a trainer's own torch.save leaves in it
-        if not name.startswith(PREFIX) or not dot or end not in ("A.weight", "B.weight"):
+        part = PARTS.get(end.replace(".default", ""))  # a trainer's own torch.save leaves that word in it
+        if not name.startswith(PREFIX) or not dot or part is None:
             raise InputError(f"{file} has {name}, expected lora_A.weight and lora_B.weight of linears")
         if not isinstance(array, np.ndarray) or array.dtype not in FLOATS:
             raise InputError(f"{file} has {name} in {getattr(array, 'dtype', 'a list')}, expected floating point")
-        pairs.setdefault(f"{target}.weight", {})[end[0]] = array
+        pairs.setdefault(f"{target}.weight", {})[part] = array
     strange = [name for name in pairs if name not in weights or len(weights[name].shape) != 2]
     if strange or not pairs:
         raise InputError(f"{file} changes {at_most(strange, 3) or 'nothing'}, expected this model's linears")
@@ -114,13 +143,33 @@ def merge(folder: Path, weights: Mapping[str, Weight]) -> dict[str, MergedWeight
     for name, pair in pairs.items():
         scale, rank = _scale(config, keys, name.removesuffix(".weight"))
         (rows, columns), shapes = weights[name].shape, {part: pair[part].shape for part in sorted(pair)}
-        if shapes != {"A": (rank, columns), "B": (rows, rank)}:
-            raise InputError(f"the adapter of {name} has {shapes}, expected A {rank, columns} and B {rows, rank}")
+        wanted: dict[str, tuple[int, ...]] = {"A": (rank, columns), "B": (rows, rank)}
+        wanted |= {"bias": (rows,)} if keys.get("lora_bias") else {}
+        wanted |= {"magnitude": (rows,)} if keys.get("use_dora") else {}
+        if shapes != wanted:
+            said = " and ".join(f"{part} {shape}" for part, shape in wanted.items())
+            raise InputError(f"the adapter of {name} has {shapes}, expected {said}")
         weight = weights[name]
         if isinstance(weight, NormHead):
             raise InputError("the adapter changes lm_head before NormHead; merge it first, then normalise the result")
-        merged[name] = MergedWeight(weight.array, pair["A"].astype(np.float32), pair["B"].astype(np.float32), scale)
+        parts = {part: array.astype(np.float32) for part, array in pair.items()}
+        a, b = parts["A"], parts["B"]
+        if keys.get("init_lora_weights") == "pissa":
+            first_a, first_b = _largest_directions(weight.array, rank)
+            a, b = np.concatenate((a, first_a)), np.concatenate((b, -first_b / scale), axis=1)
+        merged[name] = MergedWeight(weight.array, a, b, scale, parts.get("magnitude"))
+        if "bias" in parts:
+            bias = f"{name.removesuffix('weight')}bias"
+            if bias not in weights:
+                raise InputError(f"the adapter adds to {bias}, which this model lacks; is it another model's?")
+            merged[bias] = Weight(weights[bias].array.astype(np.float32) + scale * parts["bias"])
     return merged
+
+
+def _largest_directions(weight: np.ndarray, rank: int) -> tuple[np.ndarray, np.ndarray]:
+    """A (rank, I) and B (O, rank) whose product is the `rank` largest singular directions of a matrix (O, I)."""
+    left, sizes, right = np.linalg.svd(weight.astype(np.float64), full_matrices=False)
+    return (sizes[:rank, None] * right[:rank]).astype(np.float32), left[:, :rank].astype(np.float32)
 
 
 def _saved_whole(path: Path, keys: dict[str, Any]) -> set[str]:

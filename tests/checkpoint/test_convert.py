@@ -487,8 +487,10 @@ ONES = {A: np.ones((4, 64)), B: np.ones((128, 4))}
     ("keys", "tensors", "message"),
     [
         (dict(peft_type="IA3"), None, "expected 'LORA'"),
-        (dict(use_dora=True), None, "use_dora is True, which is not understood"),
-        (dict(bias="all"), None, "bias is 'all'"),
+        (dict(use_dora=True), None, r"expected A \(4, 128\) and B \(64, 4\) and magnitude \(64,\)"),
+        (dict(use_dora="yes"), None, "use_dora is 'yes', expected True"),
+        (dict(lora_bias=True), None, r"and bias \(64,\)"),
+        (dict(bias="some"), None, "bias is 'some'"),
         (dict(fan_in_fan_out=True), None, "fan_in_fan_out is True"),
         (dict(modules_to_save=["lm_head"]), None, "names lm_head as saved whole, but .* has no such tensor"),
         (dict(modules_to_save="lm_head"), None, "modules_to_save is 'lm_head', expected a list"),
@@ -496,7 +498,7 @@ ONES = {A: np.ones((4, 64)), B: np.ones((128, 4))}
         (dict(rank_pattern={"(a+)+$": 8}), None, "rank_pattern is .*, expected names of modules"),
         (dict(alpha_pattern={"W_pack": "8"}), None, "lora_alpha '8'"),
         (dict(alpha_pattern=["W_pack"]), None, "alpha_pattern is"),
-        (dict(init_lora_weights="pissa"), None, "init_lora_weights is 'pissa'"),
+        (dict(init_lora_weights="pissa_niter_4"), None, "init_lora_weights is 'pissa_niter_4'"),
         (dict(layer_replication=[[0, 1]]), None, "layer_replication is"),
         (dict(exclude_modules=["o_proj"]), None, "exclude_modules is"),
         (dict(ensure_weight_tying=True), None, "ensure_weight_tying is"),
@@ -615,15 +617,20 @@ def test_peft_merges_the_same(tmp_path, folder):
     base.model.layers = torch.nn.ModuleList([torch.nn.Module(), torch.nn.Module()])
     for i, layer in enumerate(base.model.layers):
         layer.self_attn = Attention(tensors[f"model.layers.{i}.self_attn.W_pack.weight"])
+    generator = torch.Generator().manual_seed(0)
     variants: tuple[dict, ...] = (
         {}, dict(use_rslora=True), dict(layers_to_transform=[1]), dict(target_modules=r".*\.W_pack"),
         dict(rank_pattern={"layers.0.self_attn.W_pack": 2}, alpha_pattern={"^model.layers.1.self_attn.W_pack": 10}),
         dict(rank_pattern={"W_pack": 3}, alpha_pattern={"W_pack": 5}, use_rslora=True),
+        dict(use_dora=True), dict(init_lora_weights="pissa"), dict(init_lora_weights="pissa", use_rslora=True),
     )  # fmt: skip
     for number, options in enumerate(variants):
-        options = {"target_modules": ["W_pack"], **options}
-        config = peft.LoraConfig(r=RANK, lora_alpha=6, init_lora_weights=False, **options)
+        options = {"target_modules": ["W_pack"], "init_lora_weights": False, **options}
+        config = peft.LoraConfig(r=RANK, lora_alpha=6, **options)
         adapted = peft.PeftModel(base, config)
+        for name, parameter in adapted.named_parameters():  # as if trained
+            if "lora_" in name:
+                parameter.data += torch.randn(parameter.shape, generator=generator) * parameter.abs().mean() / 4
         adapter, out = tmp_path / f"adapter{number}", tmp_path / f"out{number}"
         adapted.save_pretrained(str(adapter))
         merged = adapted.merge_and_unload()
@@ -633,9 +640,43 @@ def test_peft_merges_the_same(tmp_path, folder):
             name = f"model.layers.{i}.self_attn.W_pack.weight"
             expected = layer.self_attn.W_pack.weight.detach().numpy()
             assert np.array_equal(expected, tensors[name]) == (i not in options.get("layers_to_transform", [0, 1]))
-            assert np.abs(found[name] - expected).max() < 2**-22 * np.abs(expected).max()
+            off = 2**-22 * np.abs(expected).max()
+            if options["init_lora_weights"] == "pissa":  # peft's singular directions are in float32
+                off += len(expected) ** 0.5 * 2**-24 * np.linalg.norm(tensors[name], 2)
+            assert np.abs(found[name] - expected).max() < off
             layer.self_attn.W_pack.weight.data = torch.from_numpy(tensors[name].copy())
         base = merged
+
+
+@pytest.mark.parametrize("options", [dict(bias="all"), dict(bias="lora_only"), dict(lora_bias=True)])
+def test_peft_merges_the_same_biases(options, tmp_path, tiny_folder):
+    peft, torch = pytest.importorskip("peft"), pytest.importorskip("torch")
+    folder, at = tiny_folder("Qwen2-7B"), "model.layers.0.self_attn"
+    tensors = load_file(folder / "model.safetensors")
+    base = torch.nn.Module()
+    base.model, layer = torch.nn.Module(), torch.nn.Module()
+    base.model.layers, layer.self_attn = torch.nn.ModuleList([layer]), torch.nn.Module()
+    for linear_name in ("q_proj", "k_proj"):
+        weight = torch.from_numpy(tensors[f"{at}.{linear_name}.weight"].copy())
+        linear = torch.nn.Linear(*reversed(weight.shape))
+        linear.weight.data, linear.bias.data = weight, torch.from_numpy(tensors[f"{at}.{linear_name}.bias"].copy())
+        setattr(layer.self_attn, linear_name, linear)
+    config = peft.LoraConfig(
+        r=RANK, lora_alpha=6, target_modules=["q_proj"], layers_to_transform=[0], init_lora_weights=False, **options
+    )
+    adapted = peft.PeftModel(base, config)
+    for name, parameter in adapted.named_parameters():
+        if "lora_" in name or (name.endswith("bias") and "bias" in options):
+            parameter.data += torch.linspace(-0.1, 0.1, parameter.numel()).reshape(parameter.shape)
+    adapted.save_pretrained(str(tmp_path / "adapter"))
+    merged = adapted.merge_and_unload().model.layers[0].self_attn
+    convert(folder, tmp_path / "out", lora=tmp_path / "adapter")
+    found = load_file(tmp_path / "out" / "model.safetensors")
+    for linear_name in ("q_proj", "k_proj") if options.get("bias") == "all" else ("q_proj",):
+        for part in ("weight", "bias"):
+            expected = getattr(getattr(merged, linear_name), part).detach().numpy()
+            assert np.abs(found[f"{at}.{linear_name}.{part}"] - expected).max() < 2**-22 * np.abs(expected).max()
+    assert not np.array_equal(found[f"{at}.q_proj.bias"], tensors[f"{at}.q_proj.bias"])
 
 
 def test_the_command(tmp_path, folder, capsys):
