@@ -119,6 +119,11 @@ FAMILIES: dict[str, dict[str, Any]] = {
         qkv_packed=False, qkv_bias=True, norm_head=False, rope_upcast=False, fused_attention=False),
 }  # fmt: skip
 
+# What LLaMA's code does, in whose layout (`model_type` llama, q, k and v apart) people publish a Baichuan of 7B. There
+# NormHead has been applied. Source: modeling_llama.py of transformers.
+LLAMAFIED = dict(qkv_packed=False, qkv_bias=False, norm_head=False, rope_upcast=False, fused_attention=False)
+WORDS = {1: 64000, 2: 125696}  # of a generation; more are padding, or were added
+
 # Without these keys nothing can be built.
 _SIZES_STATED = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
 
@@ -179,9 +184,9 @@ def config_from_keys(keys: Mapping[str, Any]) -> Config:
     Raises InputError for an unknown model type, for a missing size and for any key that may change the numbers and
     is not understood.
 
-    >>> config_from_keys({"model_type": "llama"})
+    >>> config_from_keys({"model_type": "mistral"})
     Traceback (most recent call last):
-    refimpl.errors.InputError: model_type is 'llama', expected 'baichuan' or 'qwen2'
+    refimpl.errors.InputError: model_type is 'mistral', expected 'baichuan', 'llama' or 'qwen2'
     """
     keys, family = dict(keys), _family(keys)
     facts = dict(FAMILIES[family])
@@ -189,6 +194,9 @@ def config_from_keys(keys: Mapping[str, Any]) -> Config:
     if family == "Qwen2-7B":
         _take_qwen2(keys)
         _expect_keys(keys, (*_SIZES_STATED, "num_key_value_heads", "rope_theta"), family)
+    elif keys["model_type"] == "llama":
+        facts |= LLAMAFIED | {"rope_theta": keys.get("rope_theta", 1e4)}
+        _expect_keys(keys, _SIZES_STATED, f"{family} in LLaMA's layout")
     else:
         _take_baichuan(keys)
         _expect_keys(keys, _SIZES_STATED, family)
@@ -307,8 +315,10 @@ def _family(keys: Mapping[str, Any]) -> str:
     kind = keys.get("model_type")
     if kind == "qwen2":
         return "Qwen2-7B"
+    if kind == "llama":
+        return _llamafied(keys)
     if kind != "baichuan":
-        raise InputError(f"model_type is {kind!r}, expected 'baichuan' or 'qwen2'")
+        raise InputError(f"model_type is {kind!r}, expected 'baichuan', 'llama' or 'qwen2'")
     hidden, size = keys.get("hidden_size"), _size(keys)
     if (hidden, size) in ((4096, "13B"), (5120, "7B")):
         has = "no" if size == "13B" else "a"
@@ -318,6 +328,18 @@ def _family(keys: Mapping[str, Any]) -> str:
         )
     number, _ = generation(keys)
     return f"Baichuan{'2' if number == 2 else ''}-{size}"
+
+
+def _llamafied(keys: Mapping[str, Any]) -> str:
+    """Which Baichuan a model in LLaMA's layout was, by its vocabulary. 13B has ALiBi, which LLaMA's code lacks."""
+    words = keys.get("vocab_size")
+    for number, least in sorted(WORDS.items(), reverse=True):
+        if type(words) is int and words >= least:
+            return f"Baichuan{'2' if number == 2 else ''}-7B"
+    raise InputError(
+        f"model_type is llama with a vocabulary of {words!r:.40}; a Baichuan in LLaMA's layout has {WORDS[1]} words, "
+        f"or {WORDS[2]} as Baichuan2"
+    )
 
 
 def _size(keys: Mapping[str, Any]) -> str:

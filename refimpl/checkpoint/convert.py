@@ -23,7 +23,8 @@ import numpy as np
 from refimpl.checkpoint import shards
 from refimpl.checkpoint.folder import read_checkpoint
 from refimpl.checkpoint.foreign import adapter_beside
-from refimpl.checkpoint.lora import adapter_files, merge
+from refimpl.checkpoint.layout import APART, config_keys, in_layout
+from refimpl.checkpoint.lora import adapter_files, made_for, merge
 from refimpl.checkpoint.pages import read_ahead
 from refimpl.checkpoint.resolve import expected_shapes, resolve
 from refimpl.checkpoint.weights import FLOATS, NormHead, Weight, row_lengths
@@ -53,14 +54,15 @@ class Converted:
         rows = self.weight.shape[0]
         step = max(1, shards.TILE_BYTES * rows // max(1, shards.size_of(self)))
         for start in range(0, rows, step):
-            read_ahead(self.weight.array[start : start + AHEAD * step])
+            if (array := getattr(self.weight, "array", None)) is not None:
+                read_ahead(array[start : start + AHEAD * step])
             block = self.weight.read(self.dtype, slice(start, start + step))
             yield np.ascontiguousarray(block).reshape(-1).view(np.uint8)
 
 
 def convert(
     source: str | Path, out: str | Path, dtype: str | None = None, shard_size: int | str = SHARD_BYTES,
-    normalize_head: bool = False, lora: str | Path | None = None,
+    normalize_head: bool = False, lora: str | Path | None = None, layout: str | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Writes the checkpoint in `source` as safetensors into the new folder `out`; returns what `conversion.json` says.
 
@@ -74,6 +76,8 @@ def convert(
     bfloat16, the length and the quotient are rounded, so that a row's length is within 0.4 % of 1 (`row lengths` in
     the result); with `dtype="float32"` it is within 1e-7. The config then says `lm_head_normalized`, which this
     package reads and checks. The official Baichuan2 code would normalise, and round, once more.
+
+    `layout`: "llama" splits W_pack and applies NormHead, "baichuan" is the way back (`checkpoint.layout`).
 
     Raises InputError if the source cannot be loaded, changes meanwhile or has links that lead elsewhere, if `out`
     exists, cannot be written or is being written by another conversion, if a number does not fit the format, and if
@@ -90,17 +94,24 @@ def convert(
     resolve(config, tensors)  # everything is there and fits
     if (beside := adapter_beside(source)) and (lora is None or Path(lora).resolve() != source.resolve()):
         warnings.warn(beside, Remark, stacklevel=2)
+    normalize_head |= layout == "llama" and config.norm_head
     entries = _entries(config, tensors, dtype, normalize_head)
-    if lora is not None:
-        entries |= {
-            name: Converted(weight, entries[name].dtype)
-            for name, weight in merge(Path(lora), {name: entry.weight for name, entry in entries.items()}).items()
-        }
+    # An adapter of either layout is merged in its own: one that was trained on W_pack, or on q, k and v apart.
+    other = layout is not None and lora is not None and config.qkv_packed == bool({*APART} & made_for(Path(lora)))
+    if lora is not None and not other:
+        entries = _merged(entries, Path(lora))
+    if layout is not None:
+        kinds = {name: entry.dtype for name, entry in entries.items()}
+        weights = in_layout(layout, config, {name: entry.weight for name, entry in entries.items()})
+        usual = kinds[f"model.layers.0.self_attn.{config.qkv_modules[0]}.weight"]
+        entries = {name: Converted(weight, kinds.get(name, usual)) for name, weight in weights.items()}
+    if lora is not None and other:
+        entries = _merged(entries, Path(lora))
     files = shards.cut(entries, shards.byte_count(shard_size))
     adapter = {path.name: sha256(path) for path in adapter_files(Path(lora))} if lora else None
     report: dict[str, Any] = {
         "family": config.family,
-        "options": {"dtype": dtype, "normalize_head": normalize_head, "lora": adapter},
+        "options": {"dtype": dtype, "normalize_head": normalize_head, "lora": adapter, "layout": layout},
         "source": {name: size for name, (size, _, _) in before.items()},
         "tensors": len(entries),
         "bytes": sum(map(shards.size_of, entries.values())),
@@ -108,7 +119,7 @@ def convert(
     changed = [time for _, time, _ in before.values()]
     with shards.workplace(out, files, {**report, "changed": changed}) as work:
         shards.copy_others(source, work)
-        _write_config(source, work, dtype, normalize_head)
+        _write_config(source, work, dtype, normalize_head, config, layout)
         sums = shards.write_shards(work, files, "converting")
         shards.expect_unchanged(source, before)
         if normalize_head:
@@ -140,6 +151,12 @@ def _entries(
     return entries
 
 
+def _merged(entries: dict[str, Converted], adapter: Path) -> dict[str, Converted]:
+    """The tensors to write, with an adapter merged."""
+    found = merge(adapter, {name: entry.weight for name, entry in entries.items()})
+    return entries | {name: Converted(weight, entries[name].dtype) for name, weight in found.items()}
+
+
 class Checked(Weight):
     """A weight that is refused if its conversion makes numbers infinite."""
 
@@ -163,10 +180,12 @@ def _shortest_and_longest(entry: Converted) -> list[float]:
     return [float(lengths.min(initial=1)), float(lengths.max(initial=1))]
 
 
-def _write_config(source: Path, work: Path, dtype: str | None, normalize_head: bool) -> None:
+def _write_config(
+    source: Path, work: Path, dtype: str | None, normalize_head: bool, config: Config, layout: str | None
+) -> None:
     keys = read_json(source / "config.json")
     if dtype is not None:
         keys["dtype" if "dtype" in keys else "torch_dtype"] = dtype  # transformers 5 renamed it
     if normalize_head:
         keys["lm_head_normalized"] = True
-    shards.write_json(work / "config.json", keys)
+    shards.write_json(work / "config.json", config_keys(layout, config, keys) if layout else keys)

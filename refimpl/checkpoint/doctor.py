@@ -68,7 +68,7 @@ def mismatch(config: Config, shapes: Mapping[str, tuple[int, ...]]) -> str | Non
     if found == described and config.qkv_packed:
         return (
             "the weights have q_proj, k_proj and v_proj where a Baichuan has W_pack: they were made LLaMA's. W_pack is "
-            "the three below one another, in this order; join them, and keep config.json"
+            "the three below one another, in this order; join them, or take the config.json with model_type llama"
         )
     owner = next((family for family, known in OFFICIAL.items() if known == found), None)
     whose = f"a {owner}'s" if owner else "another model's"
@@ -89,6 +89,8 @@ def broken_promise(config: Config, tensors: Mapping[str, Any]) -> str | None:
     lengths = _head_lengths(config, tensors)
     if lengths is None or config.norm_head or _near_one(lengths):
         return None
+    if not config.qkv_packed:
+        return f"{_measured(lengths)}, and LLaMA's code has no NormHead; refimpl convert --layout llama applies it"
     return (
         f"{_measured(lengths)}, but config.json says lm_head_normalized; remove that key, or normalise it with "
         "refimpl convert --normalize-head"

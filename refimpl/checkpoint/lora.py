@@ -68,7 +68,7 @@ class MergedWeight:
     `magnitude` (O,): the length of each row of the sum, if the adapter says it (DoRA).
     """
 
-    array: np.ndarray
+    weight: Any
     a: np.ndarray
     b: np.ndarray
     scale: float
@@ -76,20 +76,26 @@ class MergedWeight:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return self.array.shape
+        return self.weight.shape
 
     def read(self, dtype: np.dtype, rows: slice | np.ndarray = slice(None)) -> np.ndarray:
         """The merged values of these rows, added in float32 (float64 in `float64`) and rounded once to `dtype`."""
         wide = np.dtype(np.float64 if dtype == np.float64 else np.float32)
         delta = (self.b[rows].astype(wide) * self.scale) @ self.a.astype(wide)
         with np.errstate(over="ignore"):
-            merged = self.array[rows].astype(wide) + delta
+            merged = self.weight.read(wide, rows) + delta
             if self.magnitude is not None:
                 merged *= (self.magnitude[rows].astype(wide) / np.linalg.norm(merged, axis=1))[:, None]
             merged = merged.astype(dtype, copy=False)
         if not np.isfinite(merged).all():
             raise InputError(f"a merged weight is not finite in {dtype}; convert to float32 or bfloat16")
         return merged
+
+
+def made_for(folder: Path) -> set[str]:
+    """The modules whose matrices an adapter holds, such as W_pack. Raises InputError if there is no adapter."""
+    names = map_tensors(folder, adapter_files(folder)[1].name)
+    return {name.rpartition(".lora_")[0].rpartition(".")[2] for name in names}
 
 
 def adapter_files(folder: Path) -> tuple[Path, Path]:
@@ -155,20 +161,20 @@ def merge(folder: Path, weights: Mapping[str, Weight]) -> dict[str, MergedWeight
         parts = {part: array.astype(np.float32) for part, array in pair.items()}
         a, b = parts["A"], parts["B"]
         if keys.get("init_lora_weights") == "pissa":
-            first_a, first_b = _largest_directions(weight.array, rank)
+            first_a, first_b = _largest_directions(weight.read(np.dtype(np.float64)), rank)
             a, b = np.concatenate((a, first_a)), np.concatenate((b, -first_b / scale), axis=1)
-        merged[name] = MergedWeight(weight.array, a, b, scale, parts.get("magnitude"))
+        merged[name] = MergedWeight(weight, a, b, scale, parts.get("magnitude"))
         if "bias" in parts:
             bias = f"{name.removesuffix('weight')}bias"
             if bias not in weights:
                 raise InputError(f"the adapter adds to {bias}, which this model lacks; is it another model's?")
-            merged[bias] = Weight(weights[bias].array.astype(np.float32) + scale * parts["bias"])
+            merged[bias] = Weight(weights[bias].read(np.dtype(np.float32)) + scale * parts["bias"])
     return merged
 
 
 def _largest_directions(weight: np.ndarray, rank: int) -> tuple[np.ndarray, np.ndarray]:
     """A (rank, I) and B (O, rank) whose product is the `rank` largest singular directions of a matrix (O, I)."""
-    left, sizes, right = np.linalg.svd(weight.astype(np.float64), full_matrices=False)
+    left, sizes, right = np.linalg.svd(weight, full_matrices=False)
     return (sizes[:rank, None] * right[:rank]).astype(np.float32), left[:, :rank].astype(np.float32)
 
 

@@ -44,6 +44,8 @@ def info(arguments) -> int:
     option("--normalize-head", action="store_true",
            help="apply NormHead to the weights, so that Baichuan 1's code runs a Baichuan2"),
     option("--lora", metavar="ADAPTER", help="merge the peft LoRA adapter in this folder"),
+    option("--layout", choices=("baichuan", "llama"),
+           help="of a 7B: llama splits W_pack and applies NormHead, for LLaMA's code; baichuan is the way back"),
     JSON,
 )  # fmt: skip
 def convert(arguments) -> int:
@@ -53,12 +55,12 @@ def convert(arguments) -> int:
     if arguments.out.endswith(".gguf"):
         return _write_gguf(arguments)
     report = convert(arguments.source, arguments.out, arguments.dtype, arguments.shard_size, arguments.normalize_head,
-                     arguments.lora)  # fmt: skip
+                     arguments.lora, arguments.layout)  # fmt: skip
     if arguments.json:
         print(json.dumps(report))
         return 0
     print(f"{report['tensors']} tensors, {report['bytes'] / 1e9:.2f} GB, are in {arguments.out}; see SHA256SUMS")
-    if arguments.normalize_head:
+    if "row lengths" in report:
         shortest, longest = report["row lengths"]
         print(
             f"the rows of lm_head have lengths from {shortest:.6f} to {longest:.6f}; rounding makes them differ from 1"

@@ -38,7 +38,7 @@ def test_every_family_has_its_facts():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model_type": "llama"}, "model_type is 'llama'"),
+        ({"model_type": "mistral"}, "model_type is 'mistral'"),
         ({"model_type": None}, "model_type is None"),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu', expected 'silu'"),
         ({"rope_scaling": {"type": "linear"}}, "rope_scaling is"),
