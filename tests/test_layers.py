@@ -47,6 +47,7 @@ ORDER = [
     "export.search.",
     "refimpl.serve.",
     "refimpl.conformance.",
+    "refimpl.learn.",
     "refimpl.cli.",
 ]
 # Slow to import, and needed by one package alone.

@@ -62,7 +62,7 @@ class CommandLine(Parser):
     def expect_known(self, words: Sequence[str]) -> None:
         """Ends with exit code 2 and the nearest name, if a verb or an option is mistyped."""
         at: tuple[str, ...] = ()
-        while at not in self.options and len(words) > len(at) and not words[len(at)].startswith("-"):
+        while self._continues(at) and len(words) > len(at) and not words[len(at)].startswith("-"):
             longer = (*at, words[len(at)])
             known = {" ".join(verb[: len(longer)]) for verb in self.options if verb[: len(at)] == at}
             if " ".join(longer) not in known:
@@ -77,6 +77,10 @@ class CommandLine(Parser):
                 flags = self.options[at]
                 if not any(flag.startswith(name) for flag in flags):
                     self.error(f"{' '.join(at)} has no option {name!r}{did_you_mean(name, flags)}", at)
+
+    def _continues(self, at: tuple[str, ...]) -> bool:
+        """Whether a longer verb begins with these words; `learn` is a verb, and so is `learn check`."""
+        return any(verb[: len(at)] == at and len(verb) > len(at) for verb in self.options)
 
 
 def did_you_mean(word: str, known: Collection[str]) -> str:
@@ -102,21 +106,25 @@ def command_line(version: str, completers: Mapping[str, Any] | None = None) -> C
     top.add_argument("--version", action="version", version=f"refimpl {version}", help="show the version")
     top.set_defaults(run=_helping(top))
     under: dict[tuple[str, ...], Any] = {(): top.add_subparsers(metavar="VERB", parser_class=Parser)}
+    parsers: dict[tuple[str, ...], Any] = {}
     for one in verbs:
         *family, name = one.words
         parent = tuple(family)
-        if parent not in under:
+        if parent not in under and parent in parsers:  # a verb that others begin with
+            parsers[parent].intermixed = False  # argparse cannot mix options with further verbs
+            under[parent] = parsers[parent].add_subparsers(metavar="VERB", parser_class=Parser)
+        elif parent not in under:
             about = FAMILIES[parent[0]]
             middle = under[()].add_parser(parent[0], help=about, description=about)
             middle.set_defaults(run=_helping(middle))
             under[parent] = middle.add_subparsers(metavar="VERB", parser_class=Parser)
-        _add(under[parent], name, one, completers or {})
+        parsers[tuple(one.words)] = _add(under[parent], name, one, completers or {})
         top.options[tuple(one.words)] = ["--help", *(flag for each in one.options for flag in each.flags)]
     return top
 
 
-def _add(under: Any, name: str, one: Verb, completers: Mapping[str, Any]) -> None:
-    """Adds a verb to the words that may stand there."""
+def _add(under: Any, name: str, one: Verb, completers: Mapping[str, Any]) -> Any:
+    """Adds a verb to the words that may stand there; its parser."""
     sub = under.add_parser(name, intermixed=True, help=one.help, description=one.help,
                            epilog=f"example: {one.example}",
                            formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
@@ -125,6 +133,7 @@ def _add(under: Any, name: str, one: Verb, completers: Mapping[str, Any]) -> Non
         action = sub.add_argument(*each.flags, **each.keywords)
         if each.keywords.get("metavar") in completers:
             action.complete = completers[each.keywords["metavar"]]
+    return sub
 
 
 def _helping(parser: argparse.ArgumentParser) -> Any:

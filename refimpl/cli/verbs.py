@@ -27,6 +27,7 @@ GROUPS = {
     "hub": "graphs and devices",
     "training": "training",
     "serving": "serving",
+    "learning": "learning",
 }
 # first word of a verb of two words -> the help of that word alone
 FAMILIES = {

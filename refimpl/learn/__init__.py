@@ -1,0 +1,1 @@
+"""The textbook and its exercises. It stands above all packages but the command line."""

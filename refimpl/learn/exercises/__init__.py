@@ -1,0 +1,1 @@
+"""One file for each exercise; `refimpl.learn.exercise` says what it holds."""
