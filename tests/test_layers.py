@@ -30,6 +30,7 @@ ORDER = [
     "refimpl.model",
     "refimpl.info",
     "refimpl.bench.",
+    "refimpl.pages.",
     "golden",
     "golden.make.",
     "golden.cost.",

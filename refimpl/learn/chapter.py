@@ -171,13 +171,12 @@ def namespace() -> dict[str, Any]:
     import export
     import golden
     import refimpl
+    from refimpl.pages import figures
 
     model = refimpl.load(backend="numpy")
     space: dict[str, Any] = {"np": np, "refimpl": refimpl, "golden": golden, "export": export, "model": model,
-                             "prompt": PROMPT, "trace": model.trace(PROMPT, "float64")}  # fmt: skip
-    if find_spec("refimpl.pages") is not None:
-        space["figures"] = importlib.import_module("refimpl.pages.figures")
-        space["text"] = space["figures"].text
+                             "prompt": PROMPT, "trace": model.trace(PROMPT, "float64"),
+                             "figures": figures, "text": figures.text}  # fmt: skip
     return space
 
 

@@ -1,0 +1,1 @@
+"""Pictures of arrays, for pages that a person reads."""
