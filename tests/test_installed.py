@@ -88,7 +88,8 @@ def environment(folder: Path) -> Path:
     """A new environment's Python. It sees the packages of this one, but nothing that is installed here editable."""
     venv.create(folder, symlinks=os.name != "nt")
     python = folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
-    own = sysconfig.get_path("purelib", "venv", {"base": str(folder), "installed_base": str(folder)})
+    scheme = "venv" if "venv" in sysconfig.get_scheme_names() else "posix_prefix"  # Python 3.10 has the second alone
+    own = sysconfig.get_path("purelib", scheme, {"base": str(folder), "installed_base": str(folder)})
     here = dict.fromkeys(sysconfig.get_path(kind) for kind in ("purelib", "platlib"))
     Path(own, "of_this_environment.pth").write_text("\n".join(here))
     return python

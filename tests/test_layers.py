@@ -2,6 +2,7 @@
 
 import ast
 import importlib.metadata
+import re
 from pathlib import Path
 
 import pytest
@@ -131,3 +132,15 @@ def test_qai_hub_and_onnx_agree_on_protobuf():
             requirement = Requirement(line)
             if requirement.name == "protobuf" and requirement.marker is None:
                 assert requirement.specifier.contains(installed), f"{package} needs {requirement}, {installed} is here"
+
+
+def test_the_lowest_versions_that_ci_tries_are_those_that_are_declared():
+    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    tried = dict(line.split("==") for line in (ROOT / ".ci" / "lowest.txt").read_text().splitlines() if "==" in line)
+    needed = re.search(r"^dependencies = \[(.*?)^\]", project, re.M | re.S)
+    tests = re.search(r"^test = \[(.*?)\]", project, re.M | re.S)
+    declared = [Requirement(said) for said in re.findall(r'"([^"]+)"', needed[1] + tests[1])]
+    assert {one.name for one in declared} == tried.keys()
+    for one in declared:
+        (floor,) = (spec.version for spec in one.specifier if spec.operator == ">=")
+        assert f"{tried[one.name]}.".startswith(f"{floor}."), one

@@ -1,7 +1,6 @@
 """Fine-tuning: the official data format, resumed runs, workers, adapters, and what is refused."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -292,16 +291,16 @@ def test_a_full_disk_is_one_clear_line(tmp_path, tiny_folder, monkeypatch):
     """The state of before is whole, and the run goes on from there."""
     model, examples = refimpl.load(tiny_folder("Baichuan2-7B")), some_examples()
     options, full = Options(FAST, steps=4), []
-    right = os.replace
+    right = Path.replace
 
     def replace(source, target):
         if str(target).endswith("state.safetensors"):
             full.append(target)
             if len(full) == 3:
                 raise OSError(28, "No space left on device")
-        right(source, target)
+        return right(source, target)
 
-    monkeypatch.setattr(os, "replace", replace)
+    monkeypatch.setattr(Path, "replace", replace)
     with pytest.raises(InputError, match="No space left on device; free some space"):
         finetune(model, examples, tmp_path / "out", options, save_seconds=0)
     assert sorted(path.name for path in (tmp_path / "out.part").iterdir()) == ["state.safetensors"]

@@ -36,7 +36,10 @@ def test_a_missing_package_is_one_line(tmp_path, monkeypatch):
     (tmp_path / "a.bin").write_bytes(b"x")
     find = importlib.util.find_spec
     monkeypatch.setattr("export.run.htp.find_spec", lambda name: None if name == "onnxruntime_qnn" else find(name))
-    refused(r"onnxruntime-qnn is not installed; install refimpl\[htp\]", read_binary, tmp_path / "a.bin")
+    for python, why in (((3, 12), r"onnxruntime-qnn is not installed; install refimpl\[htp\]"),
+                        ((3, 10), "needs Python 3.11 or newer, and this is 3.10; make an environment")):  # fmt: skip
+        monkeypatch.setattr("export.run.htp.sys.version_info", python)
+        refused(why, read_binary, tmp_path / "a.bin")
 
 
 def test_names_with_what_onnxruntime_adds():
