@@ -30,8 +30,8 @@ class Server(uvicorn.Server):
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Ends at the next token. Once more ends at once."""
-        self.force_exit = self.should_exit
-        self.should_exit = True
+        self.force_exit: bool = bool(self.should_exit)
+        self.should_exit: bool = True
         self.worker.stop()
 
 
